@@ -1,0 +1,31 @@
+"""Convolution and softmax cross-entropy kernels, forward and backward, written in Python and compiled by Numba."""
+
+from .backends import (
+    BackendUnavailableError,
+    backends,
+    get_num_threads,
+    set_backend,
+    set_num_threads,
+    use_backend,
+)
+from .conv import (
+    ConvGrads,
+    conv1d,
+    conv1d_backward,
+    conv1d_input_grad,
+    conv1d_weight_grad,
+    conv2d,
+    conv2d_backward,
+    conv2d_input_grad,
+    conv2d_weight_grad,
+    conv3d,
+    conv3d_backward,
+    conv3d_input_grad,
+    conv3d_weight_grad,
+    conv_bias_grad,
+    conv_transpose1d,
+    conv_transpose2d,
+    conv_transpose3d,
+)
+
+__version__ = "0.1.0"

@@ -1,0 +1,455 @@
+"""The one place that judges what the user passed and words the errors. Both backends get checked arrays.
+
+Every message names the function and the argument, says what came and what was expected. A wrong type or dtype is a
+TypeError, a wrong value or shape a ValueError. Nothing has been computed or written when one is raised.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .geometry import PADDING_MODES, ConvGeometry, output_size
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+LAYOUTS = {1: ("NCL", "NLC"), 2: ("NCHW", "NHWC"), 3: ("NCDHW", "NDHWC")}
+ALGORITHMS = ("auto", "direct")
+ACTIVATIONS = (None, "relu")
+PADDING_WORDS = ("valid", "same", "full")
+
+_AXES = {1: "W", 2: "HW", 3: "DHW"}
+_SPATIAL = {1: "*K (1 size)", 2: "*K (2 sizes)", 3: "*K (3 sizes)"}
+
+
+def _one_of(choices: Iterable[object]) -> str:
+    return "expected one of " + ", ".join(map(repr, choices))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arrays
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def common_dtype(function: str, **arrays: Any) -> np.dtype:
+    """Return the one floating-point dtype of all `arrays` (None: not given), or raise TypeError."""
+    first, dtype = "", None
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        if array.dtype.name not in DTYPES:
+            raise TypeError(
+                f"{function}: {name} has dtype {array.dtype.name} (expected float32, float64, float16 or bfloat16)"
+            )
+        if not array.dtype.isnative:
+            raise TypeError(
+                f"{function}: {name} has the byte order of another machine (expected native {array.dtype.name})"
+            )
+        if dtype is None:
+            first, dtype = name, array.dtype
+        elif array.dtype != dtype:
+            raise TypeError(
+                f"{function}: {name} is {array.dtype.name}, but {first} is {dtype.name} "
+                "(expected one dtype for all arrays of a call)"
+            )
+    if dtype is None:
+        raise TypeError(f"{function}: no array was given")
+    return dtype
+
+
+def check_shape(function: str, argument: str, array: Any, expected: tuple[int, ...], why: str = "") -> None:
+    if tuple(array.shape) != expected:
+        raise ValueError(
+            f"{function}: {argument} has shape {tuple(array.shape)} (expected {expected}{why and ' ' + why})"
+        )
+
+
+def check_output(
+    function: str, home: Any, out: Any, shape: tuple[int, ...], dtype: np.dtype, argument: str = "out", **inputs: Any
+) -> None:
+    """Judge the caller's own output array: exact shape and dtype, writable, apart from every input."""
+    check_shape(function, argument, out, shape)
+    if out.dtype != dtype:
+        raise TypeError(f"{function}: {argument} is {out.dtype.name} (expected {dtype.name})")
+    if not home.is_writable(out):
+        raise ValueError(
+            f"{function}: {argument} cannot be written (expected a writable array whose elements do not share memory)"
+        )
+    for name, array in inputs.items():
+        if array is not None and home.overlap(out, array):
+            raise ValueError(f"{function}: {argument} overlaps {name} in memory (expected an array of its own)")
+
+
+def check_accumulate(function: str, accumulate: object, out: object) -> bool:
+    if not isinstance(accumulate, (bool, np.bool_)):
+        raise TypeError(f"{function}: accumulate is a {type(accumulate).__name__} (expected True or False)")
+    if accumulate and out is None:
+        raise ValueError(f"{function}: accumulate=True adds into out, but out is None (expected an array)")
+    return bool(accumulate)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Convolution: numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _integer(function: str, argument: str, value: object, least: int) -> int:
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise TypeError(f"{function}: {argument} holds a {type(value).__name__} (expected integers)")
+    number = operator.index(value)  # type: ignore[arg-type]
+    if number < least:
+        raise ValueError(f"{function}: {argument} is {number} (expected at least {least})")
+    return number
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, (tuple, list)) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
+def _per_dimension(function: str, argument: str, value: Any, ndim: int, least: int) -> tuple[int, ...]:
+    """An int, or one per spatial dimension, as a tuple."""
+    if not _is_sequence(value):
+        return (_integer(function, argument, value, least),) * ndim
+    if len(value) != ndim:
+        raise ValueError(
+            f"{function}: {argument} is {value!r} (expected an int or {ndim} of them, one per spatial dimension)"
+        )
+    return tuple(_integer(function, argument, v, least) for v in value)
+
+
+def _padding(
+    function: str, value: Any, input_size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[tuple[int, ...], tuple[int, ...]]:  # fmt: skip
+    """Every kind of padding as (before, after), one of each per spatial dimension."""
+    ndim = len(kernel)
+    if isinstance(value, str):
+        if value not in PADDING_WORDS:
+            raise ValueError(f"{function}: padding is {value!r} ({_one_of(PADDING_WORDS)}, or integers)")
+        if value == "valid":
+            total = (0,) * ndim
+        elif value == "full":
+            each = tuple(d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
+            return each, each
+        else:  # "same": ceil(size / stride) positions; an odd total puts the extra zero after
+            total = tuple(
+                max(0, (-(-size // s) - 1) * s + d * (k - 1) + 1 - size)
+                for size, k, s, d in zip(input_size, kernel, stride, dilation, strict=True)
+            )
+        return tuple(t // 2 for t in total), tuple(t - t // 2 for t in total)
+    if _is_sequence(value) and len(value) == ndim and all(_is_sequence(v) for v in value):
+        if any(len(pair) != 2 for pair in value):
+            raise ValueError(f"{function}: padding is {value!r} (expected (before, after) pairs)")
+        return (
+            tuple(_integer(function, "padding", pair[0], 0) for pair in value),
+            tuple(_integer(function, "padding", pair[1], 0) for pair in value),
+        )
+    if _is_sequence(value) and len(value) != ndim:
+        raise ValueError(
+            f"{function}: padding is {value!r} (expected an int, {ndim} ints or {ndim} (before, after) pairs, one per "
+            f"spatial dimension, or one of {', '.join(map(repr, PADDING_WORDS))})"
+        )
+    each = _per_dimension(function, "padding", value, ndim, 0)
+    return each, each
+
+
+def check_choice(function: str, argument: str, value: object, choices: tuple[object, ...]) -> None:
+    if not (value is None or isinstance(value, str)) or value not in choices:
+        raise ValueError(f"{function}: {argument} is {value!r} ({_one_of(choices)})")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Convolution: shapes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a user's array becomes the kernels' (N, C, D, H, W) view: transposed, then indexed with new axes."""
+
+    axes: tuple[int, ...]
+    index: tuple[Any, ...]
+
+    def __call__(self, array: Any) -> Any:
+        return array.transpose(self.axes)[self.index]
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """What one set of shapes and options means: the geometry, the user's shapes, and their canonical forms."""
+
+    geometry: ConvGeometry
+    input_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    activation_form: Form  # of input, output and their gradients
+    weight_form: Form
+
+
+def _spatial_index(ndim: int) -> tuple[Any, ...]:
+    return (None,) * (3 - ndim) + (slice(None),) * ndim
+
+
+def _activation_form(ndim: int, kind: str, channels_last: bool) -> Form:
+    every = slice(None)
+    if kind == "bare":
+        return Form(tuple(range(ndim)), (None, None, *_spatial_index(ndim)))
+    if kind == "unbatched":
+        axes = (ndim, *range(ndim)) if channels_last else tuple(range(ndim + 1))
+        return Form(axes, (None, every, *_spatial_index(ndim)))
+    axes = (0, ndim + 1, *range(1, ndim + 1)) if channels_last else tuple(range(ndim + 2))
+    return Form(axes, (every, every, *_spatial_index(ndim)))
+
+
+def _user_shape(kind: str, channels_last: bool, batch: int, channels: int, size: tuple[int, ...]) -> tuple[int, ...]:
+    if kind == "bare":
+        return size
+    shape = (*size, channels) if channels_last else (channels, *size)
+    return shape if kind == "unbatched" else (batch, *shape)
+
+
+def _split_shape(
+    function: str, argument: str, shape: tuple[int, ...], weight_shape: tuple[int, ...], ndim: int, layout: str
+) -> tuple[str, int, int, tuple[int, ...]]:
+    """Return (kind, batch, channels, spatial size) of an input's shape, kind being "batched", "unbatched" or "bare"."""
+    channels_last = layout == LAYOUTS[ndim][1]
+    if len(weight_shape) == ndim:
+        if len(shape) != ndim:
+            raise ValueError(
+                f"{function}: {argument} has shape {shape} and weight {weight_shape} (expected a bare {ndim}-D array "
+                f"with a bare {ndim}-D weight, or a weight of shape (O, C/groups, {_SPATIAL[ndim]}))"
+            )
+        return "bare", 1, 1, shape
+    if len(weight_shape) != ndim + 2:
+        raise ValueError(
+            f"{function}: weight has shape {weight_shape} (expected {ndim + 2} dimensions, (O, C/groups, "
+            f"{_SPATIAL[ndim]}))"
+        )
+    if len(shape) not in (ndim + 1, ndim + 2):
+        raise ValueError(
+            f"{function}: {argument} has shape {shape} (expected {ndim + 2} dimensions in layout {layout!r}, or "
+            f"{ndim + 1} without the batch)"
+        )
+    batched = len(shape) == ndim + 2
+    batch, rest = (shape[0], shape[1:]) if batched else (1, shape)
+    channels, size = (rest[-1], rest[:-1]) if channels_last else (rest[0], rest[1:])
+    return "batched" if batched else "unbatched", batch, channels, size
+
+
+def _shape_of(function: str, argument: str, shape: Any) -> tuple[int, ...]:
+    """A shape that the user spelled out (`input_size`, `weight_size`)."""
+    if not _is_sequence(shape):
+        raise TypeError(f"{function}: {argument} is a {type(shape).__name__} (expected a shape, a tuple of ints)")
+    return tuple(_integer(function, argument, n, 0) for n in shape)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_hashable(v) for v in value)
+    if isinstance(value, np.ndarray):
+        return _hashable(value.tolist())
+    return value
+
+
+def convolution_plan(
+    function: str, ndim: int, input_shape: Any, weight_shape: Any, stride: Any, padding: Any, dilation: Any,
+    groups: Any, padding_mode: Any, layout: Any, *, input_name: str = "input", weight_name: str = "weight",
+) -> ConvPlan:  # fmt: skip
+    """Judge the shapes and options of a convolution and return what they mean; the same question is answered once."""
+    try:
+        return _convolution_plan(
+            function, ndim, input_shape, weight_shape, stride, padding, dilation, groups, padding_mode, layout,
+            input_name, weight_name,
+        )  # fmt: skip
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+    return _convolution_plan(
+        function, ndim, _hashable(input_shape), _hashable(weight_shape), _hashable(stride), _hashable(padding),
+        _hashable(dilation), groups, padding_mode, layout, input_name, weight_name,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _convolution_plan(
+    function: str, ndim: int, input_shape: Any, weight_shape: Any, stride: Any, padding: Any, dilation: Any,
+    groups: Any, padding_mode: Any, layout: Any, input_name: str, weight_name: str,
+) -> ConvPlan:  # fmt: skip
+    check_choice(function, "padding_mode", padding_mode, PADDING_MODES)
+    check_choice(function, "layout", layout, LAYOUTS[ndim])
+    input_shape = _shape_of(function, input_name, input_shape)
+    weight_shape = _shape_of(function, weight_name, weight_shape)
+    groups = _integer(function, "groups", groups, 1)
+    kind, batch, channels, size = _split_shape(function, input_name, input_shape, weight_shape, ndim, layout)
+    out_channels, per_group = (1, 1) if kind == "bare" else weight_shape[:2]
+    kernel = weight_shape[-ndim:]
+    for name, shape in ((input_name, input_shape[-len(size) - 1 :]), (weight_name, weight_shape)):
+        if 0 in shape:
+            raise ValueError(f"{function}: {name} has shape {shape} (expected no size of 0 but the batch)")
+    if channels % groups:
+        raise ValueError(f"{function}: {input_name} has {channels} channels, which groups={groups} does not divide")
+    if per_group != channels // groups:
+        raise ValueError(
+            f"{function}: {weight_name} has {per_group} input channels per group, but {input_name} has {channels} "
+            f"channels and groups={groups} (expected weight shape (O, {channels // groups}, *K))"
+        )
+    if out_channels % groups:
+        raise ValueError(
+            f"{function}: {weight_name} has {out_channels} output channels, which groups={groups} does not divide"
+        )
+    strides = _per_dimension(function, "stride", stride, ndim, 1)
+    dilations = _per_dimension(function, "dilation", dilation, ndim, 1)
+    before, after = _padding(function, padding, size, kernel, strides, dilations)
+    geometry = _geometry(
+        function, input_name, weight_name, batch, channels, out_channels, groups, size, kernel, strides, dilations,
+        before, after, padding_mode,
+    )  # fmt: skip
+    channels_last = layout == LAYOUTS[ndim][1]
+    return ConvPlan(
+        geometry,
+        input_shape,
+        weight_shape,
+        _user_shape(kind, channels_last, batch, out_channels, geometry.output_size[3 - ndim :]),
+        _activation_form(ndim, kind, channels_last),
+        _activation_form(ndim, "bare" if kind == "bare" else "batched", False),
+    )
+
+
+def _geometry(
+    function: str, input_name: str, weight_name: str, batch: int, channels: int, out_channels: int, groups: int,
+    size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...],
+    before: tuple[int, ...], after: tuple[int, ...], padding_mode: str,
+) -> ConvGeometry:  # fmt: skip
+    ndim = len(size)
+    for axis, s, k, d, a, b in zip(_AXES[ndim], size, kernel, dilation, before, after, strict=True):
+        if padding_mode == "reflect" and max(a, b) >= s:
+            raise ValueError(
+                f"{function}: padding of {max(a, b)} reflects more than the {s} elements of {input_name} in dimension "
+                f"{axis} (expected padding < size)"
+            )
+        if padding_mode == "circular" and max(a, b) > s:
+            raise ValueError(
+                f"{function}: padding of {max(a, b)} wraps around the {s} elements of {input_name} in dimension {axis} "
+                "more than once (expected padding <= size)"
+            )
+        if output_size(s, k, 1, d, a, b) < 1:
+            raise ValueError(
+                f"{function}: {weight_name} spans {d * (k - 1) + 1} elements in dimension {axis}, but {input_name} has "
+                f"{s} and {a + b} of padding (expected a kernel no larger than the padded input)"
+            )
+    lead = 3 - ndim
+
+    def three(values: tuple[int, ...], one: int) -> tuple[int, int, int]:
+        d, h, w = (one,) * lead + values
+        return d, h, w
+
+    return ConvGeometry(
+        batch, channels, out_channels, groups, three(size, 1), three(kernel, 1), three(stride, 1), three(dilation, 1),
+        three(before, 0), three(after, 0), padding_mode,
+    )  # fmt: skip
+
+
+def transposed_convolution_plan(
+    function: str, ndim: int, input_shape: Any, weight_shape: Any, stride: Any, padding: Any, output_padding: Any,
+    groups: Any, dilation: Any, padding_mode: Any, layout: Any,
+) -> ConvPlan:  # fmt: skip
+    """Judge a transposed convolution: return the plan of the convolution of which it is the input gradient.
+
+    In that plan `output_shape` is the shape of the caller's input and `input_shape` that of the result.
+    """
+    return _transposed_plan(
+        function, ndim, tuple(input_shape), tuple(weight_shape), _hashable(stride), _hashable(padding),
+        _hashable(output_padding), groups, _hashable(dilation), padding_mode, layout,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _transposed_plan(
+    function: str, ndim: int, input_shape: Any, weight_shape: Any, stride: Any, padding: Any, output_padding: Any,
+    groups: Any, dilation: Any, padding_mode: Any, layout: Any,
+) -> ConvPlan:  # fmt: skip
+    check_choice(function, "padding_mode", padding_mode, PADDING_MODES)
+    check_choice(function, "layout", layout, LAYOUTS[ndim])
+    groups = _integer(function, "groups", groups, 1)
+    kind, batch, channels, size = _split_shape(function, "input", input_shape, weight_shape, ndim, layout)
+    weight_in, per_group = (1, 1) if kind == "bare" else weight_shape[:2]
+    kernel = weight_shape[-ndim:]
+    for name, shape in (("input", input_shape[-len(size) - 1 :]), ("weight", weight_shape)):
+        if 0 in shape:
+            raise ValueError(f"{function}: {name} has shape {shape} (expected no size of 0 but the batch)")
+    if weight_in != channels:
+        raise ValueError(
+            f"{function}: weight has {weight_in} input channels, but input has {channels} "
+            f"(expected weight shape ({channels}, O/groups, *K))"
+        )
+    if channels % groups:
+        raise ValueError(f"{function}: input has {channels} channels, which groups={groups} does not divide")
+    strides = _per_dimension(function, "stride", stride, ndim, 1)
+    dilations = _per_dimension(function, "dilation", dilation, ndim, 1)
+    extra = _per_dimension(function, "output_padding", output_padding, ndim, 0)
+    # the words mean the padding of the convolution that is being transposed: "same" makes size * stride of size
+    grown = tuple(n * s for n, s in zip(size, strides, strict=True))
+    before, after = _padding(function, padding, grown, kernel, strides, dilations)
+    for e, s, d in zip(extra, strides, dilations, strict=True):
+        if e >= max(s, d):
+            raise ValueError(
+                f"{function}: output_padding is {e} (expected less than stride={s} or dilation={d}, whichever is more)"
+            )
+    spans = tuple((n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(size, strides, dilations, kernel, strict=True))
+    result = tuple(span - a - b + e for span, a, b, e in zip(spans, before, after, extra, strict=True))
+    if isinstance(padding, str) and padding == "same" and not any(extra):
+        result = grown
+    if min(result) < 1:
+        raise ValueError(
+            f"{function}: the result would have size {result} (expected less padding or a larger kernel or input)"
+        )
+    # What the last window does not reach (output_padding) is a negative padding after: elements no window reads.
+    after = tuple(span - n - a for span, n, a in zip(spans, result, before, strict=True))
+    out_channels = per_group * groups
+    geometry = _geometry(
+        function, "the result", "weight", batch, out_channels, channels, groups, result, kernel, strides, dilations,
+        before, after, padding_mode,
+    )  # fmt: skip
+    channels_last = layout == LAYOUTS[ndim][1]
+    return ConvPlan(
+        geometry,
+        _user_shape(kind, channels_last, batch, out_channels, result),
+        weight_shape,
+        input_shape,
+        _activation_form(ndim, kind, channels_last),
+        _activation_form(ndim, "bare" if kind == "bare" else "batched", False),
+    )
+
+
+def bias_gradient_form(function: str, shape: tuple[int, ...], layout: object) -> tuple[Form, int]:
+    """Return the canonical form of a `grad_output` of this shape and layout, and its number of channels.
+
+    A layout says the number of spatial dimensions; an array with more of them than that is taken by its own number.
+    """
+    ndim = next((n for n, names in LAYOUTS.items() if layout in names), None)
+    if ndim is None:
+        check_choice(function, "layout", layout, tuple(name for names in LAYOUTS.values() for name in names))
+        raise ValueError(f"{function}: layout is {layout!r}")
+    channels_last = layout == LAYOUTS[ndim][1]
+    if layout == "NCHW" and len(shape) == 5:
+        ndim = 3
+    if len(shape) not in (ndim, ndim + 1, ndim + 2):
+        raise ValueError(
+            f"{function}: grad_output has shape {shape} (expected {ndim + 2} dimensions in layout {layout!r}, "
+            f"{ndim + 1} without the batch, or a bare {ndim}-D array)"
+        )
+    kind = ("bare", "unbatched", "batched")[len(shape) - ndim]
+    channels = 1 if kind == "bare" else shape[-1] if channels_last else shape[-ndim - 1]
+    return _activation_form(ndim, kind, channels_last), channels
+
+
+def check_needs(function: str, needs: Any) -> tuple[str, ...]:
+    """The gradients that a backward function was asked for."""
+    names = (needs,) if isinstance(needs, str) else tuple(needs)
+    for name in names:
+        check_choice(function, "needs", name, ("input", "weight", "bias"))
+    return names

@@ -1,0 +1,27 @@
+"""One test body, every backend: the `backend` fixture runs a test on the CPU and on CUDA.
+
+Without a GPU, CUDA means Numba's simulator, which needs its environment variable before numba is imported, hence here.
+`FASTCONV_TEST_GPU=1` runs the same tests on a real GPU instead.
+"""
+
+import os
+
+if os.environ.get("FASTCONV_TEST_GPU") != "1":
+    os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
+# More threads than cores, so that the tests of determinism have seven to split over on any machine.
+os.environ.setdefault("NUMBA_NUM_THREADS", "7")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """The backend to pass to the function under test."""
+    return request.param
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers that are the same in every run, and differ from test to test."""
+    return np.random.default_rng(sum(request.node.name.encode()))
