@@ -1,0 +1,64 @@
+# Each target stands alone: on its first run it makes a virtual environment and installs what it needs.
+#
+#   make demo        train a small network on handwritten digits
+#   make test        the tests that need neither a GPU nor the CUDA toolkit
+#   make test-slow   the tests marked slow
+#   make test-cuda   compile the CUDA kernels and inspect their machine code (no GPU needed)
+#   make lint        ruff and mypy
+#   make clean       remove the virtual environments and caches
+#
+# PYTHON=python3.12 chooses the interpreter; ARGS="..." goes to the demo or to pytest.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+VENV_CUDA := .venv-cuda
+
+.PHONY: demo test test-slow test-cuda lint clean
+
+demo: $(VENV)/.installed-demo
+	$(VENV)/bin/python -m fastconv demo $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-slow: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -m "slow and not codegen" $(ARGS)
+
+test-cuda: $(VENV_CUDA)/.installed-cuda
+	$(VENV_CUDA)/bin/python -m pytest -m "codegen and not slow" tests/test_cuda_codegen.py $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m ruff check
+	$(VENV)/bin/python -m mypy
+
+clean:
+	rm -rf $(VENV) $(VENV_CUDA) build fastconv.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# A stamp per set of extras, older than pyproject.toml when that has changed: a second run installs nothing.
+EXTRAS_demo := demo
+EXTRAS_test := demo,test
+EXTRAS_dev := dev
+EXTRAS_cuda := cuda-dev
+
+define install
+	@echo "installing fastconv[$(EXTRAS_$*)] into $(@D)"
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS_$*)]"
+	@touch $@
+endef
+
+$(VENV)/.installed-%: pyproject.toml | $(VENV)/.created
+	$(install)
+
+$(VENV_CUDA)/.installed-%: pyproject.toml | $(VENV_CUDA)/.created
+	$(install)
+
+$(VENV)/.created $(VENV_CUDA)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	    echo 'fastconv needs Python 3.11, 3.12 or 3.13, but PYTHON=$(PYTHON) is' \
+	        "$$($(PYTHON) --version 2>&1 || true)."; \
+	    echo 'Name another interpreter, for example: make $(MAKECMDGOALS) PYTHON=python3.12'; \
+	    exit 1; } >&2
+	$(PYTHON) -m venv $(@D)
+	@touch $@
