@@ -1,0 +1,118 @@
+"""Compile CUDA kernels without a GPU, exactly as a launch would, and read the machine code.
+
+A launch of numba-cuda compiles LTO-IR for the device's architecture (sm_90a, not sm_90, on Hopper) and links it with
+nvJitLink. `compile_for_launch` takes the same path with two private functions replaced, those that ask the device for
+its architecture; numba-cuda is pinned. `inspect_code` reads registers, stack, shared and local memory, and the opcodes.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import re
+import subprocess
+import tempfile
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+# What a kernel must not use: memory of its own (spilled registers, arrays on the stack) and, unless it computes in
+# float64, instructions of the float64 unit, which is slow or absent on most GPUs.
+LOCAL_MEMORY = re.compile(r"(LDL|STL)\b")
+FLOAT64 = re.compile(r"(DADD|DMUL|DFMA|DSETP|DMNMX|MUFU\.\w*64H?|F2F\.F64|F2F\.\w+\.F64|F2I\.\S*F64|I2F\.F64)\b")
+
+# Static shared memory a kernel may ask for on every architecture, and what Hopper and later reserve per block.
+SHARED_LIMIT = 48 * 1024
+RESERVED_SHARED = 1024
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """One kernel for one architecture."""
+
+    registers: int
+    stack: int
+    shared: int
+    local: int
+    opcodes: collections.Counter[str]
+
+    def count(self, pattern: re.Pattern[str]) -> int:
+        return sum(n for opcode, n in self.opcodes.items() if pattern.match(opcode))
+
+    def complaints(self, *, registers: int, float64: bool) -> list[str]:
+        """What this kernel does that it must not; `registers` is its budget, `float64` says whether it may use them."""
+        found = []
+        if self.registers > registers:
+            found.append(f"{self.registers} registers (budget {registers})")
+        if self.stack or self.local:
+            found.append(f"{self.stack} bytes of stack and {self.local} of local memory")
+        if spills := self.count(LOCAL_MEMORY):
+            found.append(f"{spills} loads and stores of local memory")
+        if self.shared > SHARED_LIMIT + RESERVED_SHARED:
+            found.append(f"{self.shared} bytes of shared memory")
+        if not float64 and (leaks := sorted(op for op in self.opcodes if FLOAT64.match(op))):
+            found.append(f"float64 instructions {', '.join(leaks)}")
+        return found
+
+
+@contextlib.contextmanager
+def pretended_device(architecture: tuple[int, int]) -> Iterator[None]:
+    """Let numba-cuda believe that the current device is of this compute capability."""
+    from numba.cuda import codegen, dispatcher
+
+    # what numba-cuda makes of a real device's capability: the architecture-specific code from Hopper on
+    target = (*architecture, "a" if architecture >= (9, 0) else "")
+    asked, ensured = dispatcher.get_current_device, codegen.CUDACodeLibrary._ensure_cc
+    dispatcher.get_current_device = lambda: types.SimpleNamespace(compute_capability=architecture)
+    codegen.CUDACodeLibrary._ensure_cc = lambda self, cc: target if cc is None else cc
+    try:
+        yield
+    finally:
+        dispatcher.get_current_device, codegen.CUDACodeLibrary._ensure_cc = asked, ensured
+
+
+def compile_for_launch(kernel: Any, signature: tuple[Any, ...], architecture: tuple[int, int]) -> tuple[Any, bytes]:
+    """Return numba-cuda's compiled kernel and its cubin for a ``@cuda.jit`` function and the types of its arguments."""
+    from numba.cuda import dispatcher
+
+    with pretended_device(architecture):
+        compiled = dispatcher._Kernel(kernel.py_func, signature, **kernel.targetoptions)
+        return compiled, compiled._codelibrary.get_cubin().code
+
+
+def narrow_integers(compiled: Any) -> set[str]:
+    """The integer types of a compiled kernel's variables that cannot count more than 2**31 elements.
+
+    Unsigned types of up to 32 bits are not counted: the kernels handle the bits of floating-point numbers with them.
+    """
+    from numba import types
+
+    kinds = compiled._type_annotation.typemap.values()
+    integers = {k for k in kinds if isinstance(k, types.Integer) and not isinstance(k, types.Literal)}
+    return {str(k) for k in integers if k.signed and k.bitwidth < 64}
+
+
+def inspect_code(cubin: bytes) -> MachineCode:
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", _run("cuobjdump", "-res-usage", cubin))
+    if usage is None:
+        raise RuntimeError("cuobjdump -res-usage says nothing of the kernel's resources")
+    return MachineCode(*map(int, usage.groups()), opcodes(_run("nvdisasm", "-c", cubin)))
+
+
+def opcodes(sass: str) -> collections.Counter[str]:
+    """Count the opcodes of a disassembly, leaving out predicates and operands."""
+    instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+    return collections.Counter(match[1] for match in map(instruction.search, sass.splitlines()) if match)
+
+
+def _run(tool: str, option: str, cubin: bytes) -> str:
+    from cuda.pathfinder import find_nvidia_binary_utility
+
+    path = find_nvidia_binary_utility(tool)
+    if path is None:
+        raise RuntimeError(f"{tool} is not installed (expected from the cuda-dev extra)")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([path, option, file.name], capture_output=True, text=True, check=True).stdout
