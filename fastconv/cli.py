@@ -143,8 +143,8 @@ def _facts() -> Iterator[tuple[str, str]]:
     features = sorted(name for name, on in llvm.get_host_cpu_features().items() if on and name.startswith(SIMD))
     yield "cpu", llvm.get_host_cpu_name()
     yield "cpu features", " ".join(features) or "none known"
-    yield "threads", str(get_num_threads())
     yield "threading layer", threads.load_layer()
+    yield "threads", str(get_num_threads())
     yield "cache", _cache_folder()
 
 

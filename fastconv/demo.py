@@ -328,7 +328,8 @@ def run(
         rng = np.random.default_rng(seed)
         data = task.load(rng)
         layers = task.network(rng)
-        console.print(f"[bold]{task.title}[/]: {len(data.train_images)} to train on, {len(data.test_images)} to test")
+        sizes = f"{len(data.train_images)} to train on, {len(data.test_images)} to test"
+        console.print(f"[bold]{task.title}[/]: {sizes}", soft_wrap=True)
 
         start = time.perf_counter()
         with console.status("Compiling the kernels (the first run only; then they come from the cache)"):
@@ -382,10 +383,11 @@ def _train_and_show(
 
 
 def _report(result: Result, console: Any) -> None:
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    kernels = Table("kernel", title="time per kernel", title_justify="left")
-    for title in ("calls", "ms per call", "seconds", "of training"):
+    kernels = Table("time per kernel", box=SIMPLE)
+    for title in ("calls", "ms/call", "seconds", "share"):
         kernels.add_column(title, justify="right")
     for name, seconds in result.timed.seconds.most_common():
         calls = result.timed.calls[name]
@@ -393,8 +395,8 @@ def _report(result: Result, console: Any) -> None:
         kernels.add_row(name, str(calls), f"{1e3 * seconds / calls:.3f}", f"{seconds:.2f}", f"{share:.0%}")
     console.print(kernels)
 
-    check = Table("parameter", title="gradients against finite differences (float64)", title_justify="left")
-    check.add_column("relative difference", justify="right")
+    check = Table("gradient", box=SIMPLE)
+    check.add_column("relative difference from finite differences (float64)", justify="right")
     for name, error in result.gradient_errors.items():
         check.add_row(name, f"{error:.1e}")
     console.print(check)

@@ -1,0 +1,33 @@
+"""Every example of the README and of the public docstrings runs and prints what it shows."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("module", ["backends", "conv", "loss", "reference"])
+def test_docstring_examples(module):
+    results = doctest.testmod(importlib.import_module(f"fastconv.{module}"), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
+def test_readme_examples(block):
+    if "import cupy" in block:
+        pytest.importorskip("cupy", reason="CuPy is not installed (it needs a GPU)")
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", README)
+    assert links
+    assert [link for link in links if not (Path(__file__).parents[1] / link).exists()] == []

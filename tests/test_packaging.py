@@ -1,0 +1,96 @@
+"""What is installed, and what importing it costs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastconv as fc
+
+ROOT = Path(__file__).parents[1]
+
+# What `import fastconv` must not import: it neither compiles anything nor touches CUDA, and it needs no extra.
+NOT_IMPORTED = ("fastconv.cpu", "fastconv.cuda_kernels", "llvmlite", "matplotlib", "ml_dtypes", "numba", "rich",
+                "sklearn", "torch")  # fmt: skip
+
+
+def python(code: str, cwd: Path, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, cwd=cwd, env=os.environ | environment, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def imported_by(code: str, cwd: Path) -> list[str]:
+    return python(f"import sys; {code}; print(*(name for name in {NOT_IMPORTED} if name in sys.modules))", cwd).split()
+
+
+def test_importing_fastconv_compiles_nothing_and_touches_no_cuda(tmp_path):
+    assert imported_by("import fastconv", tmp_path) == []
+
+
+def test_the_import_test_can_fail(tmp_path):
+    assert imported_by("import fastconv, numba", tmp_path) == ["llvmlite", "numba"]
+
+
+def test_the_installed_package_has_its_cuda_kernels(tmp_path):
+    assert python("import fastconv.cuda_kernels as kernels; print(len(kernels.__path__))", tmp_path) == "1"
+
+
+def test_no_top_level_package_is_called_cuda_kernels(tmp_path):
+    code = "import importlib.util; print(importlib.util.find_spec('cuda_kernels'))"
+    assert python(code, tmp_path) == "None"
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel, built from a copy of the sources so that the working tree stays clean."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("fastconv", "cuda_kernels", "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    python("from setuptools import build_meta; build_meta.build_wheel('dist')", source)
+    (built,) = (source / "dist").glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_every_module_and_nothing_else(wheel):
+    expected = {f"fastconv/{path.relative_to(ROOT / 'fastconv')}" for path in (ROOT / "fastconv").rglob("*.py")}
+    expected |= {f"fastconv/{path.relative_to(ROOT)}" for path in (ROOT / "cuda_kernels").rglob("*.py")}
+    expected |= {"fastconv/py.typed"}
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name for name in archive.namelist() if ".dist-info/" not in name} == expected
+
+
+def test_the_wheel_imports_without_the_repository(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = "import fastconv, fastconv.cuda_kernels as kernels; print(fastconv.__file__); print(kernels.__file__)"
+    for line in python(code, tmp_path, PYTHONPATH=str(tmp_path / "site")).splitlines():
+        assert Path(line).is_relative_to(tmp_path / "site")
+
+
+def test_the_version_is_one():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == fc.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(r"^## (\S+)", changelog, re.MULTILINE)[1] == fc.__version__
+
+
+def test_public_names_are_listed_and_documented():
+    public = {
+        name for name, value in vars(fc).items() if not name.startswith("_") and type(value) is not type(fc)
+    }  # fmt: skip
+    assert set(fc.__all__) - {"__version__"} == public
+    assert [name for name in public if not getattr(fc, name).__doc__] == []
