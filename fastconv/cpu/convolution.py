@@ -13,7 +13,9 @@ import numpy as np
 from numba import prange, types
 
 from ..geometry import ConvGeometry
+from . import contraction
 from .jit import array_of, kernel, output_of
+from .threads import get_num_threads
 
 _size3 = types.UniTuple(types.int64, 3)
 _table = array_of(types.int64, 1)
@@ -37,50 +39,86 @@ def _through_float32(operation: Callable[..., None]) -> Callable[..., None]:
     return converting
 
 
+def _elements(array: np.ndarray) -> tuple[int, ...]:
+    """Strides in elements."""
+    return tuple(step // array.itemsize for step in array.strides)
+
+
+def _readable(array: np.ndarray) -> np.ndarray:
+    """The array itself, or a copy if its elements do not lie at multiples of their size (a field of a record)."""
+    if array.flags.aligned and not any(step % array.itemsize for step in array.strides):
+        return array
+    return np.ascontiguousarray(array)
+
+
+def _into_writable(operation: Callable[..., None]) -> Callable[..., None]:
+    """Let an operation fill an `out` whose elements do not lie at multiples of their size, by way of one that does."""
+
+    @functools.wraps(operation)
+    def writing(*arguments):
+        *inputs, out = arguments
+        whole = _readable(out)
+        operation(*inputs, whole)
+        if whole is not out:
+            out[...] = whole
+
+    return writing
+
+
+def _axes(geometry: ConvGeometry) -> tuple[contraction.Axis, ...]:
+    return tuple(
+        contraction.Axis(*fields)
+        for fields in zip(
+            geometry.output_size, geometry.kernel_size, geometry.stride, geometry.dilation,
+            geometry.input_coordinates, geometry.pad_before, geometry.input_size, strict=True,
+        )
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_plan(
+    geometry: ConvGeometry, dtype: np.dtype, x: tuple[int, ...], y: tuple[int, ...], workers: int
+) -> tuple[contraction.Blocks, contraction.Plan]:
+    axes = _axes(geometry)
+    in_place = contraction.can_stay_in_place(axes, x, y)
+    blocks = contraction.make_blocks(
+        dtype, geometry.groups, geometry.out_channels_per_group, geometry.in_channels_per_group, axes, in_place
+    )
+    zeros = geometry.padding_mode == "zeros"
+    return blocks, contraction.plan_correlation(dtype, geometry.batch, blocks, axes, x, y, zeros, in_place, workers)
+
+
+def _pack_forward(blocks: contraction.Blocks, weight: np.ndarray) -> np.ndarray:
+    """Rows are output channels, and the reduction is (input channel, tap)."""
+    row, channel, *taps = _elements(weight)
+    tap_offset = _offsets(weight.shape[2:], taps)
+    return contraction.pack_weights(
+        blocks, weight.dtype, contraction._address(weight), blocks.rows * row, row, channel, tap_offset
+    )
+
+
+def _offsets(shape: tuple[int, ...], steps: list[int]) -> np.ndarray:
+    """Offset of every element of a small array of these strides, in order."""
+    offsets = np.zeros(1, np.int64)
+    for n, step in zip(shape, steps, strict=True):
+        offsets = (offsets[:, None] + np.arange(n) * step).ravel()
+    return offsets
+
+
 @_through_float32
+@_into_writable
 def forward(
     geometry: ConvGeometry, input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, relu: bool, out: np.ndarray
 ) -> None:
     """out = input convolved with weight, plus bias, through max(0, .) if relu."""
-    if bias is None:
-        bias = np.zeros(geometry.out_channels, out.dtype)
-    forward_kernel[out.dtype](
-        input, weight, bias, relu, *geometry.input_coordinates, geometry.stride, geometry.dilation, out
-    )
-
-
-@kernel(
-    lambda real: types.void(
-        array_of(real, 5), array_of(real, 5), array_of(real, 1), types.boolean, _table, _table, _table, _size3, _size3,
-        output_of(real, 5),
-    )  # fmt: skip
-)
-def forward_kernel(x, w, bias, relu, source_d, source_h, source_w, stride, dilation, y):
-    batch, out_channels, out_d, out_h, out_w = y.shape
-    _, per_group, kernel_d, kernel_h, kernel_w = w.shape
-    out_per_group = out_channels * per_group // x.shape[1]
-    zero = x.dtype.type(0)
-    for task in prange(batch * out_channels):
-        n, o = divmod(np.int64(task), out_channels)
-        first = o // out_per_group * per_group  # the first input channel of this group
-        for d in range(out_d):
-            for h in range(out_h):
-                for v in range(out_w):
-                    total = bias[o]
-                    for c in range(per_group):
-                        for i in range(kernel_d):
-                            xd = source_d[d * stride[0] + i * dilation[0]]
-                            for j in range(kernel_h):
-                                xh = source_h[h * stride[1] + j * dilation[1]]
-                                for k in range(kernel_w):
-                                    xw = source_w[v * stride[2] + k * dilation[2]]
-                                    # a zero of the padding is a value like any other: it is multiplied, not skipped
-                                    inside = xd >= 0 and xh >= 0 and xw >= 0
-                                    value = x[n, first + c, xd, xh, xw] if inside else zero
-                                    total += w[o, c, i, j, k] * value
-                    if relu and total < zero:
-                        total = zero
-                    y[n, o, d, h, v] = total
+    if out.size == 0:
+        return
+    input, weight = _readable(input), _readable(weight)
+    blocks, plan = _forward_plan(geometry, out.dtype, _elements(input), _elements(out), get_num_threads())
+    packed = _pack_forward(blocks, weight)
+    if bias is not None:
+        bias = np.ascontiguousarray(bias)
+    contraction.correlate(plan, input, packed, out, bias, relu, False)
 
 
 @_through_float32

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -42,13 +43,21 @@ class Kernel:
         self.signature = signature
 
     @functools.cache  # noqa: B019 - kernels live as long as the module
-    def _compiled(self, dtype: np.dtype, parallel: bool) -> Callable[..., None]:
+    def compiled(self, dtype: np.dtype | None = None, parallel: bool = True) -> Callable[..., None]:
+        """The kernel for one floating-point type (None: it has no use for one), as parallel or serial loops."""
         threads.load_layer()
-        signature = self.signature(REAL[dtype])
-        return numba.njit(signature, parallel=parallel, **OPTIONS)(self.function)
+        signature = self.signature(REAL.get(dtype))
+        function = self.function
+        if not parallel:
+            # Numba's cache tells functions apart by name and code, not by options: without a name of its own the
+            # serial version would be found in place of the parallel one.
+            function = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_serial")
+            function.__qualname__ = function.__name__
+            function.__module__ = self.function.__module__
+        return numba.njit(signature, parallel=parallel, **OPTIONS)(function)
 
     def __getitem__(self, dtype: np.dtype) -> Callable[..., None]:
-        compiled = self._compiled(dtype, threads.parallel_allowed())
+        compiled = self.compiled(dtype, threads.parallel_allowed())
 
         def run(*arguments: Any) -> None:
             with threads.exclusive():

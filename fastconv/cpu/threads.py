@@ -83,6 +83,7 @@ def set_num_threads(n: int) -> None:
 
 
 def get_num_threads() -> int:
+    load_layer()  # before Numba starts its threads by itself to answer
     n, mask = getattr(_local, "asked", (0, 0))
     now = numba.get_num_threads()
     return n if now == mask else now

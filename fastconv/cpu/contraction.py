@@ -1,0 +1,592 @@
+"""The convolution engine: every pass of a convolution as the same blocked matrix product.
+
+    out[i, j] += sum over r of A[i, r] * B[r, j]
+
+    pass              rows i              reduction r                      columns j
+    forward           output channels     (channel, tap)                   output pixels
+    input gradient    input channels      (output channel, tap of phase)   input pixels of the phase
+    weight gradient   (channel, tap)      output pixels                    output channels
+
+`correlate` is the first two. Its columns are consecutive pixels of the flattened (batch, depth, height, width) index of
+the output, so the ends of short rows cost nothing. A task is a range of pixels and of output channels. For one block of
+channels at a time it copies the input rows its pixels need, with their halo, into the *slab* (this is where stride,
+padding and any memory layout are absorbed: rows are split by phase of the stride, so that consecutive pixels are
+consecutive in memory), then for each tap the `columns` values of a group of pixels into a *panel* [r][columns], and
+multiplies the panel with the packed weights [r][rows] by the microkernel `simd.contract`. There is no im2col of the
+image: slab and panels stay in the cache of the core.
+
+The reduction is cut into blocks whose size depends only on the number of channels and taps, and each block is one chain
+of multiply-adds: an output element has the same bits for any split into tasks, any number of threads and any batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from . import simd, tasks, threads
+
+# Blocking, in bytes. A panel block is read once per panel of output channels from L1 (32 KiB) or just beyond; a group
+# of panels and a block of weights share L2. Measured flat within 3 % around these values.
+PANEL_BYTES = 24 * 1024
+GROUP_BYTES = 96 * 1024
+WEIGHT_BYTES = 256 * 1024
+SLAB_BYTES = 384 * 1024
+
+# Parameters of the `correlate` body (int64, in this order).
+(
+    X, W, Y, BIAS, RELU, ADD,
+    X_N, X_C, X_D, X_H, X_W, Y_N, Y_O, Y_D, Y_H, Y_W,
+    OUT_D, OUT_H, OUT_W, PIXELS, ROW_CHANNELS, CHANNELS,
+    TAPS, KERNEL_D, SPAN_H, SPAN_W, STRIDE_D, STRIDE_H, STRIDE_W, DILATION_D,
+    SOURCE_D, SOURCE_H, SOURCE_W, PADDED_W, BEFORE_W, SIZE_W, ZEROS, PADDED,
+    TAP_OFFSET, BLOCK_CHANNELS, BLOCK_TAPS, PANELS, PIXEL_TASKS, CHUNK, CHUNKS, ROW_TASKS, GROUP, WEIGHT_PANELS,
+    IN_PLACE, EXTENT, PLANE, SEGMENTS, SEGMENT_ROWS, PHASE_PITCH, ROW_PITCH, CHANNEL_PITCH,
+    SLAB_SIZE, PANEL_SIZE, TABLE_BYTES, END,
+) = range(tasks.FIRST, tasks.FIRST + 60)  # fmt: skip
+
+_jit = njit(error_model="numpy", nogil=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the image into the slab
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _copy_row(row, phase_pitch, source, step, stride, count, first):
+    """Elements 0 .. count of `source` (`step` apart) become the padded coordinates first .. first + count of `row`.
+
+    Padded coordinate u lies at (u % stride) * phase_pitch + u // stride.
+    """
+    lanes = simd.lanes(row)
+    if step == 1 and stride == 1 and count >= lanes:
+        target = simd.offset(row, first)
+        i = 0
+        while i + lanes <= count:
+            simd.copy_vector(simd.offset(target, i), simd.offset(source, i))
+            i += lanes
+        if i < count:  # the last vector overlaps the one before
+            simd.copy_vector(simd.offset(target, count - lanes), simd.offset(source, count - lanes))
+        return
+    i = 0
+    if step == 1 and stride == 2:
+        even = first % 2 * phase_pitch + first // 2
+        odd = (first + 1) % 2 * phase_pitch + (first + 1) // 2
+        while i + 2 * lanes <= count:
+            half = i // 2
+            simd.split_pairs(simd.offset(row, even + half), simd.offset(row, odd + half), simd.offset(source, i))
+            i += 2 * lanes
+    u = first + i
+    phase, place = u % stride, u // stride
+    while i < count:
+        row[phase * phase_pitch + place] = source[i * step]
+        i += 1
+        phase += 1
+        if phase == stride:
+            phase = 0
+            place += 1
+
+
+@_jit
+def _fill_slab(p, slab, x, channels, first_row, last_row, first_u):
+    """Copy the input rows that output rows first_row .. last_row need, of `channels` channels from `x` on.
+
+    An output row is one (batch, depth, height). Those of one (batch, depth) are a segment, whose input rows lie
+    together: [channel][segment][depth tap][row]. `first_u` is the padded coordinate that the slab rows begin with.
+    """
+    out_d, out_h = p[OUT_D], p[OUT_H]
+    step, stride = p[X_W], p[STRIDE_W]
+    source_d, source_h = simd.at(p, p[SOURCE_D]), simd.at(p, p[SOURCE_H])
+    source_w = simd.at(p, p[SOURCE_W])
+    phase_pitch, row_pitch = p[PHASE_PITCH], p[ROW_PITCH]
+    low = max(p[BEFORE_W], first_u)  # padded coordinates that are input elements: low .. high
+    high = min(p[BEFORE_W] + p[SIZE_W], first_u + row_pitch)
+    end = min(p[PADDED_W], first_u + row_pitch)
+    first_segment, last_segment = first_row // out_h, (last_row - 1) // out_h
+    for segment in range(first_segment, last_segment + 1):
+        n, d = segment // out_d, segment % out_d
+        h = max(first_row, segment * out_h) - segment * out_h
+        h_end = min(last_row, (segment + 1) * out_h) - segment * out_h
+        rows = (h_end - 1 - h) * p[STRIDE_H] + p[SPAN_H]
+        for i in range(p[KERNEL_D]):
+            from_d = source_d[d * p[STRIDE_D] + i * p[DILATION_D]]
+            place = ((segment - first_segment) * p[KERNEL_D] + i) * p[SEGMENT_ROWS]
+            for r in range(rows):
+                from_h = source_h[h * p[STRIDE_H] + r]
+                if from_d < 0 or from_h < 0 or r % p[STRIDE_H] >= p[SPAN_H]:
+                    continue  # zeros, written once for the task; or rows between the windows
+                source = simd.offset(x, n * p[X_N] + from_d * p[X_D] + from_h * p[X_H])
+                row = simd.offset(slab, (place + r) * row_pitch)
+                for c in range(channels):
+                    if high > low:
+                        _copy_row(
+                            row, phase_pitch, simd.offset(source, (low - p[BEFORE_W]) * step), step, stride,
+                            high - low, low - first_u,
+                        )  # fmt: skip
+                    if not p[ZEROS]:
+                        for u in range(first_u, end):
+                            if u < low or u >= high:
+                                v = u - first_u
+                                row[v % stride * phase_pitch + v // stride] = source[source_w[u] * step]
+                    source = simd.offset(source, p[X_C])
+                    row = simd.offset(row, p[CHANNEL_PITCH])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the slab into panels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _find_segments(p, table, pixel, end, first_row, first_column):
+    """Split pixels pixel .. end at the ends of output rows; return the number of pieces.
+
+    Piece s has its length in table[3 s], its first column in table[3 s + 1], its place in the slab in table[3 s + 2].
+    """
+    out_h, out_w = p[OUT_H], p[OUT_W]
+    pieces = 0
+    column = 0
+    while pixel < end:
+        row = pixel // out_w
+        length = min(end, (row + 1) * out_w) - pixel
+        w = pixel - row * out_w
+        if p[IN_PLACE]:
+            place = row * p[X_N] + w
+        else:
+            segment = row // out_h - first_row // out_h
+            h = row % out_h - (first_row % out_h if segment == 0 else 0)
+            place = (segment * p[KERNEL_D] * p[SEGMENT_ROWS] + h * p[STRIDE_H]) * p[ROW_PITCH] + w - first_column
+        table[3 * pieces] = length
+        table[3 * pieces + 1] = column
+        table[3 * pieces + 2] = place
+        pieces += 1
+        column += length
+        pixel += length
+    return pieces
+
+
+@_jit
+def _pack_panel(p, panel, slab, table, pieces, channels, first_tap, last_tap, exact):
+    """panel[r][column] = the slab at that pixel, channel and tap, for the taps first_tap .. last_tap of each channel.
+
+    Pieces are copied by whole vectors, one after another from left to right: what a copy writes too much, the next one
+    overwrites. `exact` copies element by element: where whole vectors would read past the end of the input.
+    """
+    tap_offset = simd.at(p, p[TAP_OFFSET])
+    columns = simd.columns(panel)
+    lanes = simd.lanes(panel)
+    length, place = table[0], table[2]
+    for c in range(channels):
+        for tap in range(first_tap, last_tap):
+            source = simd.offset(slab, tap_offset[tap])
+            if exact:
+                for s in range(pieces):
+                    for i in range(table[3 * s]):
+                        panel[table[3 * s + 1] + i] = source[table[3 * s + 2] + i]
+            elif pieces == 1:
+                simd.copy_panel_row(panel, simd.offset(source, place))
+            elif pieces == 2:
+                simd.copy_panel_row(panel, simd.offset(source, place))
+                simd.copy_panel_row(simd.offset(panel, length), simd.offset(source, table[5]))
+            else:
+                for s in range(pieces):
+                    target = simd.offset(panel, table[3 * s + 1])
+                    piece = simd.offset(source, table[3 * s + 2])
+                    if table[3 * s] <= lanes // 2:
+                        simd.copy_half(target, piece)
+                    elif table[3 * s] <= lanes:
+                        simd.copy_vector(target, piece)
+                    else:
+                        simd.copy_panel_row(target, piece)
+            panel = simd.offset(panel, columns)
+        slab = simd.offset(slab, p[CHANNEL_PITCH])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the accumulators into the output
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _scatter(p, y, tile, table, pixel, end, rows, flags, bias):
+    """Store the tile [row][column] at pixels pixel .. end of `rows` output channels, of any strides."""
+    out_d, out_h, out_w = p[OUT_D], p[OUT_H], p[OUT_W]
+    columns = simd.columns(tile)
+    j = 0
+    while pixel < end:
+        row = pixel // out_w
+        length = min(end, (row + 1) * out_w) - pixel
+        n, d, h = row // out_h // out_d, row // out_h % out_d, row % out_h
+        place = n * p[Y_N] + d * p[Y_D] + h * p[Y_H] + (pixel - row * out_w) * p[Y_W]
+        for k in range(length):
+            table[j] = place + k * p[Y_W]
+            j += 1
+        pixel += length
+    for i in range(rows):
+        target = simd.offset(y, i * p[Y_O])
+        source = simd.offset(tile, i * columns)
+        for k in range(j):
+            value = source[k]
+            if flags & simd.ADD:
+                value += target[table[k]]
+            if flags & simd.BIAS:
+                value += bias[i]
+            if flags & simd.RELU and value < 0:
+                target[table[k]] = 0
+            else:
+                target[table[k]] = value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The task
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@tasks.Body
+def _correlate(task, worker, p, real):
+    scratch = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
+    panels = simd.offset(scratch, p[SLAB_SIZE])
+    tile = simd.offset(panels, p[PANEL_SIZE])
+    table = simd.at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[TABLE_BYTES])
+    columns = simd.columns(real)
+    out_w = p[OUT_W]
+
+    # what this task computes: channels first_panel .. last_panel of a group, pixels first .. last
+    part, rest = task % p[ROW_TASKS], task // p[ROW_TASKS]
+    block, group = rest % p[PIXEL_TASKS], rest // p[PIXEL_TASKS]
+    first_panel, last_panel = part * p[PANELS] // p[ROW_TASKS], (part + 1) * p[PANELS] // p[ROW_TASKS]
+    if p[CHUNKS]:  # long rows: a piece of one row
+        row, chunk = block // p[CHUNKS], block % p[CHUNKS]
+        first = row * out_w + chunk * p[CHUNK]
+        last = min(first + p[CHUNK], (row + 1) * out_w)
+        first_column = chunk * p[CHUNK]
+    else:
+        all_panels = (p[PIXELS] + columns - 1) // columns
+        first = block * all_panels // p[PIXEL_TASKS] * columns
+        last = min((block + 1) * all_panels // p[PIXEL_TASKS] * columns, p[PIXELS])
+        first_column = 0
+    first_row, last_row = first // out_w, (last - 1) // out_w + 1
+
+    x = simd.offset(simd.at(real, p[X]), group * p[CHANNELS] * p[X_C])
+    y = simd.offset(simd.at(real, p[Y]), group * p[ROW_CHANNELS] * p[Y_O])
+    w = simd.offset(simd.at(real, p[W]), group * p[ROW_CHANNELS] * p[CHANNELS] * p[TAPS])
+    bias = simd.at(real, p[BIAS])
+    slab = scratch
+    if p[PADDED] and p[ZEROS]:
+        simd.fill_zero(slab, p[SLAB_SIZE])
+
+    reduced = 0  # how much of the reduction has been done
+    for c in range(0, p[CHANNELS], p[BLOCK_CHANNELS]):
+        channels = min(p[BLOCK_CHANNELS], p[CHANNELS] - c)
+        if p[IN_PLACE]:
+            slab = simd.offset(x, c * p[X_C])
+        else:
+            _fill_slab(
+                p, slab, simd.offset(x, c * p[X_C]), channels, first_row, last_row, first_column * p[STRIDE_W]
+            )
+        for tap in range(0, p[TAPS], p[BLOCK_TAPS]):
+            last_tap = min(tap + p[BLOCK_TAPS], p[TAPS])
+            depth = channels * (last_tap - tap)
+            flags = simd.ADD if reduced > 0 or p[ADD] else 0
+            if reduced + depth == p[CHANNELS] * p[TAPS]:
+                flags |= (simd.BIAS if p[BIAS] else 0) | (simd.RELU if p[RELU] else 0)
+            for start in range(first, last, p[GROUP] * columns):
+                stop = min(start + p[GROUP] * columns, last)
+                for pixel in range(start, stop, columns):
+                    end = min(pixel + columns, stop)
+                    pieces = _find_segments(p, table, pixel, end, first_row, first_column)
+                    exact = (
+                        p[IN_PLACE]
+                        and table[3 * pieces - 1] + (c + channels - 1) * p[X_C] + group * p[CHANNELS] * p[X_C] + columns
+                        > p[EXTENT]
+                    )
+                    panel = simd.offset(panels, (pixel - start) * depth)
+                    _pack_panel(p, panel, slab, table, pieces, channels, tap, last_tap, exact)
+                for panel_block in range(first_panel, last_panel, p[WEIGHT_PANELS]):
+                    panel_end = min(panel_block + p[WEIGHT_PANELS], last_panel)
+                    for pixel in range(start, stop, columns):
+                        end = min(pixel + columns, stop)
+                        panel = simd.offset(panels, (pixel - start) * depth)
+                        plane = p[PLANE]  # pixels of an output plane, 0 where they are not consecutive
+                        n = pixel // plane if plane else 0
+                        whole = plane and end - pixel == columns and end <= (n + 1) * plane
+                        for i in range(panel_block, panel_end):
+                            o = i * p[ROW_CHANNELS] // p[PANELS]
+                            rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o
+                            a = simd.offset(w, p[ROW_CHANNELS] * reduced + o * depth)
+                            channel_bias = simd.offset(bias, group * p[ROW_CHANNELS] + o)
+                            if whole:
+                                place = simd.offset(y, n * p[Y_N] + o * p[Y_O] + pixel - n * plane)
+                                simd.contract(rows, depth, a, panel, place, p[Y_O], flags, channel_bias)
+                            else:
+                                simd.contract(rows, depth, a, panel, tile, columns, 0, bias)
+                                _scatter(
+                                    p, simd.offset(y, o * p[Y_O]), tile, table, pixel, end, rows, flags, channel_bias
+                                )
+            reduced += depth
+
+
+@tasks.Body
+def _pack_weights(task, worker, p, real):
+    """Task = one panel of output channels of one group: [block of the reduction][panel][r][rows]."""
+    w, packed, tap_offset = simd.at(real, p[W]), simd.at(real, p[Y]), simd.at(p, p[TAP_OFFSET])
+    i, group = task % p[PANELS], task // p[PANELS]
+    o = i * p[ROW_CHANNELS] // p[PANELS]
+    rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o
+    packed = simd.offset(packed, group * p[ROW_CHANNELS] * p[CHANNELS] * p[TAPS])
+    w = simd.offset(w, group * p[X_N] + o * p[X_D])
+    reduced = 0
+    for c in range(0, p[CHANNELS], p[BLOCK_CHANNELS]):
+        channels = min(p[BLOCK_CHANNELS], p[CHANNELS] - c)
+        for tap in range(0, p[TAPS], p[BLOCK_TAPS]):
+            last_tap = min(tap + p[BLOCK_TAPS], p[TAPS])
+            depth = channels * (last_tap - tap)
+            target = simd.offset(packed, p[ROW_CHANNELS] * reduced + o * depth)
+            for k in range(c, c + channels):
+                for t in range(tap, last_tap):
+                    source = simd.offset(w, k * p[X_C] + tap_offset[t])
+                    for row in range(rows):
+                        target[row] = source[row * p[X_D]]
+                    target = simd.offset(target, rows)
+            reduced += depth
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planning
+# ---------------------------------------------------------------------------------------------------------------------
+
+Strides = tuple[int, int, int, int, int]
+
+_PIXELS_TO_FIT = 448  # output pixels whose input rows must fit the slab: enough to use each packed weight often
+_PANELS_PER_TASK = 28
+_LONG_ROW = 16  # panels in an output row from which a task is a piece of one row
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of a correlation: output position o and tap k read u = o * stride + k * dilation.
+
+    `source` says which input coordinate stands at u (-1: a zero); from `before` on, `size` elements long, that is
+    u - before.
+    """
+
+    out: int
+    taps: int
+    stride: int
+    dilation: int
+    source: np.ndarray
+    before: int
+    size: int
+
+    @property
+    def span(self) -> int:
+        return (self.taps - 1) * self.dilation + 1
+
+    def is_identity(self) -> bool:
+        return self.taps == self.stride == 1 and self.before == 0 and self.out == self.size
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the reduction over (channel, tap) and the rows are cut; this alone decides how weights are packed."""
+
+    groups: int
+    rows: int  # output channels in a group
+    channels: int  # input channels in a group
+    taps: int
+    block_channels: int
+    block_taps: int
+    panels: int  # panels of rows in a group
+
+    @property
+    def depth(self) -> int:
+        return self.block_channels * self.block_taps
+
+    @property
+    def packed_size(self) -> int:
+        return self.groups * self.rows * self.channels * self.taps
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def make_blocks(dtype: np.dtype, groups: int, rows: int, channels: int, axes: tuple[Axis, ...], in_place: bool) -> Blocks:
+    """Cut the reduction so that a panel stays in L1 and the slab of a few hundred pixels in L2.
+
+    It must depend on nothing but the shape of one sample: the cuts decide the bits of the result.
+    """
+    t = simd.tile(dtype.itemsize * 8)
+    taps = math.prod(a.taps for a in axes)
+    longest = max(8, PANEL_BYTES // (t.columns * dtype.itemsize))
+    if taps <= longest:
+        most = max(1, longest // taps)
+        if not in_place:
+            slab = _slab_shape(axes, min(_PIXELS_TO_FIT, math.prod(a.out for a in axes)), 1, t.columns)
+            most = min(most, max(1, SLAB_BYTES // (slab.channel * dtype.itemsize)))
+        block_channels, block_taps = _ceil(channels, _ceil(channels, most)), taps
+    else:
+        block_channels, block_taps = 1, _ceil(taps, _ceil(taps, longest))
+    return Blocks(groups, rows, channels, taps, block_channels, block_taps, _ceil(rows, t.rows))
+
+
+@dataclass(frozen=True)
+class _Slab:
+    chunk: int  # 0, or the pixels of a piece of a long row
+    segments: int
+    segment_rows: int
+    phase: int
+    row: int
+    channel: int
+
+
+def _slab_shape(axes: tuple[Axis, ...], pixels: int, images: int, columns: int) -> _Slab:
+    """The slab for any `pixels` consecutive output pixels of `images` images: its pitches, in elements."""
+    depth, height, width = axes
+    chunk = 0
+    if width.out >= _LONG_ROW * columns:
+        pieces = _ceil(width.out, _PANELS_PER_TASK * columns)
+        chunk = _ceil(_ceil(width.out, pieces), columns) * columns
+    rows = 1 if chunk else min(images * depth.out * height.out, (pixels + width.out - 2) // width.out + 1)
+    segments = min(images * depth.out, (rows + height.out - 2) // height.out + 1)
+    segment_rows = (min(height.out, rows) - 1) * height.stride + height.span
+    phase = _ceil(((chunk or width.out) - 1) * width.stride + width.span, width.stride)
+    row = phase * width.stride
+    return _Slab(chunk, segments, segment_rows, phase, row, segments * depth.taps * segment_rows * row)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about one `_correlate` call but the addresses."""
+
+    parameters: np.ndarray
+    tables: tuple[np.ndarray, ...]  # whose addresses stand in the parameters
+    tasks: int
+    scratch: int
+    flops: int
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def is_flat(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Are the pixels (D, H, W) of a plane evenly spaced in memory?"""
+    (d, h, w), (step_d, step_h, step_w) = shape, strides
+    return (h == 1 or step_h == w * step_w) and (d == 1 or step_d == h * w * step_w)
+
+
+def can_stay_in_place(axes: tuple[Axis, ...], x: Strides, y: Strides) -> bool:
+    """Is this a matrix product on the image as it lies in memory: kernel and stride 1, no padding, flat planes?"""
+    shape = tuple(a.out for a in axes)
+    return (
+        all(a.is_identity() for a in axes)
+        and (shape == (1, 1, 1) or x[4] == 1 or shape[2] == 1)
+        and is_flat(shape, x[2:])
+        and is_flat(shape, y[2:])
+        and min(x) >= 0
+    )
+
+
+def plan_correlation(
+    dtype: np.dtype, batch: int, blocks: Blocks, axes: tuple[Axis, ...], x: Strides, y: Strides, zeros: bool,
+    in_place: bool, workers: int,
+) -> Plan:  # fmt: skip
+    """Plan y[n, i, o] = sum over c, k of w[i, c, k] * x[n, c, u(o, k)], with strides of x and y in elements."""
+    t = simd.tile(dtype.itemsize * 8)
+    size = dtype.itemsize
+    if in_place:
+        flat = math.prod(a.out for a in axes)
+        one = Axis(1, 1, 1, 1, axes[0].source, 0, 1)
+        x = (x[0], x[1], 0, 0, 1)
+        y = (y[0], y[1], 0, 0, y[4] if axes[2].out > 1 else 1)
+        axes = (one, one, Axis(flat, 1, 1, 1, one.source, 0, flat))
+    depth, height, width = axes
+    plane = depth.out * height.out * width.out
+    pixels = batch * plane
+    all_panels = _ceil(pixels, t.columns)
+
+    per_task = min(_PANELS_PER_TASK, all_panels)
+    while True:
+        slab = _slab_shape(axes, per_task * t.columns, batch, t.columns)
+        if in_place or slab.chunk or per_task <= 4 or blocks.block_channels * slab.channel * size <= SLAB_BYTES:
+            break
+        per_task = _ceil(per_task, 2)
+    chunk = 0 if in_place else slab.chunk
+    if chunk:
+        chunks = _ceil(width.out, chunk)
+        pixel_tasks = batch * depth.out * height.out * chunks
+    else:
+        chunks = 0
+        pixel_tasks = _ceil(all_panels, per_task)
+        if blocks.groups * pixel_tasks < 4 * workers:  # smaller tasks, as long as packing stays a small part of them
+            pixel_tasks = max(pixel_tasks, min(_ceil(4 * workers, blocks.groups), all_panels // 8))
+    row_tasks = 1
+    if blocks.groups * pixel_tasks < workers:
+        row_tasks = min(blocks.panels, _ceil(workers, blocks.groups * pixel_tasks))
+
+    group = max(1, min(per_task if not chunk else _ceil(chunk, t.columns), GROUP_BYTES // (blocks.depth * t.columns * size)))
+    slab_size = 0 if in_place else _ceil(blocks.block_channels * slab.channel + 2 * t.columns, 16) * 16
+    panel_size = _ceil((group * blocks.depth + 1) * t.columns, 16) * 16
+    table_bytes = 3 * t.columns * 8
+    scratch = (slab_size + panel_size + t.rows * t.columns) * size + table_bytes
+
+    i, j, k = np.meshgrid(*(np.arange(a.taps, dtype=np.int64) for a in axes), indexing="ij")
+    column = k * width.dilation
+    tap_offset = (
+        (i * slab.segment_rows + j * height.dilation) * slab.row
+        + column % width.stride * slab.phase + column // width.stride
+    ).ravel()  # fmt: skip
+    if in_place:
+        tap_offset = np.zeros(1, np.int64)
+    tables = (depth.source, height.source, width.source, tap_offset)
+
+    padded = any(a.before != 0 or (a.out - 1) * a.stride + a.span > a.size for a in axes)
+    parameters = np.zeros(END, np.int64)
+    parameters[X_N:] = (
+        *x, *y, depth.out, height.out, width.out, pixels, blocks.rows, blocks.channels, blocks.taps, depth.taps,
+        height.span, width.span, depth.stride, height.stride, width.stride, depth.dilation,
+        _address(depth.source), _address(height.source), _address(width.source), len(width.source), width.before,
+        width.size, zeros, padded, _address(tap_offset), blocks.block_channels, blocks.block_taps, blocks.panels,
+        pixel_tasks, chunk, chunks, row_tasks, group, max(1, WEIGHT_BYTES // (t.rows * blocks.depth * size)),
+        in_place, (batch - 1) * x[0] + (blocks.groups * blocks.channels - 1) * x[1] + plane if in_place else 0,
+        plane if y[4] == 1 and is_flat((depth.out, height.out, width.out), y[2:]) else 0,
+        slab.segments, slab.segment_rows, slab.phase, slab.row, 0 if in_place else slab.channel, slab_size,
+        panel_size, table_bytes,
+    )  # fmt: skip
+    if in_place:
+        parameters[CHANNEL_PITCH] = x[1]
+    flops = 2 * pixels * blocks.rows * blocks.groups * blocks.channels * blocks.taps
+    return Plan(parameters, tables, blocks.groups * pixel_tasks * row_tasks, scratch, flops)
+
+
+def correlate(
+    plan: Plan, x: np.ndarray, packed: np.ndarray, y: np.ndarray, bias: np.ndarray | None, relu: bool, add: bool
+) -> None:
+    """Run a plan on arrays of the strides it was made for."""
+    parameters = plan.parameters.copy()
+    parameters[X : X_N] = (
+        _address(x), _address(packed), _address(y), 0 if bias is None else _address(bias), relu, add
+    )  # fmt: skip
+    tasks.run(_correlate, x.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
+
+
+def pack_weights(
+    blocks: Blocks, dtype: np.dtype, w: int, group_step: int, row_step: int, channel_step: int, tap_offset: np.ndarray
+) -> np.ndarray:
+    """Pack the weights at address `w` for `correlate`; the steps and tap offsets are in elements of memory."""
+    packed = np.empty(blocks.packed_size, dtype)
+    parameters = np.zeros(END, np.int64)
+    parameters[[W, Y, X_N, X_C, X_D, TAP_OFFSET]] = (
+        w, _address(packed), group_step, channel_step, row_step, _address(tap_offset)
+    )  # fmt: skip
+    parameters[[ROW_CHANNELS, CHANNELS, TAPS, BLOCK_CHANNELS, BLOCK_TAPS, PANELS]] = (
+        blocks.rows, blocks.channels, blocks.taps, blocks.block_channels, blocks.block_taps, blocks.panels
+    )  # fmt: skip
+    tasks.run(_pack_weights, dtype, blocks.groups * blocks.panels, parameters, 64, 40 * packed.size)
+    return packed

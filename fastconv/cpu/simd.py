@@ -1,0 +1,440 @@
+"""All LLVM of the package: the vector tile of this machine, the microkernels, and vector copies.
+
+Plain scalar loops do not keep a block of accumulators in vector registers; the functions here do, because they are
+written as LLVM vectors. They are generated for any element type, number of lanes, rows and vectors, as functions of
+their own (noinline, internal), and reach Numba code as intrinsics on typed pointers, which carry the element type.
+
+A *pointer* here is Numba's ``CPointer(float32)`` or ``CPointer(float64)``: indexing it neither wraps around nor checks.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_I1, _I8, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
+
+
+def _i64(n: int) -> ir.Constant:
+    return ir.Constant(_I64, n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tile
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the microkernels use the vector registers for one element type."""
+
+    lanes: int  # elements in a vector
+    vectors: int  # vectors in a row of the panel: `lanes * vectors` columns
+    rows: int  # most rows of accumulators: rows * vectors + vectors + 1 registers
+    gradient_vectors: int  # the same two for `accumulate_outer`, whose rows have an address each
+    gradient_rows: int
+    fma: bool  # without the instruction, llvm.fma is a library call, hundreds of times slower
+
+    @property
+    def columns(self) -> int:
+        return self.lanes * self.vectors
+
+
+@functools.cache
+def _features() -> tuple[str, frozenset[str]]:
+    """Architecture and features that Numba compiles for (NUMBA_CPU_NAME and NUMBA_CPU_FEATURES included)."""
+    from numba.core.registry import cpu_target
+
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return triple.partition("-")[0], frozenset(f[1:] for f in features.split(",") if f.startswith("+"))
+
+
+@functools.cache
+def tile(bits: int) -> Tile:
+    """The tile of this machine for elements of 32 or 64 bits.
+
+    14 x 2 vectors of AVX-512 take 28 + 2 + 1 of 32 registers, 6 x 2 of AVX and SSE 12 + 2 + 1 of 16, 8 x 3 of NEON
+    24 + 3 + 1 of 32. A multiply-add has a latency of 4 and two are started a cycle, so 8 accumulators would do; more
+    rows and columns mean fewer loads for each.
+    """
+    architecture, features = _features()
+    if architecture in ("aarch64", "arm64"):
+        return Tile(128 // bits, 3, 8, 3, 6, True)
+    if "avx512f" in features:
+        return Tile(512 // bits, 2, 14, 4, 6, True)
+    if "avx" in features:
+        return Tile(256 // bits, 2, 6, 2, 6, "fma" in features)
+    return Tile(128 // bits, 2, 6, 2, 6, "fma" in features)
+
+
+def _element(pointer: types.CPointer) -> ir.Type:
+    return ir.FloatType() if pointer.dtype == types.float32 else ir.DoubleType()
+
+
+def _tile_of(pointer: types.CPointer) -> Tile:
+    return tile(pointer.dtype.bitwidth)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _load(b: ir.IRBuilder, pointer: ir.Value, vector: ir.VectorType) -> ir.Value:
+    value = b.load(b.bitcast(pointer, vector.as_pointer()))
+    value.align = 4
+    return value
+
+
+def _store(b: ir.IRBuilder, value: ir.Value, pointer: ir.Value) -> None:
+    b.store(value, b.bitcast(pointer, value.type.as_pointer())).align = 4
+
+
+def _splat(b: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
+    vector = ir.VectorType(scalar.type, lanes)
+    one = b.insert_element(ir.Constant(vector, ir.Undefined), scalar, ir.Constant(_I32, 0))
+    return b.shuffle_vector(
+        one, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes)
+    )
+
+
+def _multiply_add(b: ir.IRBuilder, module: ir.Module, fma: bool, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    if not fma:
+        return b.fadd(b.fmul(x, y), z)
+    kind = "f32" if isinstance(x.type.element, ir.FloatType) else "f64"
+    function = cgutils.get_or_insert_function(
+        module, ir.FunctionType(x.type, [x.type] * 3), f"llvm.fma.v{x.type.count}{kind}"
+    )
+    return b.call(function, [x, y, z])
+
+
+def _internal(module: ir.Module, name: str, arguments: list[ir.Type]) -> tuple[ir.Function, bool]:
+    """A function of its own in this module, and whether it still needs a body."""
+    if name in module.globals:
+        return module.globals[name], False
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
+    function.linkage = "internal"
+    for attribute in ("noinline", "nounwind"):
+        function.attributes.add(attribute)
+    return function, True
+
+
+class _Loop:
+    """A counted loop `for k in range(start, stop)` that carries values: with start < stop, at least one turn."""
+
+    def __init__(self, b: ir.IRBuilder, name: str, stop: ir.Value, carried: list[ir.Value]) -> None:
+        self.b, self.stop, self.before = b, stop, b.block
+        self.head, self.done = b.append_basic_block(name), b.append_basic_block(name + ".done")
+        b.branch(self.head)
+        b.position_at_end(self.head)
+        self.k = b.phi(_I64)
+        self.k.add_incoming(_i64(0), self.before)
+        self.values = [b.phi(v.type) for v in carried]
+        for phi, v in zip(self.values, carried, strict=True):
+            phi.add_incoming(v, self.before)
+
+    def close(self, values: list[ir.Value]) -> None:
+        b = self.b
+        following = b.add(self.k, _i64(1))
+        self.k.add_incoming(following, b.block)
+        for phi, v in zip(self.values, values, strict=True):
+            phi.add_incoming(v, b.block)
+        b.cbranch(b.icmp_signed("<", following, self.stop), self.head, self.done)
+        b.position_at_end(self.done)
+
+
+def _switch(b: ir.IRBuilder, value: ir.Value, cases: dict[int, ir.Function], arguments: list[ir.Value]) -> None:
+    """Call cases[value](*arguments)."""
+    end = b.append_basic_block("called")
+    default = b.append_basic_block("no_case")
+    switch = b.switch(value, default)
+    for number, function in cases.items():
+        block = b.append_basic_block(f"case_{number}")
+        switch.add_case(_i64(number), block)
+        b.position_at_end(block)
+        b.call(function, arguments)
+        b.branch(end)
+    b.position_at_end(default)
+    b.branch(end)
+    b.position_at_end(end)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The microkernel
+# ---------------------------------------------------------------------------------------------------------------------
+
+ADD, BIAS, RELU = 1, 2, 4  # what the microkernel does as it stores, in this order
+
+
+def _contract_function(module: ir.Module, element: ir.Type, t: Tile, rows: int) -> ir.Function:
+    pointer = element.as_pointer()
+    function, new = _internal(
+        module, f"fastconv_contract_{element}_{rows}x{t.columns}",
+        [_I64, pointer, pointer, pointer, _I64, _I64, pointer],
+    )  # fmt: skip
+    if not new:
+        return function
+    depth, a, panel, c, pitch, flags, bias = function.args
+    for p in (a, panel, c):
+        p.add_attribute("noalias")
+    vector = ir.VectorType(element, t.lanes)
+    zero = ir.Constant(vector, [0.0] * t.lanes)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+
+    loop = _Loop(b, "depth", depth, [zero] * (rows * t.vectors))
+    a_k = b.gep(a, [b.mul(loop.k, _i64(rows))])
+    panel_k = b.gep(panel, [b.mul(loop.k, _i64(t.columns))])
+    columns = [_load(b, b.gep(panel_k, [_i64(j * t.lanes)]), vector) for j in range(t.vectors)]
+    sums = []
+    for i in range(rows):
+        row = _splat(b, b.load(b.gep(a_k, [_i64(i)])), t.lanes)
+        for j in range(t.vectors):
+            sums.append(_multiply_add(b, module, t.fma, row, columns[j], loop.values[i * t.vectors + j]))
+    loop.close(sums)
+
+    def step(flag: int, values: list[ir.Value], change) -> list[ir.Value]:
+        """`change(values)` where the flag is set."""
+        before, inside, after = b.block, b.append_basic_block("flag"), b.append_basic_block("next")
+        b.cbranch(b.icmp_signed("!=", b.and_(flags, _i64(flag)), _i64(0)), inside, after)
+        b.position_at_end(inside)
+        changed = change(values)
+        inside = b.block
+        b.branch(after)
+        b.position_at_end(after)
+        result = []
+        for old, new in zip(values, changed, strict=True):
+            phi = b.phi(old.type)
+            phi.add_incoming(old, before)
+            phi.add_incoming(new, inside)
+            result.append(phi)
+        return result
+
+    places = [
+        b.gep(c, [b.add(b.mul(pitch, _i64(i)), _i64(j * t.lanes))]) for i in range(rows) for j in range(t.vectors)
+    ]
+    sums = step(ADD, sums, lambda vs: [b.fadd(v, _load(b, p, vector)) for v, p in zip(vs, places, strict=True)])
+
+    def add_bias(values: list[ir.Value]) -> list[ir.Value]:
+        each = [_splat(b, b.load(b.gep(bias, [_i64(i)])), t.lanes) for i in range(rows)]
+        return [b.fadd(v, each[n // t.vectors]) for n, v in enumerate(values)]
+
+    sums = step(BIAS, sums, add_bias)
+    # v < 0 ? 0 : v, so that nan stays nan
+    sums = step(RELU, sums, lambda vs: [b.select(b.fcmp_ordered("<", v, zero), zero, v) for v in vs])
+    for value, place in zip(sums, places, strict=True):
+        _store(b, value, place)
+    b.ret_void()
+    return function
+
+
+@intrinsic
+def contract(typingctx, rows, depth, a, panel, c, pitch, flags, bias):
+    """The microkernel: C[i, j] = sum over k < depth of A[k, i] * B[k, j], for i < rows, j < tile columns.
+
+    `a` holds A packed as [k][rows], `panel` B as [k][columns]; both contiguous, depth >= 1, 1 <= rows <= tile rows.
+    Row i of C is the `columns` elements at ``c + i * pitch``. The sum over k runs from k = 0 upwards in one chain of
+    multiply-adds for each element, whatever the number of rows, so an element has the same bits in any tile. Then,
+    by `flags`: ADD adds what C held, BIAS adds bias[i], RELU replaces what is below zero by zero.
+    """
+    i = types.int64
+    signature = types.void(i, i, a, a, a, i, i, a)
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[2]), _tile_of(sig.args[2])
+        name = f"fastconv_contract_{element}_x{t.columns}"
+        pointer = element.as_pointer()
+        arguments = [_I64, pointer, pointer, pointer, _I64, _I64, pointer]
+        function, new = _internal(builder.module, name, [_I64, *arguments])
+        if new:
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            cases = {n: _contract_function(builder.module, element, t, n) for n in range(1, t.rows + 1)}
+            _switch(b, function.args[0], cases, list(function.args[1:]))
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _outer_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, vectors: int) -> ir.Function:
+    pointer, table = element.as_pointer(), _I64.as_pointer()
+    function, new = _internal(
+        module, f"fastconv_outer_{element}_{rows}x{vectors * t.lanes}",
+        [_I64, table, _I64, pointer, table, pointer, pointer],
+    )  # fmt: skip
+    if not new:
+        return function
+    runs, run_offset, length, a, row_offset, panel, c = function.args
+    for p in (a, panel, c):
+        p.add_attribute("noalias")
+    vector = ir.VectorType(element, t.lanes)
+    columns = vectors * t.lanes
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    places = [b.gep(c, [_i64(i * columns + j * t.lanes)]) for i in range(rows) for j in range(vectors)]
+    starts = [b.gep(a, [b.load(b.gep(row_offset, [_i64(i)]))]) for i in range(rows)]
+    outer = _Loop(b, "runs", runs, [_load(b, p, vector) for p in places])
+    offset = b.load(b.gep(run_offset, [outer.k]))
+    row = [b.gep(start, [offset]) for start in starts]
+    panel_run = b.gep(panel, [b.mul(outer.k, b.mul(length, _i64(columns)))])
+    inner = _Loop(b, "pixels", length, outer.values)
+    panel_k = b.gep(panel_run, [b.mul(inner.k, _i64(columns))])
+    values = [_load(b, b.gep(panel_k, [_i64(j * t.lanes)]), vector) for j in range(vectors)]
+    sums = []
+    for i in range(rows):
+        left = _splat(b, b.load(b.gep(row[i], [inner.k])), t.lanes)
+        for j in range(vectors):
+            sums.append(_multiply_add(b, module, t.fma, left, values[j], inner.values[i * vectors + j]))
+    inner.close(sums)
+    outer.close(sums)
+    for value, place in zip(sums, places, strict=True):
+        _store(b, value, place)
+    b.ret_void()
+    return function
+
+
+@intrinsic
+def accumulate_outer(typingctx, rows, vectors, runs, run_offset, length, a, row_offset, panel, c):
+    """The microkernel of the weight gradient: C[i, j] += sum over runs r and k < length of A_i[r, k] * B[r, k, j].
+
+    Row i of A is read in place, A_i[r, k] = a[row_offset[i] + run_offset[r] + k]: a run is a row of output pixels,
+    and the taps of the kernel are the same rows at other offsets, so nothing is packed. B is packed as
+    [r][k][columns], C as [rows][columns], columns = vectors * lanes. 1 <= rows <= gradient_rows,
+    1 <= vectors <= gradient_vectors, runs >= 1, length >= 1. The sum runs over r, then k, in one chain.
+    """
+    i = types.int64
+    table = types.CPointer(types.int64)
+    signature = types.void(i, i, i, table, i, a, table, a, a)
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[5]), _tile_of(sig.args[5])
+        pointer, table_type = element.as_pointer(), _I64.as_pointer()
+        arguments = [_I64, table_type, _I64, pointer, table_type, pointer, pointer]
+        function, new = _internal(builder.module, f"fastconv_outer_{element}", [_I64, *arguments])
+        if new:
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            cases = {
+                n * 8 + v: _outer_function(builder.module, element, t, n, v)
+                for n in range(1, t.gradient_rows + 1)
+                for v in range(1, t.gradient_vectors + 1)
+            }
+            _switch(b, function.args[0], cases, list(function.args[1:]))
+            b.ret_void()
+        builder.call(function, [builder.add(builder.mul(args[0], _i64(8)), args[1]), *args[2:]])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pointers and constants
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def at(typingctx, like, address):
+    """The pointer to `address`, an integer, of the type of the pointer `like`."""
+
+    def codegen(context, builder, sig, args):
+        return builder.inttoptr(args[1], context.get_value_type(sig.return_type))
+
+    return like(like, types.int64), codegen
+
+
+@intrinsic
+def offset(typingctx, pointer, elements):
+    """The pointer `elements` further on."""
+
+    def codegen(context, builder, sig, args):
+        return builder.gep(args[0], [args[1]])
+
+    return pointer(pointer, types.int64), codegen
+
+
+def _tile_constant(field: str):
+    @intrinsic
+    def constant(typingctx, like):
+        def codegen(context, builder, sig, args):
+            return _i64(getattr(_tile_of(sig.args[0]), field))
+
+        return types.int64(like), codegen
+
+    return constant
+
+
+lanes = _tile_constant("lanes")
+columns = _tile_constant("columns")
+tile_rows = _tile_constant("rows")
+gradient_rows = _tile_constant("gradient_rows")
+gradient_vectors = _tile_constant("gradient_vectors")
+
+
+@intrinsic
+def fetch_add(typingctx, pointer, amount):
+    """Add to the integer at `pointer` as one step that no other thread can interrupt; return what it held."""
+
+    def codegen(context, builder, sig, args):
+        return builder.atomic_rmw("add", args[0], args[1], "monotonic")
+
+    return types.int64(types.CPointer(types.int64), types.int64), codegen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Vector copies
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _copier(vectors_of):
+    """An intrinsic that copies a fixed number of vectors: all loads before all stores."""
+
+    @intrinsic
+    def copy(typingctx, target, source):
+        def codegen(context, builder, sig, args):
+            element, t = _element(sig.args[0]), _tile_of(sig.args[0])
+            count, width = vectors_of(t)
+            vector = ir.VectorType(element, width)
+            values = [_load(builder, builder.gep(args[1], [_i64(j * width)]), vector) for j in range(count)]
+            for j, value in enumerate(values):
+                _store(builder, value, builder.gep(args[0], [_i64(j * width)]))
+            return context.get_dummy_value()
+
+        return types.void(target, target), codegen
+
+    return copy
+
+
+copy_panel_row = _copier(lambda t: (t.vectors, t.lanes))  # all columns of the tile
+copy_vector = _copier(lambda t: (1, t.lanes))
+copy_half = _copier(lambda t: (1, t.lanes // 2))
+
+
+@intrinsic
+def split_pairs(typingctx, even, odd, source):
+    """2 * lanes elements of `source`: those at even places to `even`, the others to `odd`, `lanes` each."""
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[0]), _tile_of(sig.args[0])
+        vector = ir.VectorType(element, t.lanes)
+        first, second = (_load(builder, builder.gep(args[2], [_i64(j * t.lanes)]), vector) for j in range(2))
+        for start, target in enumerate(args[:2]):
+            mask = ir.Constant(ir.VectorType(_I32, t.lanes), [start + 2 * n for n in range(t.lanes)])
+            _store(builder, builder.shuffle_vector(first, second, mask), target)
+        return context.get_dummy_value()
+
+    return types.void(even, even, even), codegen
+
+
+@intrinsic
+def fill_zero(typingctx, target, elements):
+    """Write `elements` zeros."""
+
+    def codegen(context, builder, sig, args):
+        size = builder.mul(args[1], _i64(sig.args[0].dtype.bitwidth // 8))
+        cgutils.memset(builder, args[0], size, 0)
+        return context.get_dummy_value()
+
+    return types.void(target, types.int64), codegen
