@@ -7,6 +7,7 @@ TypeError, a wrong value or shape a ValueError. Nothing has been computed or wri
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -73,6 +74,10 @@ def check_output(
 ) -> None:
     """Judge the caller's own output array: exact shape and dtype, writable, apart from every input."""
     check_shape(function, argument, out, shape)
+    if not out.dtype.isnative:
+        raise TypeError(
+            f"{function}: {argument} has the byte order of another machine (expected native {dtype.name})"
+        )
     if out.dtype != dtype:
         raise TypeError(f"{function}: {argument} is {out.dtype.name} (expected {dtype.name})")
     if not home.is_writable(out):
@@ -97,12 +102,23 @@ def check_accumulate(function: str, accumulate: object, out: object) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _integer(function: str, argument: str, value: object, least: int) -> int:
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{function}: {argument} holds a {type(value).__name__} (expected integers)")
-    number = operator.index(value)  # type: ignore[arg-type]
+# Strides, dilations and paddings up to here: products of two of them, and their sums, fit into 64 bits.
+_MOST = 2**31 - 1
+
+
+def _integer(function: str, argument: str, value: object, least: int, most: int | None = None) -> int:
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"{function}: {argument} holds a {type(value).__name__} (expected integers)"
+        ) from None
     if number < least:
         raise ValueError(f"{function}: {argument} is {number} (expected at least {least})")
+    if most is not None and number > most:
+        raise ValueError(f"{function}: {argument} is {number} (expected at most {most})")
     return number
 
 
@@ -113,12 +129,12 @@ def _is_sequence(value: object) -> bool:
 def _per_dimension(function: str, argument: str, value: Any, ndim: int, least: int) -> tuple[int, ...]:
     """An int, or one per spatial dimension, as a tuple."""
     if not _is_sequence(value):
-        return (_integer(function, argument, value, least),) * ndim
+        return (_integer(function, argument, value, least, _MOST),) * ndim
     if len(value) != ndim:
         raise ValueError(
             f"{function}: {argument} is {value!r} (expected an int or {ndim} of them, one per spatial dimension)"
         )
-    return tuple(_integer(function, argument, v, least) for v in value)
+    return tuple(_integer(function, argument, v, least, _MOST) for v in value)
 
 
 def _padding(
@@ -145,8 +161,8 @@ def _padding(
         if any(len(pair) != 2 for pair in value):
             raise ValueError(f"{function}: padding is {value!r} (expected (before, after) pairs)")
         return (
-            tuple(_integer(function, "padding", pair[0], 0) for pair in value),
-            tuple(_integer(function, "padding", pair[1], 0) for pair in value),
+            tuple(_integer(function, "padding", pair[0], 0, _MOST) for pair in value),
+            tuple(_integer(function, "padding", pair[1], 0, _MOST) for pair in value),
         )
     if _is_sequence(value) and len(value) != ndim:
         raise ValueError(
@@ -240,6 +256,11 @@ def _split_shape(
     return "batched" if batched else "unbatched", batch, channels, size
 
 
+def _check_result_shape(function: str, shape: tuple[int, ...]) -> None:
+    if math.prod(shape) >= 2**60:  # 2**63 bytes of the widest dtype
+        raise ValueError(f"{function}: the result would have shape {shape}, more elements than an array can have")
+
+
 def _shape_of(function: str, argument: str, shape: Any) -> tuple[int, ...]:
     """A shape that the user spelled out (`input_size`, `weight_size`)."""
     if not _is_sequence(shape):
@@ -247,12 +268,10 @@ def _shape_of(function: str, argument: str, shape: Any) -> tuple[int, ...]:
     return tuple(_integer(function, argument, n, 0) for n in shape)
 
 
-def _hashable(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return tuple(_hashable(v) for v in value)
-    if isinstance(value, np.ndarray):
-        return _hashable(value.tolist())
-    return value
+def _is_plain(value: Any) -> bool:
+    """Whether a cache may remember the answer to `value`: 1, 1.0 and True are one key, but not one answer."""
+    kind = type(value)
+    return kind is int or kind is str or (kind is tuple and all(map(_is_plain, value)))
 
 
 def convolution_plan(
@@ -260,21 +279,14 @@ def convolution_plan(
     groups: Any, padding_mode: Any, layout: Any, *, input_name: str = "input", weight_name: str = "weight",
 ) -> ConvPlan:  # fmt: skip
     """Judge the shapes and options of a convolution and return what they mean; the same question is answered once."""
-    try:
-        return _convolution_plan(
-            function, ndim, input_shape, weight_shape, stride, padding, dilation, groups, padding_mode, layout,
-            input_name, weight_name,
-        )  # fmt: skip
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-    return _convolution_plan(
-        function, ndim, _hashable(input_shape), _hashable(weight_shape), _hashable(stride), _hashable(padding),
-        _hashable(dilation), groups, padding_mode, layout, input_name, weight_name,
+    question = (
+        function, ndim, input_shape, weight_shape, stride, padding, dilation, groups, padding_mode, layout,
+        input_name, weight_name,
     )  # fmt: skip
+    return _convolution_plan(*question) if _is_plain(question) else _convolution_plan.__wrapped__(*question)
 
 
-@functools.lru_cache(maxsize=4096, typed=True)
+@functools.lru_cache(maxsize=4096)
 def _convolution_plan(
     function: str, ndim: int, input_shape: Any, weight_shape: Any, stride: Any, padding: Any, dilation: Any,
     groups: Any, padding_mode: Any, layout: Any, input_name: str, weight_name: str,
@@ -309,11 +321,13 @@ def _convolution_plan(
         before, after, padding_mode,
     )  # fmt: skip
     channels_last = layout == LAYOUTS[ndim][1]
+    output_shape = _user_shape(kind, channels_last, batch, out_channels, geometry.output_size[3 - ndim :])
+    _check_result_shape(function, output_shape)
     return ConvPlan(
         geometry,
         input_shape,
         weight_shape,
-        _user_shape(kind, channels_last, batch, out_channels, geometry.output_size[3 - ndim :]),
+        output_shape,
         _activation_form(ndim, kind, channels_last),
         _activation_form(ndim, "bare" if kind == "bare" else "batched", False),
     )
@@ -361,13 +375,14 @@ def transposed_convolution_plan(
 
     In that plan `output_shape` is the shape of the caller's input and `input_shape` that of the result.
     """
-    return _transposed_plan(
-        function, ndim, tuple(input_shape), tuple(weight_shape), _hashable(stride), _hashable(padding),
-        _hashable(output_padding), groups, _hashable(dilation), padding_mode, layout,
+    question = (
+        function, ndim, tuple(input_shape), tuple(weight_shape), stride, padding, output_padding, groups, dilation,
+        padding_mode, layout,
     )  # fmt: skip
+    return _transposed_plan(*question) if _is_plain(question) else _transposed_plan.__wrapped__(*question)
 
 
-@functools.lru_cache(maxsize=4096, typed=True)
+@functools.lru_cache(maxsize=4096)
 def _transposed_plan(
     function: str, ndim: int, input_shape: Any, weight_shape: Any, stride: Any, padding: Any, output_padding: Any,
     groups: Any, dilation: Any, padding_mode: Any, layout: Any,
@@ -415,9 +430,11 @@ def _transposed_plan(
         before, after, padding_mode,
     )  # fmt: skip
     channels_last = layout == LAYOUTS[ndim][1]
+    result_shape = _user_shape(kind, channels_last, batch, out_channels, result)
+    _check_result_shape(function, result_shape)
     return ConvPlan(
         geometry,
-        _user_shape(kind, channels_last, batch, out_channels, result),
+        result_shape,
         weight_shape,
         input_shape,
         _activation_form(ndim, kind, channels_last),
@@ -430,10 +447,8 @@ def bias_gradient_form(function: str, shape: tuple[int, ...], layout: object) ->
 
     A layout says the number of spatial dimensions; an array with more of them than that is taken by its own number.
     """
-    ndim = next((n for n, names in LAYOUTS.items() if layout in names), None)
-    if ndim is None:
-        check_choice(function, "layout", layout, tuple(name for names in LAYOUTS.values() for name in names))
-        raise ValueError(f"{function}: layout is {layout!r}")
+    check_choice(function, "layout", layout, tuple(name for names in LAYOUTS.values() for name in names))
+    ndim = next(n for n, names in LAYOUTS.items() if layout in names)
     channels_last = layout == LAYOUTS[ndim][1]
     if layout == "NCHW" and len(shape) == 5:
         ndim = 3
@@ -449,6 +464,10 @@ def bias_gradient_form(function: str, shape: tuple[int, ...], layout: object) ->
 
 def check_needs(function: str, needs: Any) -> tuple[str, ...]:
     """The gradients that a backward function was asked for."""
+    if not isinstance(needs, (str, tuple, list, set, frozenset)):
+        raise TypeError(
+            f"{function}: needs is a {type(needs).__name__} (expected a tuple of 'input', 'weight', 'bias')"
+        )
     names = (needs,) if isinstance(needs, str) else tuple(needs)
     for name in names:
         check_choice(function, "needs", name, ("input", "weight", "bias"))

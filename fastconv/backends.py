@@ -184,7 +184,10 @@ def _residence(function: str, argument: str, obj: object) -> str:
     if hasattr(obj, "__cuda_array_interface__"):
         return "cuda"
     if hasattr(obj, "__dlpack_device__"):
-        kind = int(obj.__dlpack_device__()[0])
+        try:
+            kind = int(obj.__dlpack_device__()[0])
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(f"{function}: {argument} does not say where it lives: {error}") from error
         if kind == _DLPACK_CPU:
             return "cpu"
         if kind in _DLPACK_CUDA:
@@ -205,10 +208,8 @@ def home_of(function: str, backend: str, **operands: object) -> Cpu | Cuda:
 
     `operands` are the arrays of the call by argument name; None stands for one that was not given.
     """
-    if backend == "auto":
+    if _checked(function, backend) == "auto":
         backend = _default_backend(function)
-    else:
-        _checked(function, backend)
     if backend != "cuda" and all(type(obj) is np.ndarray or obj is None for obj in operands.values()):
         return CPU  # the common call, decided before anything slow
     residence = {name: _residence(function, name, obj) for name, obj in operands.items() if obj is not None}
@@ -232,6 +233,7 @@ class Cpu:
     def admit(self, function: str, argument: str, obj: Any) -> np.ndarray:
         if type(obj) is np.ndarray:
             return obj
+        _residence(function, argument, obj)
         if isinstance(obj, np.ndarray):
             return np.asarray(obj)
         try:
@@ -262,15 +264,14 @@ class Cpu:
         if not np.may_share_memory(a, b):
             return False
         try:
-            return bool(np.shares_memory(a, b, max_work=100_000))
+            return bool(np.shares_memory(a, b, max_work=100_000))  # type: ignore[arg-type]
         except np.exceptions.TooHardError:
             return True  # undecided in reasonable time: refuse rather than risk reading what was just written
 
     def is_writable(self, a: Any) -> bool:
         """Not read-only, and no two elements in one place (a broadcast view), where writing would be a race."""
-        if isinstance(a, np.ndarray) and not a.flags.writeable:
-            return False
-        return not any(step == 0 and n > 1 for n, step in zip(a.shape, a.strides, strict=True))
+        writeable = a.flags.writeable if isinstance(a, np.ndarray) else a.writeable
+        return writeable and not _shares_elements(a.shape, a.strides, a.dtype.itemsize)
 
     def operation(self, name: str) -> Any:
         return importlib.import_module(f"fastconv.cpu.{name}")
@@ -328,6 +329,27 @@ class Cuda:
 
     def operation(self, name: str) -> Any:
         return importlib.import_module(f"fastconv.cuda_kernels.{name}")
+
+
+def _shares_elements(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    """Do two elements of an array of these strides lie in one place?"""
+    axes = sorted((abs(step), n) for step, n in zip(strides, shape, strict=True) if n > 1)
+    reach = itemsize  # of the axes so far
+    for step, n in axes:
+        if step < reach:
+            break
+        reach += (n - 1) * step
+    else:
+        return False
+    if 0 in shape:
+        return False
+    if any(step == 0 for step, _ in axes):
+        return True
+    # Axes that interleave, which may still miss each other: look at every element.
+    places = np.zeros(1, np.int64)
+    for step, n in axes:
+        places = np.add.outer(places, np.arange(n) * step).ravel()
+    return bool((np.diff(np.sort(places)) < itemsize).any())
 
 
 def _torch_to_numpy(tensor: Any) -> np.ndarray:

@@ -57,10 +57,8 @@ def _forward(
     plan = arguments.convolution_plan(
         function, ndim, x.shape, w.shape, stride, padding, dilation, groups, padding_mode, layout
     )
-    if activation is not None:
-        arguments.check_choice(function, "activation", activation, arguments.ACTIVATIONS)
-    if algorithm != "auto":
-        arguments.check_choice(function, "algorithm", algorithm, arguments.ALGORITHMS)
+    arguments.check_choice(function, "activation", activation, arguments.ACTIVATIONS)
+    arguments.check_choice(function, "algorithm", algorithm, arguments.ALGORITHMS)
     if b is not None:
         arguments.check_shape(function, "bias", b, (plan.geometry.out_channels,), "one per output channel")
     y, deliver = home.output(function, out, plan.output_shape, dtype, input)
@@ -85,8 +83,7 @@ def _weight_grad(
         function, ndim, x.shape, weight_size, stride, padding, dilation, groups, padding_mode, layout,
         weight_name="weight_size",
     )  # fmt: skip
-    if algorithm != "auto":
-        arguments.check_choice(function, "algorithm", algorithm, arguments.ALGORITHMS)
+    arguments.check_choice(function, "algorithm", algorithm, arguments.ALGORITHMS)
     arguments.check_shape(function, "grad_output", dy, plan.output_shape, "the shape of the convolution's output")
     accumulate = arguments.check_accumulate(function, accumulate, out)
     dw, deliver = home.output(function, out, plan.weight_shape, dtype, input)
@@ -111,8 +108,7 @@ def _input_grad(
         function, ndim, input_size, w.shape, stride, padding, dilation, groups, padding_mode, layout,
         input_name="input_size",
     )  # fmt: skip
-    if algorithm != "auto":
-        arguments.check_choice(function, "algorithm", algorithm, arguments.ALGORITHMS)
+    arguments.check_choice(function, "algorithm", algorithm, arguments.ALGORITHMS)
     arguments.check_shape(function, "grad_output", dy, plan.output_shape, "the shape of the convolution's output")
     accumulate = arguments.check_accumulate(function, accumulate, out)
     dx, deliver = home.output(function, out, plan.input_shape, dtype, grad_output)
@@ -156,6 +152,7 @@ def _backward(
     algorithm, backend,
 ):  # fmt: skip
     wanted = arguments.check_needs(function, needs)
+    arguments.check_choice(function, "algorithm", algorithm, arguments.ALGORITHMS)
     home = home_of(function, backend, input=input, weight=weight, grad_output=grad_output)
     x, w = home.admit(function, "input", input), home.admit(function, "weight", weight)
     dy = home.admit(function, "grad_output", grad_output)
