@@ -21,7 +21,7 @@ of multiply-adds: an output element has the same bits for any split into tasks, 
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -48,6 +48,18 @@ SLAB_BYTES = 384 * 1024
     IN_PLACE, EXTENT, PLANE, SEGMENTS, SEGMENT_ROWS, PHASE_PITCH, ROW_PITCH, CHANNEL_PITCH,
     SLAB_SIZE, PANEL_SIZE, TABLE_BYTES, END,
 ) = range(tasks.FIRST, tasks.FIRST + 60)  # fmt: skip
+
+# Those of the weight gradient: the same for the slab, where Y stands for the gradient of the output; and
+(
+    W_GROUP, W_O, W_C, W_TAP_OFFSET, ROW_OFFSET, UNIT_ROWS, UNITS, SPLITS, CHANNEL_BLOCKS, OUT_BLOCKS, VECTORS,
+    VECTOR_PANELS, PARTIAL, TILE_SIZE, GRADIENT_END,
+) = range(END, END + 15)  # fmt: skip
+
+# Those of packing weights.
+(
+    FROM, TO, GROUP_STEP, ROW_STEP, CHANNEL_STEP, OFFSETS, P_ROWS, P_CHANNELS, P_TAPS, P_BLOCK_CHANNELS, P_BLOCK_TAPS,
+    P_PANELS, NOT_FINITE, PACK_END,
+) = range(tasks.FIRST, tasks.FIRST + 14)  # fmt: skip
 
 _jit = njit(error_model="numpy", nogil=True)
 
@@ -334,26 +346,188 @@ def _correlate(task, worker, p, real):
 @tasks.Body
 def _pack_weights(task, worker, p, real):
     """Task = one panel of output channels of one group: [block of the reduction][panel][r][rows]."""
-    w, packed, tap_offset = simd.at(real, p[W]), simd.at(real, p[Y]), simd.at(p, p[TAP_OFFSET])
-    i, group = task % p[PANELS], task // p[PANELS]
-    o = i * p[ROW_CHANNELS] // p[PANELS]
-    rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o
-    packed = simd.offset(packed, group * p[ROW_CHANNELS] * p[CHANNELS] * p[TAPS])
-    w = simd.offset(w, group * p[X_N] + o * p[X_D])
+    w, packed, offsets = simd.at(real, p[FROM]), simd.at(real, p[TO]), simd.at(p, p[OFFSETS])
+    i, group = task % p[P_PANELS], task // p[P_PANELS]
+    o = i * p[P_ROWS] // p[P_PANELS]
+    rows = (i + 1) * p[P_ROWS] // p[P_PANELS] - o
+    packed = simd.offset(packed, group * p[P_ROWS] * p[P_CHANNELS] * p[P_TAPS])
+    w = simd.offset(w, group * p[GROUP_STEP] + o * p[ROW_STEP])
+    row_step = p[ROW_STEP]
+    zero = w[0] * 0
     reduced = 0
-    for c in range(0, p[CHANNELS], p[BLOCK_CHANNELS]):
-        channels = min(p[BLOCK_CHANNELS], p[CHANNELS] - c)
-        for tap in range(0, p[TAPS], p[BLOCK_TAPS]):
-            last_tap = min(tap + p[BLOCK_TAPS], p[TAPS])
+    for c in range(0, p[P_CHANNELS], p[P_BLOCK_CHANNELS]):
+        channels = min(p[P_BLOCK_CHANNELS], p[P_CHANNELS] - c)
+        for tap in range(0, p[P_TAPS], p[P_BLOCK_TAPS]):
+            last_tap = min(tap + p[P_BLOCK_TAPS], p[P_TAPS])
             depth = channels * (last_tap - tap)
-            target = simd.offset(packed, p[ROW_CHANNELS] * reduced + o * depth)
+            target = simd.offset(packed, p[P_ROWS] * reduced + o * depth)
             for k in range(c, c + channels):
                 for t in range(tap, last_tap):
-                    source = simd.offset(w, k * p[X_C] + tap_offset[t])
+                    source = simd.offset(w, k * p[CHANNEL_STEP] + offsets[t])
                     for row in range(rows):
-                        target[row] = source[row * p[X_D]]
+                        value = source[row * row_step]
+                        zero += value * 0
+                        target[row] = value
                     target = simd.offset(target, rows)
             reduced += depth
+    if not zero == 0:  # some value * 0 was nan: an infinity or nan is among the weights
+        simd.fetch_add(simd.offset(p, NOT_FINITE), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The weight gradient
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _pack_gradient(p, panel, dy, channels, width, first_row, last_row, first_column, length):
+    """panel[row][k][j] = dy[channel j] at output pixel (row, first_column + k), zero for j >= channels."""
+    lanes = simd.lanes(panel)
+    out_d, out_h = p[OUT_D], p[OUT_H]
+    step, channel_step = p[Y_W], p[Y_O]
+    row = first_row
+    while row < last_row:
+        n, d, h = row // out_h // out_d, row // out_h % out_d, row % out_h
+        source = simd.offset(dy, n * p[Y_N] + d * p[Y_D] + h * p[Y_H] + first_column * step)
+        rows = 1
+        if p[PLANE] and not p[CHUNKS]:  # the rows of an image lie one after the other
+            rows = min(last_row, (n + 1) * out_d * out_h) - row
+        count = rows * length
+        for j in range(0, width, lanes):
+            part = simd.offset(source, j * channel_step)
+            if step == 1 and count >= lanes and j + lanes <= channels:
+                for k in range(0, count - lanes + 1, lanes):
+                    simd.transpose_block(simd.offset(panel, k * width + j), width, simd.offset(part, k), channel_step)
+                if count % lanes:  # the last block overlaps the one before
+                    k = count - lanes
+                    simd.transpose_block(simd.offset(panel, k * width + j), width, simd.offset(part, k), channel_step)
+            elif channel_step == 1 and j + lanes <= channels:
+                for k in range(count):
+                    simd.copy_vector(simd.offset(panel, k * width + j), simd.offset(part, k * step))
+            else:
+                for i in range(lanes):
+                    for k in range(count):
+                        if j + i < channels:
+                            panel[k * width + j + i] = part[i * channel_step + k * step]
+                        else:
+                            panel[k * width + j + i] = 0
+        panel = simd.offset(panel, count * width)
+        row += rows
+
+
+@_jit
+def _store_gradient(p, tile, group, first_channel, rows, first_vector, last_vector, dw):
+    """Add the tile [vector panel][row][column] into dw, or put it there: dw[o, c, tap] = tile[row (c, tap)][o]."""
+    lanes = simd.lanes(tile)
+    tap_offset = simd.at(p, p[W_TAP_OFFSET])
+    for j in range(first_vector * lanes, min(last_vector * lanes, p[ROW_CHANNELS])):
+        target = simd.offset(dw, group * p[W_GROUP] + j * p[W_O])
+        vector = j // lanes
+        panel = vector * p[VECTOR_PANELS] // p[VECTORS]
+        while (panel + 1) * p[VECTORS] // p[VECTOR_PANELS] <= vector:
+            panel += 1
+        start = panel * p[VECTORS] // p[VECTOR_PANELS]
+        width = ((panel + 1) * p[VECTORS] // p[VECTOR_PANELS] - start) * lanes
+        source = simd.offset(tile, (start - first_vector) * lanes * rows + j - start * lanes)
+        for i in range(rows):
+            place = (first_channel + i // p[TAPS]) * p[W_C] + tap_offset[i % p[TAPS]]
+            if p[ADD]:
+                target[place] += source[i * width]
+            else:
+                target[place] = source[i * width]
+
+
+@tasks.Body
+def _weight_gradient(task, worker, p, real):
+    """Task = a block of input channels, a block of output channels, and a part of the pixels, in one group."""
+    slab = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
+    panels = simd.offset(slab, p[SLAB_SIZE])
+    tile = simd.offset(panels, p[PANEL_SIZE])
+    run_offset = simd.at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[TABLE_BYTES])
+    row_offset = simd.at(p, p[ROW_OFFSET])
+    lanes = simd.lanes(real)
+    out_h, out_w = p[OUT_H], p[OUT_W]
+
+    split, rest = task % p[SPLITS], task // p[SPLITS]
+    out_block, rest = rest % p[OUT_BLOCKS], rest // p[OUT_BLOCKS]
+    block, group = rest % p[CHANNEL_BLOCKS], rest // p[CHANNEL_BLOCKS]
+    first_channel = block * p[CHANNELS] // p[CHANNEL_BLOCKS]
+    channels = (block + 1) * p[CHANNELS] // p[CHANNEL_BLOCKS] - first_channel
+    first_panel = out_block * p[VECTOR_PANELS] // p[OUT_BLOCKS]
+    last_panel = (out_block + 1) * p[VECTOR_PANELS] // p[OUT_BLOCKS]
+    first_vector = first_panel * p[VECTORS] // p[VECTOR_PANELS]
+    last_vector = last_panel * p[VECTORS] // p[VECTOR_PANELS]
+    rows = channels * p[TAPS]
+    row_panels = (rows + simd.gradient_rows(real) - 1) // simd.gradient_rows(real)
+    x = simd.offset(simd.at(real, p[X]), (group * p[CHANNELS] + first_channel) * p[X_C])
+    dy = simd.offset(simd.at(real, p[Y]), group * p[ROW_CHANNELS] * p[Y_O])
+    source = x if p[IN_PLACE] else slab
+    simd.fill_zero(tile, rows * (last_vector - first_vector) * lanes)
+
+    for unit in range(split * p[UNITS] // p[SPLITS], (split + 1) * p[UNITS] // p[SPLITS]):
+        # a unit is some whole rows of output pixels, or a piece of one long row
+        if p[CHUNKS]:
+            first_row = unit // p[CHUNKS]
+            last_row = first_row + 1
+            first_column = unit % p[CHUNKS] * p[CHUNK]
+            length = min(p[CHUNK], out_w - first_column)
+        else:
+            first_row = unit * p[UNIT_ROWS]
+            last_row = min(first_row + p[UNIT_ROWS], p[PIXELS] // out_w)
+            first_column = 0
+            length = out_w
+        if p[PADDED] and p[ZEROS]:
+            simd.fill_zero(slab, p[SLAB_SIZE])
+        if not p[IN_PLACE]:
+            _fill_slab(p, slab, x, channels, first_row, last_row, first_column * p[STRIDE_W])
+        for row in range(first_row, last_row):
+            if p[IN_PLACE]:
+                run_offset[row - first_row] = row * p[X_N] + first_column
+            else:
+                segment = row // out_h - first_row // out_h
+                h = row % out_h - (first_row % out_h if segment == 0 else 0)
+                run_offset[row - first_row] = (
+                    segment * p[KERNEL_D] * p[SEGMENT_ROWS] + h * p[STRIDE_H]
+                ) * p[ROW_PITCH]
+        for panel in range(first_panel, last_panel):
+            start = panel * p[VECTORS] // p[VECTOR_PANELS]
+            vectors = (panel + 1) * p[VECTORS] // p[VECTOR_PANELS] - start
+            width = vectors * lanes
+            _pack_gradient(
+                p, panels, simd.offset(dy, start * lanes * p[Y_O]), min(width, p[ROW_CHANNELS] - start * lanes), width,
+                first_row, last_row, first_column, length,
+            )  # fmt: skip
+            part = simd.offset(tile, (start - first_vector) * lanes * rows)
+            for i in range(row_panels):
+                row = i * rows // row_panels
+                simd.accumulate_outer(
+                    (i + 1) * rows // row_panels - row, vectors, last_row - first_row, run_offset, length, source,
+                    simd.offset(row_offset, row), panels, simd.offset(part, row * width),
+                )  # fmt: skip
+    if p[SPLITS] == 1:
+        _store_gradient(p, tile, group, first_channel, rows, first_vector, last_vector, simd.at(real, p[W]))
+    else:
+        target = simd.offset(simd.at(real, p[PARTIAL]), task * p[TILE_SIZE])
+        for i in range(rows * (last_vector - first_vector) * lanes):
+            target[i] = tile[i]
+
+
+@tasks.Body
+def _sum_splits(task, worker, p, real):
+    """Add up the parts of the pixels, in order, into the first; then store. Task = as above, but all parts."""
+    out_block, rest = task % p[OUT_BLOCKS], task // p[OUT_BLOCKS]
+    block, group = rest % p[CHANNEL_BLOCKS], rest // p[CHANNEL_BLOCKS]
+    first_channel = block * p[CHANNELS] // p[CHANNEL_BLOCKS]
+    rows = ((block + 1) * p[CHANNELS] // p[CHANNEL_BLOCKS] - first_channel) * p[TAPS]
+    first_vector = out_block * p[VECTOR_PANELS] // p[OUT_BLOCKS] * p[VECTORS] // p[VECTOR_PANELS]
+    last_vector = (out_block + 1) * p[VECTOR_PANELS] // p[OUT_BLOCKS] * p[VECTORS] // p[VECTOR_PANELS]
+    tile = simd.offset(simd.at(real, p[PARTIAL]), task * p[SPLITS] * p[TILE_SIZE])
+    size = rows * (last_vector - first_vector) * simd.lanes(real)
+    for split in range(1, p[SPLITS]):
+        part = simd.offset(tile, split * p[TILE_SIZE])
+        for i in range(size):
+            tile[i] += part[i]
+    _store_gradient(p, tile, group, first_channel, rows, first_vector, last_vector, simd.at(real, p[W]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,14 +645,14 @@ class Plan:
     flops: int
 
 
-def _address(array: np.ndarray) -> int:
+def address(array: np.ndarray) -> int:
     return array.__array_interface__["data"][0]
 
 
 def is_flat(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Are the pixels (D, H, W) of a plane evenly spaced in memory?"""
-    (d, h, w), (step_d, step_h, step_w) = shape, strides
-    return (h == 1 or step_h == w * step_w) and (d == 1 or step_d == h * w * step_w)
+    real = [(n, step) for n, step in zip(shape, strides, strict=True) if n > 1]
+    return all(outer == n * inner for (_, outer), (n, inner) in itertools.pairwise(real))
 
 
 def can_stay_in_place(axes: tuple[Axis, ...], x: Strides, y: Strides) -> bool:
@@ -486,11 +660,38 @@ def can_stay_in_place(axes: tuple[Axis, ...], x: Strides, y: Strides) -> bool:
     shape = tuple(a.out for a in axes)
     return (
         all(a.is_identity() for a in axes)
-        and (shape == (1, 1, 1) or x[4] == 1 or shape[2] == 1)
+        and next((step for n, step in zip(reversed(shape), reversed(x[2:]), strict=True) if n > 1), 1) == 1
         and is_flat(shape, x[2:])
         and is_flat(shape, y[2:])
         and min(x) >= 0
     )
+
+
+def _flattened(axes: tuple[Axis, ...], x: Strides, y: Strides) -> tuple[tuple[Axis, ...], Strides, Strides]:
+    """The same matrix product with all pixels of a plane in one row."""
+    size = math.prod(a.out for a in axes)
+    one = Axis(1, 1, 1, 1, axes[0].source, 0, 1)
+    step = y[4] if axes[2].out > 1 else y[3] if axes[1].out > 1 else y[2] if axes[0].out > 1 else 1
+    return (
+        (one, one, Axis(size, 1, 1, 1, one.source, 0, size)),
+        (x[0], x[1], 0, 0, 1),
+        (y[0], y[1], 0, 0, step),
+    )
+
+
+def _is_padded(axes: tuple[Axis, ...]) -> bool:
+    """Does any window reach outside the input?"""
+    return any(a.before > 0 or (a.out - 1) * a.stride + a.span > a.before + a.size for a in axes)
+
+
+def _tap_offsets(axes: tuple[Axis, ...], slab: _Slab) -> np.ndarray:
+    """Where in the slab each tap finds its element, relative to the first tap of the same pixel."""
+    _, height, width = axes
+    i, j, k = np.meshgrid(*(np.arange(a.taps, dtype=np.int64) for a in axes), indexing="ij")
+    u = k * width.dilation
+    return (
+        (i * slab.segment_rows + j * height.dilation) * slab.row + u % width.stride * slab.phase + u // width.stride
+    ).ravel()
 
 
 def plan_correlation(
@@ -500,12 +701,7 @@ def plan_correlation(
     """Plan y[n, i, o] = sum over c, k of w[i, c, k] * x[n, c, u(o, k)], with strides of x and y in elements."""
     t = simd.tile(dtype.itemsize * 8)
     size = dtype.itemsize
-    if in_place:
-        flat = math.prod(a.out for a in axes)
-        one = Axis(1, 1, 1, 1, axes[0].source, 0, 1)
-        x = (x[0], x[1], 0, 0, 1)
-        y = (y[0], y[1], 0, 0, y[4] if axes[2].out > 1 else 1)
-        axes = (one, one, Axis(flat, 1, 1, 1, one.source, 0, flat))
+    axes, x, y = _flattened(axes, x, y) if in_place else (axes, x, y)
     depth, height, width = axes
     plane = depth.out * height.out * width.out
     pixels = batch * plane
@@ -536,23 +732,15 @@ def plan_correlation(
     table_bytes = 3 * t.columns * 8
     scratch = (slab_size + panel_size + t.rows * t.columns) * size + table_bytes
 
-    i, j, k = np.meshgrid(*(np.arange(a.taps, dtype=np.int64) for a in axes), indexing="ij")
-    column = k * width.dilation
-    tap_offset = (
-        (i * slab.segment_rows + j * height.dilation) * slab.row
-        + column % width.stride * slab.phase + column // width.stride
-    ).ravel()  # fmt: skip
-    if in_place:
-        tap_offset = np.zeros(1, np.int64)
+    tap_offset = _tap_offsets(axes, slab)
     tables = (depth.source, height.source, width.source, tap_offset)
 
-    padded = any(a.before != 0 or (a.out - 1) * a.stride + a.span > a.size for a in axes)
     parameters = np.zeros(END, np.int64)
     parameters[X_N:] = (
         *x, *y, depth.out, height.out, width.out, pixels, blocks.rows, blocks.channels, blocks.taps, depth.taps,
         height.span, width.span, depth.stride, height.stride, width.stride, depth.dilation,
-        _address(depth.source), _address(height.source), _address(width.source), len(width.source), width.before,
-        width.size, zeros, padded, _address(tap_offset), blocks.block_channels, blocks.block_taps, blocks.panels,
+        address(depth.source), address(height.source), address(width.source), len(width.source), width.before,
+        width.size, zeros, _is_padded(axes), address(tap_offset), blocks.block_channels, blocks.block_taps, blocks.panels,
         pixel_tasks, chunk, chunks, row_tasks, group, max(1, WEIGHT_BYTES // (t.rows * blocks.depth * size)),
         in_place, (batch - 1) * x[0] + (blocks.groups * blocks.channels - 1) * x[1] + plane if in_place else 0,
         plane if y[4] == 1 and is_flat((depth.out, height.out, width.out), y[2:]) else 0,
@@ -571,22 +759,113 @@ def correlate(
     """Run a plan on arrays of the strides it was made for."""
     parameters = plan.parameters.copy()
     parameters[X : X_N] = (
-        _address(x), _address(packed), _address(y), 0 if bias is None else _address(bias), relu, add
+        address(x), address(packed), address(y), 0 if bias is None else address(bias), relu, add
     )  # fmt: skip
     tasks.run(_correlate, x.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
 
 
 def pack_weights(
-    blocks: Blocks, dtype: np.dtype, w: int, group_step: int, row_step: int, channel_step: int, tap_offset: np.ndarray
-) -> np.ndarray:
-    """Pack the weights at address `w` for `correlate`; the steps and tap offsets are in elements of memory."""
-    packed = np.empty(blocks.packed_size, dtype)
-    parameters = np.zeros(END, np.int64)
-    parameters[[W, Y, X_N, X_C, X_D, TAP_OFFSET]] = (
-        w, _address(packed), group_step, channel_step, row_step, _address(tap_offset)
+    blocks: Blocks, w: np.ndarray, group_step: int, row_step: int, channel_step: int, tap_offset: np.ndarray
+) -> tuple[np.ndarray, bool]:
+    """Pack weights for `correlate`; return them, and whether all are finite.
+
+    Steps and offsets say, in elements of memory, where the weight of a group, row, channel and tap lies in `w`.
+    """
+    packed = np.empty(blocks.packed_size, w.dtype)
+    parameters = np.zeros(PACK_END, np.int64)
+    parameters[FROM:NOT_FINITE] = (
+        address(w), address(packed), group_step, row_step, channel_step, address(tap_offset), blocks.rows,
+        blocks.channels, blocks.taps, blocks.block_channels, blocks.block_taps, blocks.panels,
     )  # fmt: skip
-    parameters[[ROW_CHANNELS, CHANNELS, TAPS, BLOCK_CHANNELS, BLOCK_TAPS, PANELS]] = (
-        blocks.rows, blocks.channels, blocks.taps, blocks.block_channels, blocks.block_taps, blocks.panels
+    # counted as 16 operations an element, since reading and writing is most of the work
+    tasks.run(_pack_weights, w.dtype, blocks.groups * blocks.panels, parameters, 64, 16 * packed.size)
+    return packed, parameters[NOT_FINITE] == 0
+
+
+_UNIT_PIXELS = 448  # output pixels of a unit of the weight gradient
+_TILE_BYTES = 512 * 1024  # most accumulators of a task
+_PARTIAL_BYTES = 2 * 1024 * 1024  # most memory for the sums of parts of the pixels, of all threads
+_GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the bits do not depend on the threads
+
+
+def plan_weight_gradient(
+    dtype: np.dtype, batch: int, groups: int, rows: int, channels: int, axes: tuple[Axis, ...], x: Strides, dy: Strides,
+    dw: tuple[int, int], w_taps: np.ndarray, zeros: bool, in_place: bool,
+) -> Plan:  # fmt: skip
+    """Plan dw[o, c, k] = sum over n, p of dy[n, o, p] * x[n, c, u(p, k)]; `rows` is output channels in a group."""
+    t = simd.tile(dtype.itemsize * 8)
+    size = dtype.itemsize
+    axes, x, dy = _flattened(axes, x, dy) if in_place else (axes, x, dy)
+    depth, height, width = axes
+    taps = math.prod(a.taps for a in axes)
+    plane = depth.out * height.out * width.out
+    pixels = batch * plane
+
+    slab = _slab_shape(axes, _UNIT_PIXELS, batch, t.columns)
+    if in_place or slab.chunk:
+        pieces = _ceil(width.out, _UNIT_PIXELS)
+        chunk = _ceil(width.out, pieces)
+        unit_rows, chunks = 1, _ceil(width.out, chunk)
+        units = batch * depth.out * height.out * chunks
+    else:
+        chunk = chunks = 0
+        unit_rows = max(1, _UNIT_PIXELS // width.out)
+        units = _ceil(batch * depth.out * height.out, unit_rows)
+        slab = _slab_shape(axes, unit_rows * width.out, batch, t.columns)
+    vectors = _ceil(rows, t.lanes)
+    vector_panels = _ceil(vectors, t.gradient_vectors)
+
+    # as many channels as the slab and the accumulators of all output channels allow
+    out_blocks = _ceil(vectors * t.lanes * taps * size, _TILE_BYTES)
+    out_vectors = _ceil(vector_panels, out_blocks) * t.gradient_vectors
+    block_channels = max(1, min(channels, _TILE_BYTES // (min(vectors, out_vectors) * t.lanes * taps * size)))
+    if not in_place:
+        block_channels = max(1, min(block_channels, SLAB_BYTES // (slab.channel * size)))
+    channel_blocks = _ceil(channels, block_channels)
+    whole = groups * channels * taps * vectors * t.lanes * size
+    splits = min(
+        units, _ceil(_GRADIENT_TASKS, groups * channel_blocks * out_blocks), max(1, _PARTIAL_BYTES // whole)
+    )
+    if groups * channel_blocks * out_blocks * splits < _GRADIENT_TASKS:
+        enough = _ceil(_GRADIENT_TASKS, groups * out_blocks * splits)
+        channel_blocks = min(channels, max(channel_blocks, min(enough, _ceil(channels * taps, 6 * t.gradient_rows))))
+    block_channels = _ceil(channels, channel_blocks)
+
+    slab_size = 0 if in_place else _ceil(block_channels * slab.channel + 2 * t.columns, 16) * 16
+    panel_size = _ceil((chunk or unit_rows * width.out) * t.gradient_vectors * t.lanes, 16) * 16
+    tile_size = block_channels * taps * min(vectors, _ceil(vector_panels, out_blocks) * t.gradient_vectors) * t.lanes
+    table_bytes = _ceil(unit_rows * 8, 64) * 64
+    tap_offset = _tap_offsets(axes, slab)
+    pitch = x[1] if in_place else slab.channel
+    row_offset = (np.arange(block_channels, dtype=np.int64)[:, None] * pitch + tap_offset).ravel()
+
+    parameters = np.zeros(GRADIENT_END, np.int64)
+    parameters[X_N:END] = (
+        *x, *dy, depth.out, height.out, width.out, pixels, rows, channels, taps, depth.taps, height.span, width.span,
+        depth.stride, height.stride, width.stride, depth.dilation, address(depth.source), address(height.source),
+        address(width.source), len(width.source), width.before, width.size, zeros, _is_padded(axes), 0,
+        block_channels, 0, 0, 0, chunk, chunks, 0, 0, 0, in_place, 0,
+        plane if dy[4] == 1 and is_flat((depth.out, height.out, width.out), dy[2:]) else 0,
+        slab.segments, slab.segment_rows, slab.phase, slab.row, pitch, slab_size, panel_size, table_bytes,
     )  # fmt: skip
-    tasks.run(_pack_weights, dtype, blocks.groups * blocks.panels, parameters, 64, 40 * packed.size)
-    return packed
+    parameters[W_GROUP:GRADIENT_END] = (
+        rows * dw[0], *dw, address(w_taps), address(row_offset), unit_rows, units, splits, channel_blocks, out_blocks,
+        vectors, vector_panels, 0, tile_size,
+    )  # fmt: skip
+    scratch = (slab_size + panel_size + tile_size) * size + table_bytes
+    number = groups * channel_blocks * out_blocks * splits
+    tables = (depth.source, height.source, width.source, w_taps, row_offset)
+    return Plan(parameters, tables, number, scratch, 2 * pixels * rows * groups * channels * taps)
+
+
+def weight_gradient(plan: Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, add: bool) -> None:
+    """Run a plan on arrays of the strides it was made for."""
+    parameters = plan.parameters.copy()
+    parameters[[X, Y, W, ADD]] = address(x), address(dy), address(dw), add
+    splits = int(parameters[SPLITS])
+    if splits > 1:
+        partial = np.empty(plan.tasks * int(parameters[TILE_SIZE]), dw.dtype)
+        parameters[PARTIAL] = address(partial)
+    tasks.run(_weight_gradient, dw.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
+    if splits > 1:
+        tasks.run(_sum_splits, dw.dtype, plan.tasks // splits, parameters, 64, 16 * partial.size)

@@ -7,7 +7,10 @@ whatever strides the caller's arrays have, and fill `out`. `cuda_kernels.convolu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import prange, types
@@ -18,9 +21,8 @@ from .jit import array_of, kernel, output_of
 from .threads import get_num_threads
 
 _size3 = types.UniTuple(types.int64, 3)
-_table = array_of(types.int64, 1)
 # the index of a prange loop is unsigned, and Numba makes unsigned // signed a float: hence int64(task) below
-_tables = types.UniTuple(_table, 3)
+_tables = types.UniTuple(array_of(types.int64, 1), 3)
 
 
 def _through_float32(operation: Callable[..., None]) -> Callable[..., None]:
@@ -90,18 +92,16 @@ def _forward_plan(
 
 def _pack_forward(blocks: contraction.Blocks, weight: np.ndarray) -> np.ndarray:
     """Rows are output channels, and the reduction is (input channel, tap)."""
-    row, channel, *taps = _elements(weight)
-    tap_offset = _offsets(weight.shape[2:], taps)
-    return contraction.pack_weights(
-        blocks, weight.dtype, contraction._address(weight), blocks.rows * row, row, channel, tap_offset
-    )
+    row, channel, *steps = _elements(weight)
+    offsets = _offsets([range(n) for n in weight.shape[2:]], steps)
+    return contraction.pack_weights(blocks, weight, blocks.rows * row, row, channel, offsets)[0]
 
 
-def _offsets(shape: tuple[int, ...], steps: list[int]) -> np.ndarray:
-    """Offset of every element of a small array of these strides, in order."""
+def _offsets(places: Sequence[Sequence[int]], steps: Sequence[int]) -> np.ndarray:
+    """Offset in memory of every combination of these places in each dimension, in order."""
     offsets = np.zeros(1, np.int64)
-    for n, step in zip(shape, steps, strict=True):
-        offsets = (offsets[:, None] + np.arange(n) * step).ravel()
+    for each, step in zip(places, steps, strict=True):
+        offsets = (offsets[:, None] + np.array(each, np.int64) * step).ravel()
     return offsets
 
 
@@ -121,56 +121,187 @@ def forward(
     contraction.correlate(plan, input, packed, out, bias, relu, False)
 
 
+@functools.lru_cache(maxsize=1024)
+def _weight_grad_plan(
+    geometry: ConvGeometry, dtype: np.dtype, x: tuple[int, ...], dy: tuple[int, ...], dw: tuple[int, ...]
+) -> contraction.Plan:
+    axes = _axes(geometry)
+    in_place = contraction.can_stay_in_place(axes, x, dy)
+    offsets = _offsets([range(n) for n in geometry.kernel_size], dw[2:])
+    return contraction.plan_weight_gradient(
+        dtype, geometry.batch, geometry.groups, geometry.out_channels_per_group, geometry.in_channels_per_group, axes,
+        x, dy, dw[:2], offsets, geometry.padding_mode == "zeros", in_place,
+    )  # fmt: skip
+
+
 @_through_float32
+@_into_writable
 def weight_grad(
     geometry: ConvGeometry, input: np.ndarray, grad_output: np.ndarray, accumulate: bool, out: np.ndarray
 ) -> None:
     """out (+)= gradient of the weight, shape (O, C/groups, KD, KH, KW)."""
-    weight_grad_kernel[out.dtype](
-        input, grad_output, accumulate, *geometry.input_coordinates, geometry.stride, geometry.dilation, out
-    )
+    if grad_output.size == 0:
+        if not accumulate:
+            out[...] = 0
+        return
+    input, grad_output = _readable(input), _readable(grad_output)
+    plan = _weight_grad_plan(geometry, out.dtype, _elements(input), _elements(grad_output), _elements(out))
+    contraction.weight_gradient(plan, input, grad_output, out, accumulate)
 
 
-@kernel(
-    lambda real: types.void(
-        array_of(real, 5), array_of(real, 5), types.boolean, _table, _table, _table, _size3, _size3, output_of(real, 5)
-    )
-)
-def weight_grad_kernel(x, dy, accumulate, source_d, source_h, source_w, stride, dilation, dw):
-    batch, _, out_d, out_h, out_w = dy.shape
-    out_channels, per_group, kernel_d, kernel_h, kernel_w = dw.shape
-    out_per_group = out_channels * per_group // x.shape[1]
-    zero = x.dtype.type(0)
-    for task in prange(out_channels * per_group):
-        o, c = divmod(np.int64(task), per_group)
-        channel = o // out_per_group * per_group + c
-        for i in range(kernel_d):
-            for j in range(kernel_h):
-                for k in range(kernel_w):
-                    total = zero
-                    for n in range(batch):
-                        for d in range(out_d):
-                            xd = source_d[d * stride[0] + i * dilation[0]]
-                            for h in range(out_h):
-                                xh = source_h[h * stride[1] + j * dilation[1]]
-                                row = zero  # summed row by row: shorter sums round less
-                                for v in range(out_w):
-                                    xw = source_w[v * stride[2] + k * dilation[2]]
-                                    inside = xd >= 0 and xh >= 0 and xw >= 0
-                                    value = x[n, channel, xd, xh, xw] if inside else zero
-                                    row += dy[n, o, d, h, v] * value
-                                total += row
-                    if accumulate:
-                        total += dw[o, c, i, j, k]
-                    dw[o, c, i, j, k] = total
+@dataclass(frozen=True)
+class _Phase:
+    """The elements of the input gradient that see the same taps: every stride-th element in each dimension."""
+
+    where: tuple[slice, ...]  # of the input gradient (N, C, D, H, W)
+    taps: tuple[tuple[int, ...], ...]  # per dimension, in the order of the output elements they meet
+    blocks: contraction.Blocks | None  # None: no tap reaches these elements
+    plan: contraction.Plan | None
+
+
+def _phase_axis(
+    first: int, size: int, taps: int, stride: int, dilation: int, before: int, out: int
+) -> tuple[tuple[int, ...], contraction.Axis]:
+    """Input elements first, first + stride, ... as a correlation with the output gradient; its taps, and its axis.
+
+    Input element q is met by tap k in output position p = (q + before - k*dilation)/stride, if that is an integer. For
+    q = first + stride*t this is t plus a number per tap: stride 1, dilation 1 of the output, taps in falling order.
+    """
+    meeting = tuple(k for k in range(taps) if (first + before - k * dilation) % stride == 0)[::-1]
+    count = -(-(size - first) // stride)
+    if not meeting:
+        return meeting, contraction.Axis(count, 0, 1, 1, np.zeros(0, np.int64), 0, out)
+    shift = (first + before - meeting[0] * dilation) // stride
+    step = dilation // math.gcd(stride, dilation)
+    p = np.arange(count + (len(meeting) - 1) * step, dtype=np.int64) + shift
+    source = np.where((p >= 0) & (p < out), p, -1)
+    return meeting, contraction.Axis(count, len(meeting), 1, step, source, -shift, out)
+
+
+@functools.lru_cache(maxsize=1024)
+def _input_grad_phases(
+    geometry: ConvGeometry, dtype: np.dtype, dy: tuple[int, ...], dx: tuple[int, ...], workers: int
+) -> tuple[_Phase, ...]:
+    phases = []
+    for first in itertools.product(*map(range, map(min, geometry.stride, geometry.input_size))):
+        taps, axes = zip(
+            *map(
+                _phase_axis, first, geometry.input_size, geometry.kernel_size, geometry.stride, geometry.dilation,
+                geometry.pad_before, geometry.output_size,
+            ),
+            strict=True,
+        )  # fmt: skip
+        where = (slice(None), slice(None), *map(slice, first, (None,) * 3, geometry.stride))
+        if not all(taps):
+            phases.append(_Phase(where, taps, None, None))
+            continue
+        steps = (*dx[:2], *(step * stride for step, stride in zip(dx[2:], geometry.stride, strict=True)))
+        in_place = contraction.can_stay_in_place(axes, dy, steps)
+        blocks = contraction.make_blocks(
+            dtype, geometry.groups, geometry.in_channels_per_group, geometry.out_channels_per_group, axes, in_place
+        )
+        plan = contraction.plan_correlation(dtype, geometry.batch, blocks, axes, dy, steps, True, in_place, workers)
+        phases.append(_Phase(where, taps, blocks, plan))
+    return tuple(phases)
+
+
+def _pack_phase(phase: _Phase, weight: np.ndarray, out_per_group: int) -> tuple[np.ndarray, bool]:
+    """Rows are input channels, and the reduction is (output channel, tap of the phase)."""
+    channel, row, *steps = _elements(weight)
+    offsets = _offsets(phase.taps, steps)
+    return contraction.pack_weights(phase.blocks, weight, out_per_group * channel, row, channel, offsets)
 
 
 @_through_float32
+@_into_writable
 def input_grad(
     geometry: ConvGeometry, weight: np.ndarray, grad_output: np.ndarray, bias: np.ndarray | None, relu: bool,
     accumulate: bool, out: np.ndarray,
 ) -> None:  # fmt: skip
     """out (+)= gradient of the input, plus bias, through max(0, .) if relu (both for the transposed convolution)."""
+    if out.size == 0:
+        return
+    weight, grad_output = _readable(weight), _readable(grad_output)
+    if bias is not None:
+        bias = np.ascontiguousarray(bias)
+    if geometry.padding_mode != "zeros":
+        _folded_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
+        return
+    phases = _input_grad_phases(geometry, out.dtype, _elements(grad_output), _elements(out), get_num_threads())
+    packed = []
+    for phase in phases:
+        if phase.blocks is not None:
+            weights, finite = _pack_phase(phase, weight, geometry.out_channels_per_group)
+            if not finite:
+                # The zeros around grad_output are no outputs: times an infinite weight they would make a nan where
+                # there is no such product. The plain loops sum only what exists.
+                _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
+                return
+            packed.append(weights)
+        else:
+            packed.append(None)
+    for phase, weights in zip(phases, packed, strict=True):
+        part = out[phase.where]
+        if weights is None:
+            _fill_without_taps(part, bias, relu, accumulate)
+        else:
+            contraction.correlate(phase.plan, grad_output, weights, part, bias, relu, accumulate)
+
+
+def _fill_without_taps(out: np.ndarray, bias: np.ndarray | None, relu: bool, accumulate: bool) -> None:
+    """The gradient of elements that no window reaches is zero."""
+    value = out if accumulate else np.zeros((), out.dtype)
+    if bias is not None:
+        value = value + bias[None, :, None, None, None]
+    out[...] = np.maximum(value, 0) if relu else value
+
+
+def _folded_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out):
+    """Input gradient of the other padding modes: that of the padded input, then added up where its elements stand.
+
+    One sample at a time, since the padded gradient is memory on top.
+    """
+    padded_size = tuple(map(len, geometry.input_coordinates))
+    one = replace(
+        geometry, batch=1, input_size=padded_size, pad_before=(0, 0, 0), pad_after=(0, 0, 0), padding_mode="zeros"
+    )
+    padded = np.empty((1, geometry.in_channels, *padded_size), out.dtype)
+    if bias is None:
+        bias = np.zeros(geometry.in_channels, out.dtype)
+    firsts, wheres = zip(*geometry.padded_coordinates, strict=True)
+    for n in range(geometry.batch):
+        input_grad(one, weight, grad_output[n : n + 1], None, False, False, padded)
+        fold_kernel[out.dtype](padded[0], bias, relu, accumulate, firsts, wheres, out[n])
+
+
+@kernel(
+    lambda real: types.void(
+        array_of(real, 4), array_of(real, 1), types.boolean, types.boolean, _tables, _tables, output_of(real, 4)
+    )
+)
+def fold_kernel(padded, bias, relu, accumulate, firsts, wheres, dx):
+    channels, in_d, in_h, in_w = dx.shape
+    first_d, first_h, first_w = firsts
+    where_d, where_h, where_w = wheres
+    zero = padded.dtype.type(0)
+    for c in prange(channels):
+        for d in range(in_d):
+            for h in range(in_h):
+                for v in range(in_w):
+                    total = zero
+                    for a in range(first_d[d], first_d[d + 1]):
+                        for b in range(first_h[h], first_h[h + 1]):
+                            for e in range(first_w[v], first_w[v + 1]):
+                                total += padded[c, where_d[a], where_h[b], where_w[e]]
+                    if accumulate:
+                        total += dx[c, d, h, v]
+                    total += bias[c]
+                    if relu and total < zero:
+                        total = zero
+                    dx[c, d, h, v] = total
+
+
+def _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out):
     if bias is None:
         bias = np.zeros(geometry.in_channels, out.dtype)
     firsts, wheres = zip(*geometry.padded_coordinates, strict=True)

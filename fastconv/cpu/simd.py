@@ -438,3 +438,32 @@ def fill_zero(typingctx, target, elements):
         return context.get_dummy_value()
 
     return types.void(target, types.int64), codegen
+
+
+@intrinsic
+def transpose_block(typingctx, target, target_pitch, source, source_pitch):
+    """target[k * target_pitch + i] = source[i * source_pitch + k] for i, k < lanes, in registers."""
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[0]), _tile_of(sig.args[0])
+        n = t.lanes
+        vector = ir.VectorType(element, n)
+        rows = [_load(builder, builder.gep(args[2], [builder.mul(args[3], _i64(i))]), vector) for i in range(n)]
+
+        def pick(a, b, lanes):
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, n), lanes))
+
+        step = n // 2
+        while step:  # exchange the off-diagonal blocks of size step, within pairs of blocks
+            for i in range(n):
+                if not i & step:
+                    a, b = rows[i], rows[i + step]
+                    rows[i] = pick(a, b, [k if not k & step else n + k - step for k in range(n)])
+                    rows[i + step] = pick(a, b, [k + step if not k & step else n + k for k in range(n)])
+            step //= 2
+        for k, row in enumerate(rows):
+            _store(builder, row, builder.gep(args[0], [builder.mul(args[1], _i64(k))]))
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(target, i, target, i), codegen
