@@ -27,5 +27,12 @@ from .conv import (
     conv_transpose2d,
     conv_transpose3d,
 )
+from .loss import (
+    log_softmax,
+    softmax,
+    softmax_cross_entropy,
+    softmax_cross_entropy_grad,
+    softmax_cross_entropy_with_grad,
+)
 
 __version__ = "0.1.0"

@@ -472,3 +472,152 @@ def check_needs(function: str, needs: Any) -> tuple[str, ...]:
     for name in names:
         check_choice(function, "needs", name, ("input", "weight", "bias"))
     return names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Softmax cross-entropy
+# ---------------------------------------------------------------------------------------------------------------------
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def class_form(function: str, shape: Any, axis: Any) -> tuple[Form, Form, int, tuple[int, ...]]:
+    """What `axis` of logits of this shape means: (form of logits, form of positions, C, shape of positions).
+
+    The forms make (N, C, *S) and (N, *S) of the user's arrays. In one dimension the classes are the only axis.
+    """
+    try:
+        return _class_form(function, tuple(shape), axis)
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+    raise TypeError(f"{function}: axis is a {type(axis).__name__} (expected an int)")
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _class_form(function: str, shape: tuple[int, ...], axis: Any) -> tuple[Form, Form, int, tuple[int, ...]]:
+    ndim = len(shape)
+    if ndim == 0:
+        raise ValueError(f"{function}: logits have shape () (expected (C,), (N, C) or (N, C, *S))")
+    if isinstance(axis, (bool, np.bool_)) or not hasattr(axis, "__index__"):
+        raise TypeError(f"{function}: axis is a {type(axis).__name__} (expected an int)")
+    asked = operator.index(axis)
+    number = 0 if ndim == 1 and asked == 1 else asked
+    if not -ndim <= number < ndim:
+        raise ValueError(f"{function}: axis is {asked}, but logits have {ndim} dimensions")
+    number %= ndim
+    every = slice(None)
+    rest = tuple(a for a in range(ndim) if a != number)
+    positions = tuple(shape[a] for a in rest)
+    if ndim == 1:
+        return Form((0,), (None, every)), Form((), (None,)), shape[0], positions
+    order = (rest[0], number, *rest[1:])
+    return Form(order, (every,) * ndim), Form(tuple(range(ndim - 1)), (every,) * (ndim - 1)), shape[number], positions
+
+
+def check_target(
+    function: str, target: Any, dtype: np.dtype, logits_shape: tuple[int, ...], positions: tuple[int, ...]
+) -> bool:
+    """Whether the target holds class indices; otherwise it holds probabilities."""
+    if target.dtype.kind in "iu":
+        if tuple(target.shape) != positions:
+            raise ValueError(
+                f"{function}: target holds class indices of shape {tuple(target.shape)}, but logits have shape "
+                f"{logits_shape} (expected {positions}, one index per position)"
+            )
+        return True
+    if target.dtype.name not in DTYPES:
+        raise TypeError(
+            f"{function}: target has dtype {target.dtype.name} (expected class indices of an integer type, or "
+            f"probabilities of the logits' type, {dtype.name})"
+        )
+    if target.dtype != dtype:
+        raise TypeError(f"{function}: target is {target.dtype.name}, but logits is {dtype.name} (expected one dtype)")
+    if tuple(target.shape) != logits_shape:
+        raise ValueError(
+            f"{function}: target holds probabilities of shape {tuple(target.shape)} (expected {logits_shape}, the "
+            "shape of logits)"
+        )
+    return False
+
+
+def _real(function: str, argument: str, value: Any, expected: str) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{function}: {argument} is a {type(value).__name__} (expected {expected})")
+    return float(value)
+
+
+def check_cross_entropy(
+    function: str, indices: bool, ignore_index: Any, reduction: Any, label_smoothing: Any, z_loss: Any,
+    logit_softcap: Any,
+) -> tuple[int, float, float, float]:  # fmt: skip
+    """Judge the options; return (ignore_index, label_smoothing, z_loss, logit_softcap), 0 standing for no cap."""
+    try:
+        return _check_cross_entropy(
+            function, indices, ignore_index, reduction, label_smoothing, z_loss, logit_softcap
+        )
+    except TypeError as error:
+        if "unhashable" not in str(error):
+            raise
+    return _check_cross_entropy.__wrapped__(
+        function, indices, ignore_index, reduction, label_smoothing, z_loss, logit_softcap
+    )
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _check_cross_entropy(
+    function: str, indices: bool, ignore_index: Any, reduction: Any, label_smoothing: Any, z_loss: Any,
+    logit_softcap: Any,
+) -> tuple[int, float, float, float]:  # fmt: skip
+    if reduction is None:
+        raise ValueError(f"{function}: reduction is None ({_one_of(REDUCTIONS)})")
+    check_choice(function, "reduction", reduction, REDUCTIONS)
+    if isinstance(ignore_index, (bool, np.bool_)) or not hasattr(ignore_index, "__index__"):
+        raise TypeError(f"{function}: ignore_index is a {type(ignore_index).__name__} (expected an int)")
+    ignored = operator.index(ignore_index)
+    if not -(2**63) <= ignored < 2**63:
+        raise ValueError(f"{function}: ignore_index is {ignored} (expected a 64-bit integer)")
+    if ignored >= 0 and not indices:
+        raise ValueError(
+            f"{function}: ignore_index is {ignored}, but target holds probabilities (expected class indices, or a "
+            "negative ignore_index, which ignores none)"
+        )
+    smoothing = _real(function, "label_smoothing", label_smoothing, "a number between 0 and 1")
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"{function}: label_smoothing is {smoothing} (expected a number between 0 and 1)")
+    penalty = _real(function, "z_loss", z_loss, "a number of at least 0")
+    if not 0 <= penalty < math.inf:
+        raise ValueError(f"{function}: z_loss is {penalty} (expected a finite number of at least 0)")
+    if logit_softcap is None:
+        return ignored, smoothing, penalty, 0.0
+    cap = _real(function, "logit_softcap", logit_softcap, "a positive number or None")
+    if not 0 < cap < math.inf:
+        raise ValueError(f"{function}: logit_softcap is {cap} (expected a positive finite number or None)")
+    return ignored, smoothing, penalty, cap
+
+
+def is_number(value: object) -> bool:
+    """A Python or NumPy number, as opposed to an array (of no dimensions perhaps)."""
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, (bool, np.bool_))
+
+
+def check_apart(function: str, home: Any, name: str, array: Any, other_name: str, other: Any) -> None:
+    """Two outputs of the caller must not share memory."""
+    if home.overlap(array, other):
+        raise ValueError(f"{function}: {name} overlaps {other_name} in memory (expected an array of its own)")
+
+
+def check_return_lse(function: str, return_lse: object) -> None:
+    if not isinstance(return_lse, (bool, np.bool_)):
+        raise TypeError(f"{function}: return_lse is a {type(return_lse).__name__} (expected True or False)")
+
+
+def bad_label(
+    function: str, position: int, label: int, positions: tuple[int, ...], classes: int, ignore_index: int
+) -> ValueError:
+    """The error for a class index out of range, naming its row, its value and C."""
+    where = ", ".join(str(int(i)) for i in np.unravel_index(position, positions)) if positions else ""
+    return ValueError(
+        f"{function}: target{where and f'[{where}]'} is {label}, but logits have C={classes} classes (expected "
+        f"0 <= target < {classes}, or ignore_index={ignore_index})"
+    )

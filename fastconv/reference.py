@@ -32,6 +32,7 @@ k that range has k + 1 taps. The form used here, u = o*stride + k*dilation - bef
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -149,3 +150,129 @@ def convolution_bias_grad(grad_output: np.ndarray) -> np.ndarray:
     for index in np.ndindex(dy.shape):
         db[index[1]] += dy[index]
     return db
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Softmax cross-entropy
+# ---------------------------------------------------------------------------------------------------------------------
+#
+# The gradient, derived. For one position with logits z_1..z_C, p_i = exp(z_i) / sum over d of exp(z_d), and a target y,
+#
+#     L = - sum over i of y_i log p_i,      dp_i / dz_c = p_c (1 - p_c) for i = c,  - p_i p_c for i != c
+#
+#     dL / dz_c = - sum over i of (y_i / p_i) dp_i / dz_c
+#               = - (y_c / p_c) p_c (1 - p_c)  +  sum over i != c of (y_i / p_i) p_i p_c
+#               = - y_c + p_c y_c + p_c * (sum over i != c of y_i)
+#               = p_c * sum(y) - y_c
+#
+# In the terms of i != c it is y_i / p_i that belongs, each its own: written with y_c / p_c, as the textbook's step is,
+# nothing cancels the p_i. Only when the y sum to one is the result p - y.
+#
+# Class weights w and label smoothing put q_c = w_c * ((1 - smoothing) * y_c + smoothing / C) in the place of y_c: the
+# loss is - sum q_c log p_c and its gradient p_c * sum(q) - q_c. `z_loss` adds z_loss * lse^2 with lse = log sum exp z,
+# whose gradient is 2 * z_loss * lse * p_c. `logit_softcap` puts cap * tanh(z / cap) in the place of z, and multiplies
+# the gradient by 1 - tanh(z / cap)^2.
+
+
+def _largest_and_rest(z: np.ndarray) -> tuple[float, float]:
+    """(m, sum over c of exp(z_c - m)) with m the largest z: what keeps exp from overflowing."""
+    m = max(float(value) for value in z)
+    return m, math.fsum(math.exp(float(value) - m) for value in z)
+
+
+def log_sum_exp(z: np.ndarray) -> float:
+    """log(sum over c of exp(z_c)) = m + log(sum over c of exp(z_c - m)) (Goodfellow et al., Deep Learning, 4.1)."""
+    m, total = _largest_and_rest(z)
+    return m + math.log(total)
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    """p_c = exp(z_c) / sum over d of exp(z_d), of logits z (C,) (Goodfellow et al., Deep Learning, eq. 4.1).
+
+    >>> softmax(np.array([0.0, np.log(3.0)])).round(15).tolist()
+    [0.25, 0.75]
+    """
+    m, total = _largest_and_rest(z)
+    return np.array([math.exp(float(value) - m) / total for value in z])
+
+
+def log_softmax(z: np.ndarray) -> np.ndarray:
+    """log p_c = z_c - log sum over d of exp(z_d), of logits z (C,) (Goodfellow et al., Deep Learning, eq. 6.30)."""
+    m, total = _largest_and_rest(z)
+    return np.array([(float(value) - m) - math.log(total) for value in z])
+
+
+def cross_entropy_position(
+    z: np.ndarray, q: np.ndarray, z_loss: float = 0.0, logit_softcap: float | None = None
+) -> tuple[float, np.ndarray]:
+    """Loss and gradient of one position with logits z (C,) and coefficients q (C,): the derivation above.
+
+    One-hot q, p - y:
+
+    >>> loss, gradient = cross_entropy_position(np.array([0.0, np.log(3.0)]), np.array([0.0, 1.0]))
+    >>> gradient.round(15).tolist()
+    [0.25, -0.25]
+
+    Coefficients that sum to two, p * sum(y) - y:
+
+    >>> cross_entropy_position(np.array([0.0, np.log(3.0)]), np.array([1.0, 1.0]))[1].round(15).tolist()
+    [-0.5, 0.5]
+    """
+    slope = np.ones(len(z))
+    if logit_softcap is not None:
+        ratio = np.array([math.tanh(float(value) / logit_softcap) for value in z])
+        z, slope = logit_softcap * ratio, 1.0 - ratio**2
+    lse, p, log_p = log_sum_exp(z), softmax(z), log_softmax(z)
+    total = math.fsum(float(value) for value in q)
+    # a class that does not count (q_c = 0) adds nothing, even with probability 0
+    loss = z_loss * lse * lse - math.fsum(float(q[c]) * log_p[c] for c in range(len(z)) if q[c] != 0)
+    gradient = np.array([(p[c] * (total + 2 * z_loss * lse) - q[c]) * slope[c] for c in range(len(z))])
+    return loss, gradient
+
+
+def softmax_cross_entropy(
+    logits: np.ndarray,
+    target: np.ndarray,
+    weight: np.ndarray | None = None,
+    grad_output: np.ndarray | float = 1.0,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    logit_softcap: float | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Loss and dLoss/dlogits of logits (N, C, *S), with class indices (N, *S) or probabilities (N, C, *S).
+
+    The options are those of torch.nn.functional.cross_entropy: "mean" divides by the weights of the labels that count,
+    and by the number of positions when the targets are probabilities.
+    """
+    z = np.moveaxis(logits.astype(np.float64), 1, -1)
+    classes = z.shape[-1]
+    w = np.ones(classes) if weight is None else weight.astype(np.float64)
+    indices = target.dtype.kind in "iu"
+    losses, gradient, denominator = np.zeros(z.shape[:-1]), np.zeros(z.shape), 0.0
+    for position in itertools.product(*map(range, losses.shape)):
+        y = np.zeros(classes)
+        if indices:
+            label = int(target[position])
+            if label == ignore_index:
+                continue
+            y[label] = 1.0
+            denominator += w[label]
+        else:
+            y[:] = np.moveaxis(target, 1, -1)[position]
+            denominator += 1.0
+        q = w * ((1.0 - label_smoothing) * y + label_smoothing / classes)
+        losses[position], gradient[position] = cross_entropy_position(z[position], q, z_loss, logit_softcap)
+    scale = np.broadcast_to(np.asarray(grad_output, np.float64), losses.shape if reduction == "none" else ())
+    loss = losses
+    if reduction != "none":
+        loss = np.array(math.fsum(float(value) for value in losses.flat))
+    if reduction == "mean":
+        loss, scale = (np.divide(a, denominator) if denominator else a * math.nan for a in (loss, scale))
+    ignored = np.zeros(losses.shape, bool) if not indices else target == ignore_index
+    for position in itertools.product(*map(range, losses.shape)):
+        if not ignored[position]:
+            gradient[position] *= scale[position] if reduction == "none" else scale
+    return loss, np.moveaxis(gradient, -1, 1)
