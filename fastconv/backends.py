@@ -181,7 +181,8 @@ def _residence(function: str, argument: str, obj: object) -> str:
                 f"{function}: {argument} is a masked array, whose mask would be ignored (expected a plain array)"
             )
         return "cpu"
-    if hasattr(obj, "__cuda_array_interface__"):
+    # the simulator's device arrays pass for the NumPy arrays that they are made of
+    if hasattr(obj, "__cuda_array_interface__") or type(obj).__module__.startswith("numba.cuda.simulator"):
         return "cuda"
     if hasattr(obj, "__dlpack_device__"):
         try:
@@ -193,8 +194,6 @@ def _residence(function: str, argument: str, obj: object) -> str:
         if kind in _DLPACK_CUDA:
             return "cuda"
         raise TypeError(f"{function}: {argument} lives on a device of DLPack type {kind} (expected CPU or CUDA)")
-    if type(obj).__module__.startswith("numba.cuda"):  # the simulator's device arrays have neither protocol
-        return "cuda"
     if hasattr(obj, "__array_interface__") and not isinstance(obj, np.generic):
         return "cpu"
     raise TypeError(

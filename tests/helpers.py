@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import ml_dtypes
@@ -95,3 +100,29 @@ VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "misaligned": misaligned,
     "channels_last_memory": fortran_last,
 }
+
+
+def run_python(code: str, *arguments: str, cwd: Path | None = None, timeout: float = 120, **environment: str | None):
+    """Run `code` in an interpreter of its own that imports the same fastconv, and return the completed process.
+
+    Without the simulator and the number of threads of the test run; `environment` sets variables, None unsets one.
+    """
+    variables = dict(os.environ)
+    for name in ("NUMBA_ENABLE_CUDASIM", "NUMBA_NUM_THREADS", "FASTCONV_BACKEND"):
+        variables.pop(name, None)
+    variables["PYTHONPATH"] = str(Path(fc.__file__).parent.parent)
+    for name, value in environment.items():
+        if value is None:
+            variables.pop(name, None)
+        else:
+            variables[name] = value
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments], env=variables, cwd=cwd, timeout=timeout,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def output_of(process: subprocess.CompletedProcess) -> str:
+    """What a process printed; fail with its error output if it failed."""
+    assert process.returncode == 0, f"exit status {process.returncode}\n{process.stdout}\n{process.stderr}"
+    return process.stdout.strip()
