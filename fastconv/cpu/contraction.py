@@ -51,15 +51,15 @@ SLAB_BYTES = 384 * 1024
 
 # Those of the weight gradient: the same for the slab, where Y stands for the gradient of the output; and
 (
-    W_GROUP, W_O, W_C, W_TAP_OFFSET, ROW_OFFSET, UNIT_ROWS, UNITS, SPLITS, CHANNEL_BLOCKS, OUT_BLOCKS, VECTORS,
+    W_GROUP, W_O, W_C, W_TAP_OFFSET, W_FLAT, ROW_OFFSET, UNIT_ROWS, UNITS, SPLITS, CHANNEL_BLOCKS, OUT_BLOCKS, VECTORS,
     VECTOR_PANELS, PARTIAL, TILE_SIZE, GRADIENT_END,
-) = range(END, END + 15)  # fmt: skip
+) = range(END, END + 16)  # fmt: skip
 
 # Those of packing weights.
 (
-    FROM, TO, GROUP_STEP, ROW_STEP, CHANNEL_STEP, OFFSETS, P_ROWS, P_CHANNELS, P_TAPS, P_BLOCK_CHANNELS, P_BLOCK_TAPS,
-    P_PANELS, NOT_FINITE, PACK_END,
-) = range(tasks.FIRST, tasks.FIRST + 14)  # fmt: skip
+    FROM, TO, FROM_BEGIN, FROM_END, GROUP_STEP, ROW_STEP, CHANNEL_STEP, OFFSETS, RUN_STEP, RUN_CHANNELS,
+    P_ROWS, P_CHANNELS, P_TAPS, P_BLOCK_CHANNELS, P_BLOCK_TAPS, P_PANELS, NOT_FINITE, PACK_END,
+) = range(tasks.FIRST, tasks.FIRST + 18)  # fmt: skip
 
 _jit = njit(error_model="numpy", nogil=True)
 
@@ -86,6 +86,10 @@ def _copy_row(row, phase_pitch, source, step, stride, count, first):
             simd.copy_vector(simd.offset(target, count - lanes), simd.offset(source, count - lanes))
         return
     i = 0
+    if step == 2 and stride == 1:
+        while i + lanes <= count:
+            simd.copy_even(simd.offset(row, first + i), simd.offset(source, 2 * i))
+            i += lanes
     if step == 1 and stride == 2:
         even = first % 2 * phase_pitch + first // 2
         odd = (first + 1) % 2 * phase_pitch + (first + 1) // 2
@@ -155,68 +159,53 @@ def _fill_slab(p, slab, x, channels, first_row, last_row, first_u):
 
 
 @_jit
-def _find_segments(p, table, pixel, end, first_row, first_column):
-    """Split pixels pixel .. end at the ends of output rows; return the number of pieces.
+def _find_pieces(p, table, pixel, end, first_row, first_column, like):
+    """Write the table of `simd.pack_panel` for pixels pixel .. end; return the largest place of a pixel.
 
-    Piece s has its length in table[3 s], its first column in table[3 s + 1], its place in the slab in table[3 s + 2].
+    The pixels are split where an output row ends. A piece is entered in the table of every vector it has pixels in.
     """
     out_h, out_w = p[OUT_H], p[OUT_W]
-    pieces = 0
+    lanes, stride = simd.lanes(like), simd.piece_table_stride(like)
+    for vector in range(simd.columns(like) // lanes):
+        table[vector * stride] = 0
+        table[vector * stride + 1] = 0
     column = 0
+    largest = 0
     while pixel < end:
         row = pixel // out_w
-        length = min(end, (row + 1) * out_w) - pixel
         w = pixel - row * out_w
+        length = min(end - pixel, out_w - w)
         if p[IN_PLACE]:
             place = row * p[X_N] + w
         else:
             segment = row // out_h - first_row // out_h
             h = row % out_h - (first_row % out_h if segment == 0 else 0)
             place = (segment * p[KERNEL_D] * p[SEGMENT_ROWS] + h * p[STRIDE_H]) * p[ROW_PITCH] + w - first_column
-        table[3 * pieces] = length
-        table[3 * pieces + 1] = column
-        table[3 * pieces + 2] = place
-        pieces += 1
+        for vector in range(column // lanes, (column + length - 1) // lanes + 1):
+            entry = simd.offset(table, vector * stride)
+            entry[2 * entry[0] + 1] = place - column + vector * lanes
+            entry[2 * entry[0] + 2] = -1 << max(0, column - vector * lanes)
+            entry[0] += 1
+        largest = max(largest, place + length - 1)
         column += length
         pixel += length
-    return pieces
+    return largest
 
 
 @_jit
-def _pack_panel(p, panel, slab, table, pieces, channels, first_tap, last_tap, exact):
-    """panel[r][column] = the slab at that pixel, channel and tap, for the taps first_tap .. last_tap of each channel.
-
-    Pieces are copied by whole vectors, one after another from left to right: what a copy writes too much, the next one
-    overwrites. `exact` copies element by element: where whole vectors would read past the end of the input.
-    """
+def _pack_exactly(p, panel, source, table, channels, first_tap, last_tap, count):
+    """`simd.pack_panel` element by element, for the pixels at the very end of the input: nothing else is read."""
     tap_offset = simd.at(p, p[TAP_OFFSET])
-    columns = simd.columns(panel)
-    lanes = simd.lanes(panel)
-    length, place = table[0], table[2]
+    lanes, stride = simd.lanes(panel), simd.piece_table_stride(panel)
     for c in range(channels):
         for tap in range(first_tap, last_tap):
-            source = simd.offset(slab, tap_offset[tap])
-            if exact:
-                for s in range(pieces):
-                    for i in range(table[3 * s]):
-                        panel[table[3 * s + 1] + i] = source[table[3 * s + 2] + i]
-            elif pieces == 1:
-                simd.copy_panel_row(panel, simd.offset(source, place))
-            elif pieces == 2:
-                simd.copy_panel_row(panel, simd.offset(source, place))
-                simd.copy_panel_row(simd.offset(panel, length), simd.offset(source, table[5]))
-            else:
-                for s in range(pieces):
-                    target = simd.offset(panel, table[3 * s + 1])
-                    piece = simd.offset(source, table[3 * s + 2])
-                    if table[3 * s] <= lanes // 2:
-                        simd.copy_half(target, piece)
-                    elif table[3 * s] <= lanes:
-                        simd.copy_vector(target, piece)
-                    else:
-                        simd.copy_panel_row(target, piece)
-            panel = simd.offset(panel, columns)
-        slab = simd.offset(slab, p[CHANNEL_PITCH])
+            for column in range(count):
+                entry = simd.offset(table, column // lanes * stride)
+                piece = entry[0] - 1
+                while not entry[2 * piece + 2] >> column % lanes & 1:
+                    piece -= 1
+                panel[column] = source[c * p[CHANNEL_PITCH] + tap_offset[tap] + entry[2 * piece + 1] + column % lanes]
+            panel = simd.offset(panel, simd.columns(panel))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,6 +277,7 @@ def _correlate(task, worker, p, real):
     y = simd.offset(simd.at(real, p[Y]), group * p[ROW_CHANNELS] * p[Y_O])
     w = simd.offset(simd.at(real, p[W]), group * p[ROW_CHANNELS] * p[CHANNELS] * p[TAPS])
     bias = simd.at(real, p[BIAS])
+    tap_offset = simd.at(p, p[TAP_OFFSET])
     slab = scratch
     if p[PADDED] and p[ZEROS]:
         simd.fill_zero(slab, p[SLAB_SIZE])
@@ -311,19 +301,23 @@ def _correlate(task, worker, p, real):
                 stop = min(start + p[GROUP] * columns, last)
                 for pixel in range(start, stop, columns):
                     end = min(pixel + columns, stop)
-                    pieces = _find_segments(p, table, pixel, end, first_row, first_column)
-                    exact = (
-                        p[IN_PLACE]
-                        and table[3 * pieces - 1] + (c + channels - 1) * p[X_C] + group * p[CHANNELS] * p[X_C] + columns
-                        > p[EXTENT]
-                    )
+                    largest = _find_pieces(p, table, pixel, end, first_row, first_column, real)
                     panel = simd.offset(panels, (pixel - start) * depth)
-                    _pack_panel(p, panel, slab, table, pieces, channels, tap, last_tap, exact)
+                    # in place, the last pixels of the last channel are the end of the input
+                    after = largest + (group * p[CHANNELS] + c + channels - 1) * p[X_C] + 2 * columns
+                    if p[IN_PLACE] and after > p[EXTENT]:
+                        _pack_exactly(p, panel, slab, table, channels, tap, last_tap, end - pixel)
+                    else:
+                        simd.pack_panel(
+                            panel, slab, channels, p[CHANNEL_PITCH], last_tap - tap, simd.offset(tap_offset, tap),
+                            table,
+                        )  # fmt: skip
                 for panel_block in range(first_panel, last_panel, p[WEIGHT_PANELS]):
                     panel_end = min(panel_block + p[WEIGHT_PANELS], last_panel)
                     for pixel in range(start, stop, columns):
                         end = min(pixel + columns, stop)
                         panel = simd.offset(panels, (pixel - start) * depth)
+                        vectors = (end - pixel + simd.lanes(real) - 1) // simd.lanes(real)
                         plane = p[PLANE]  # pixels of an output plane, 0 where they are not consecutive
                         n = pixel // plane if plane else 0
                         whole = plane and end - pixel == columns and end <= (n + 1) * plane
@@ -334,43 +328,90 @@ def _correlate(task, worker, p, real):
                             channel_bias = simd.offset(bias, group * p[ROW_CHANNELS] + o)
                             if whole:
                                 place = simd.offset(y, n * p[Y_N] + o * p[Y_O] + pixel - n * plane)
-                                simd.contract(rows, depth, a, panel, place, p[Y_O], flags, channel_bias)
+                                simd.contract(rows, vectors, depth, a, panel, place, p[Y_O], flags, channel_bias)
                             else:
-                                simd.contract(rows, depth, a, panel, tile, columns, 0, bias)
+                                simd.contract(rows, vectors, depth, a, panel, tile, columns, 0, bias)
                                 _scatter(
                                     p, simd.offset(y, o * p[Y_O]), tile, table, pixel, end, rows, flags, channel_bias
                                 )
             reduced += depth
 
 
+@_jit
+def _pack_run(target, rows, source, row_step, step, length, left, begin, end):
+    """target[k][row] = source[row * row_step + k * step] for k < length, step being 1 or -1.
+
+    `left` is how many rows of the target are still to be written, these included: a block of whole vectors may write
+    beyond its own, where later ones follow. Memory outside begin .. end is not read.
+    """
+    lanes = simd.lanes(target)
+    k = 0
+    while k < length:
+        low = simd.offset(source, k if step > 0 else -k - lanes + 1)
+        high = simd.offset(low, (rows - 1) * row_step + lanes)
+        inside = simd.address_of(low) >= simd.address_of(begin) and simd.address_of(high) <= simd.address_of(end)
+        if inside and (left - k - lanes) * rows >= lanes:
+            first = (rows - 1) // lanes * lanes
+            while first >= 0:  # the last columns first: what they write too much is at the beginning of the next row
+                part, place = simd.offset(low, first * row_step), simd.offset(target, k * rows + first)
+                if step > 0:
+                    simd.transpose(place, rows, part, row_step, rows - first)
+                else:
+                    simd.transpose_back(place, rows, part, row_step, rows - first)
+                first -= lanes
+        else:
+            for j in range(k, min(k + lanes, length)):
+                for row in range(rows):
+                    target[j * rows + row] = source[row * row_step + j * step]
+        k += lanes
+
+
 @tasks.Body
 def _pack_weights(task, worker, p, real):
     """Task = one panel of output channels of one group: [block of the reduction][panel][r][rows]."""
     w, packed, offsets = simd.at(real, p[FROM]), simd.at(real, p[TO]), simd.at(p, p[OFFSETS])
+    begin, end = simd.at(real, p[FROM_BEGIN]), simd.at(real, p[FROM_END])
     i, group = task % p[P_PANELS], task // p[P_PANELS]
     o = i * p[P_ROWS] // p[P_PANELS]
     rows = (i + 1) * p[P_ROWS] // p[P_PANELS] - o
     packed = simd.offset(packed, group * p[P_ROWS] * p[P_CHANNELS] * p[P_TAPS])
     w = simd.offset(w, group * p[GROUP_STEP] + o * p[ROW_STEP])
     row_step = p[ROW_STEP]
-    zero = w[0] * 0
+    lanes = simd.lanes(real)
     reduced = 0
+    not_finite = 0
     for c in range(0, p[P_CHANNELS], p[P_BLOCK_CHANNELS]):
         channels = min(p[P_BLOCK_CHANNELS], p[P_CHANNELS] - c)
         for tap in range(0, p[P_TAPS], p[P_BLOCK_TAPS]):
             last_tap = min(tap + p[P_BLOCK_TAPS], p[P_TAPS])
             depth = channels * (last_tap - tap)
-            target = simd.offset(packed, p[P_ROWS] * reduced + o * depth)
-            for k in range(c, c + channels):
-                for t in range(tap, last_tap):
-                    source = simd.offset(w, k * p[CHANNEL_STEP] + offsets[t])
-                    for row in range(rows):
-                        value = source[row * row_step]
-                        zero += value * 0
-                        target[row] = value
-                    target = simd.offset(target, rows)
+            panel = simd.offset(packed, p[P_ROWS] * reduced + o * depth)
+            # a run: elements of the reduction that follow one another in memory too, forwards or backwards
+            runs = 1 if p[RUN_CHANNELS] else channels
+            length = depth // runs
+            for run in range(runs):
+                target = simd.offset(panel, run * length * rows)
+                source = simd.offset(w, (c + run) * p[CHANNEL_STEP] + offsets[tap])
+                left = (runs - run) * length
+                last = simd.offset(source, row_step * (rows - 1) + lanes)
+                if (
+                    row_step == 1 and length == 1 and left * rows >= rows + lanes
+                    and simd.address_of(last) <= simd.address_of(end)
+                ):  # fmt: skip
+                    for first in range(0, rows, lanes):
+                        simd.copy_vector(simd.offset(target, first), simd.offset(source, first))
+                elif p[RUN_STEP] != 0:
+                    _pack_run(target, rows, source, row_step, p[RUN_STEP], length, left, begin, end)
+                else:
+                    for k in range(length):
+                        for row in range(rows):
+                            target[k * rows + row] = source[offsets[tap + k] - offsets[tap] + row * row_step]
+            not_finite += simd.count_not_finite(panel, depth * rows // lanes) if depth * rows >= lanes else 0
+            for k in range(depth * rows // lanes * lanes, depth * rows):
+                if not panel[k] * 0 == 0:
+                    not_finite = 1
             reduced += depth
-    if not zero == 0:  # some value * 0 was nan: an infinity or nan is among the weights
+    if not_finite:
         simd.fetch_add(simd.offset(p, NOT_FINITE), 1)
 
 
@@ -381,7 +422,7 @@ def _pack_weights(task, worker, p, real):
 
 @_jit
 def _pack_gradient(p, panel, dy, channels, width, first_row, last_row, first_column, length):
-    """panel[row][k][j] = dy[channel j] at output pixel (row, first_column + k), zero for j >= channels."""
+    """panel[row][k][j] = dy[channel j] at output pixel (row, first_column + k); for j >= channels some finite number."""
     lanes = simd.lanes(panel)
     out_d, out_h = p[OUT_D], p[OUT_H]
     step, channel_step = p[Y_W], p[Y_O]
@@ -395,12 +436,16 @@ def _pack_gradient(p, panel, dy, channels, width, first_row, last_row, first_col
         count = rows * length
         for j in range(0, width, lanes):
             part = simd.offset(source, j * channel_step)
-            if step == 1 and count >= lanes and j + lanes <= channels:
+            if step == 1 and count >= lanes and j < channels:
                 for k in range(0, count - lanes + 1, lanes):
-                    simd.transpose_block(simd.offset(panel, k * width + j), width, simd.offset(part, k), channel_step)
+                    simd.transpose(
+                        simd.offset(panel, k * width + j), width, simd.offset(part, k), channel_step, channels - j
+                    )
                 if count % lanes:  # the last block overlaps the one before
                     k = count - lanes
-                    simd.transpose_block(simd.offset(panel, k * width + j), width, simd.offset(part, k), channel_step)
+                    simd.transpose(
+                        simd.offset(panel, k * width + j), width, simd.offset(part, k), channel_step, channels - j
+                    )
             elif channel_step == 1 and j + lanes <= channels:
                 for k in range(count):
                     simd.copy_vector(simd.offset(panel, k * width + j), simd.offset(part, k * step))
@@ -420,21 +465,37 @@ def _store_gradient(p, tile, group, first_channel, rows, first_vector, last_vect
     """Add the tile [vector panel][row][column] into dw, or put it there: dw[o, c, tap] = tile[row (c, tap)][o]."""
     lanes = simd.lanes(tile)
     tap_offset = simd.at(p, p[W_TAP_OFFSET])
-    for j in range(first_vector * lanes, min(last_vector * lanes, p[ROW_CHANNELS])):
-        target = simd.offset(dw, group * p[W_GROUP] + j * p[W_O])
-        vector = j // lanes
-        panel = vector * p[VECTOR_PANELS] // p[VECTORS]
-        while (panel + 1) * p[VECTORS] // p[VECTOR_PANELS] <= vector:
-            panel += 1
-        start = panel * p[VECTORS] // p[VECTOR_PANELS]
-        width = ((panel + 1) * p[VECTORS] // p[VECTOR_PANELS] - start) * lanes
-        source = simd.offset(tile, (start - first_vector) * lanes * rows + j - start * lanes)
-        for i in range(rows):
-            place = (first_channel + i // p[TAPS]) * p[W_C] + tap_offset[i % p[TAPS]]
-            if p[ADD]:
-                target[place] += source[i * width]
-            else:
-                target[place] = source[i * width]
+    panel = first_vector * p[VECTOR_PANELS] // p[VECTORS]
+    while panel * p[VECTORS] // p[VECTOR_PANELS] < first_vector:
+        panel += 1
+    start = first_vector
+    while start < last_vector:
+        stop = (panel + 1) * p[VECTORS] // p[VECTOR_PANELS]
+        width = (stop - start) * lanes
+        source = simd.offset(tile, (start - first_vector) * lanes * rows)
+        for o in range(start * lanes, min(stop * lanes, p[ROW_CHANNELS]), lanes):
+            count = min(lanes, p[ROW_CHANNELS] - o)
+            target = simd.offset(dw, group * p[W_GROUP] + o * p[W_O])
+            from_o = simd.offset(source, o - start * lanes)
+            i = 0
+            if p[W_FLAT] and count == lanes:  # the rows (c, tap) follow one another in dw too
+                begin = simd.offset(target, first_channel * p[W_C])
+                while i + lanes <= rows:
+                    place = simd.offset(begin, i)
+                    if p[ADD]:
+                        simd.transpose_add(place, p[W_O], simd.offset(from_o, i * width), width, lanes)
+                    else:
+                        simd.transpose(place, p[W_O], simd.offset(from_o, i * width), width, lanes)
+                    i += lanes
+            for row in range(i, rows):
+                place = (first_channel + row // p[TAPS]) * p[W_C] + tap_offset[row % p[TAPS]]
+                for j in range(count):
+                    if p[ADD]:
+                        target[place + j * p[W_O]] += from_o[row * width + j]
+                    else:
+                        target[place + j * p[W_O]] = from_o[row * width + j]
+        start = stop
+        panel += 1
 
 
 @tasks.Body
@@ -729,7 +790,7 @@ def plan_correlation(
     group = max(1, min(per_task if not chunk else _ceil(chunk, t.columns), GROUP_BYTES // (blocks.depth * t.columns * size)))
     slab_size = 0 if in_place else _ceil(blocks.block_channels * slab.channel + 2 * t.columns, 16) * 16
     panel_size = _ceil((group * blocks.depth + 1) * t.columns, 16) * 16
-    table_bytes = 3 * t.columns * 8
+    table_bytes = _ceil(t.vectors * simd.piece_stride(t) * 8, 64) * 64
     scratch = (slab_size + panel_size + t.rows * t.columns) * size + table_bytes
 
     tap_offset = _tap_offsets(axes, slab)
@@ -773,9 +834,13 @@ def pack_weights(
     """
     packed = np.empty(blocks.packed_size, w.dtype)
     parameters = np.zeros(PACK_END, np.int64)
+    steps = set(np.diff(tap_offset).tolist()) or {1}
+    step = steps.pop() if len(steps) == 1 and steps <= {1, -1} else 0
+    begin, end = np.lib.array_utils.byte_bounds(w)
     parameters[FROM:NOT_FINITE] = (
-        address(w), address(packed), group_step, row_step, channel_step, address(tap_offset), blocks.rows,
-        blocks.channels, blocks.taps, blocks.block_channels, blocks.block_taps, blocks.panels,
+        address(w), address(packed), begin, end, group_step, row_step, channel_step, address(tap_offset), step,
+        step == 1 and channel_step == blocks.taps, blocks.rows, blocks.channels, blocks.taps, blocks.block_channels,
+        blocks.block_taps, blocks.panels,
     )  # fmt: skip
     # counted as 16 operations an element, since reading and writing is most of the work
     tasks.run(_pack_weights, w.dtype, blocks.groups * blocks.panels, parameters, 64, 16 * packed.size)
@@ -849,7 +914,7 @@ def plan_weight_gradient(
         slab.segments, slab.segment_rows, slab.phase, slab.row, pitch, slab_size, panel_size, table_bytes,
     )  # fmt: skip
     parameters[W_GROUP:GRADIENT_END] = (
-        rows * dw[0], *dw, address(w_taps), address(row_offset), unit_rows, units, splits, channel_blocks, out_blocks,
+        rows * dw[0], *dw, address(w_taps), dw[1] == taps and bool((np.diff(w_taps) == 1).all()), address(row_offset), unit_rows, units, splits, channel_blocks, out_blocks,
         vectors, vector_panels, 0, tile_size,
     )  # fmt: skip
     scratch = (slab_size + panel_size + tile_size) * size + table_bytes

@@ -171,10 +171,10 @@ def _switch(b: ir.IRBuilder, value: ir.Value, cases: dict[int, ir.Function], arg
 ADD, BIAS, RELU = 1, 2, 4  # what the microkernel does as it stores, in this order
 
 
-def _contract_function(module: ir.Module, element: ir.Type, t: Tile, rows: int) -> ir.Function:
+def _contract_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, vectors: int) -> ir.Function:
     pointer = element.as_pointer()
     function, new = _internal(
-        module, f"fastconv_contract_{element}_{rows}x{t.columns}",
+        module, f"fastconv_contract_{element}_{rows}x{vectors * t.lanes}",
         [_I64, pointer, pointer, pointer, _I64, _I64, pointer],
     )  # fmt: skip
     if not new:
@@ -186,15 +186,15 @@ def _contract_function(module: ir.Module, element: ir.Type, t: Tile, rows: int) 
     zero = ir.Constant(vector, [0.0] * t.lanes)
     b = ir.IRBuilder(function.append_basic_block("entry"))
 
-    loop = _Loop(b, "depth", depth, [zero] * (rows * t.vectors))
+    loop = _Loop(b, "depth", depth, [zero] * (rows * vectors))
     a_k = b.gep(a, [b.mul(loop.k, _i64(rows))])
     panel_k = b.gep(panel, [b.mul(loop.k, _i64(t.columns))])
-    columns = [_load(b, b.gep(panel_k, [_i64(j * t.lanes)]), vector) for j in range(t.vectors)]
+    columns = [_load(b, b.gep(panel_k, [_i64(j * t.lanes)]), vector) for j in range(vectors)]
     sums = []
     for i in range(rows):
         row = _splat(b, b.load(b.gep(a_k, [_i64(i)])), t.lanes)
-        for j in range(t.vectors):
-            sums.append(_multiply_add(b, module, t.fma, row, columns[j], loop.values[i * t.vectors + j]))
+        for j in range(vectors):
+            sums.append(_multiply_add(b, module, t.fma, row, columns[j], loop.values[i * vectors + j]))
     loop.close(sums)
 
     def step(flag: int, values: list[ir.Value], change) -> list[ir.Value]:
@@ -215,13 +215,13 @@ def _contract_function(module: ir.Module, element: ir.Type, t: Tile, rows: int) 
         return result
 
     places = [
-        b.gep(c, [b.add(b.mul(pitch, _i64(i)), _i64(j * t.lanes))]) for i in range(rows) for j in range(t.vectors)
+        b.gep(c, [b.add(b.mul(pitch, _i64(i)), _i64(j * t.lanes))]) for i in range(rows) for j in range(vectors)
     ]
     sums = step(ADD, sums, lambda vs: [b.fadd(v, _load(b, p, vector)) for v, p in zip(vs, places, strict=True)])
 
     def add_bias(values: list[ir.Value]) -> list[ir.Value]:
         each = [_splat(b, b.load(b.gep(bias, [_i64(i)])), t.lanes) for i in range(rows)]
-        return [b.fadd(v, each[n // t.vectors]) for n, v in enumerate(values)]
+        return [b.fadd(v, each[n // vectors]) for n, v in enumerate(values)]
 
     sums = step(BIAS, sums, add_bias)
     # v < 0 ? 0 : v, so that nan stays nan
@@ -233,29 +233,34 @@ def _contract_function(module: ir.Module, element: ir.Type, t: Tile, rows: int) 
 
 
 @intrinsic
-def contract(typingctx, rows, depth, a, panel, c, pitch, flags, bias):
-    """The microkernel: C[i, j] = sum over k < depth of A[k, i] * B[k, j], for i < rows, j < tile columns.
+def contract(typingctx, rows, vectors, depth, a, panel, c, pitch, flags, bias):
+    """The microkernel: C[i, j] = sum over k < depth of A[k, i] * B[k, j], for i < rows, j < vectors * lanes.
 
-    `a` holds A packed as [k][rows], `panel` B as [k][columns]; both contiguous, depth >= 1, 1 <= rows <= tile rows.
-    Row i of C is the `columns` elements at ``c + i * pitch``. The sum over k runs from k = 0 upwards in one chain of
+    `a` holds A packed as [k][rows], `panel` B as [k][columns of the tile]; both contiguous, depth >= 1, 1 <= rows <=
+    rows of the tile, 1 <= vectors <= vectors of the tile (fewer for the last pixels of all). Row i of C lies at
+    ``c + i * pitch``. The sum over k runs from k = 0 upwards in one chain of
     multiply-adds for each element, whatever the number of rows, so an element has the same bits in any tile. Then,
     by `flags`: ADD adds what C held, BIAS adds bias[i], RELU replaces what is below zero by zero.
     """
     i = types.int64
-    signature = types.void(i, i, a, a, a, i, i, a)
+    signature = types.void(i, i, i, a, a, a, i, i, a)
 
     def codegen(context, builder, sig, args):
-        element, t = _element(sig.args[2]), _tile_of(sig.args[2])
-        name = f"fastconv_contract_{element}_x{t.columns}"
+        element, t = _element(sig.args[3]), _tile_of(sig.args[3])
+        name = f"fastconv_contract_{element}"
         pointer = element.as_pointer()
         arguments = [_I64, pointer, pointer, pointer, _I64, _I64, pointer]
         function, new = _internal(builder.module, name, [_I64, *arguments])
         if new:
             b = ir.IRBuilder(function.append_basic_block("entry"))
-            cases = {n: _contract_function(builder.module, element, t, n) for n in range(1, t.rows + 1)}
+            cases = {
+                n * 8 + v: _contract_function(builder.module, element, t, n, v)
+                for n in range(1, t.rows + 1)
+                for v in range(1, t.vectors + 1)
+            }
             _switch(b, function.args[0], cases, list(function.args[1:]))
             b.ret_void()
-        builder.call(function, args)
+        builder.call(function, [builder.add(builder.mul(args[0], _i64(8)), args[1]), *args[2:]])
         return context.get_dummy_value()
 
     return signature, codegen
@@ -407,9 +412,120 @@ def _copier(vectors_of):
     return copy
 
 
-copy_panel_row = _copier(lambda t: (t.vectors, t.lanes))  # all columns of the tile
 copy_vector = _copier(lambda t: (1, t.lanes))
-copy_half = _copier(lambda t: (1, t.lanes // 2))
+
+
+def _masked_load(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, bits: ir.Value, otherwise: ir.Value) -> ir.Value:
+    """Load the lanes whose bit is set; the others keep their value, and their memory is not touched."""
+    vector = otherwise.type
+    n, kind = vector.count, "f32" if isinstance(vector.element, ir.FloatType) else "f64"
+    mask = ir.VectorType(_I1, n)
+    function = cgutils.get_or_insert_function(
+        module, ir.FunctionType(vector, [vector.as_pointer(), _I32, mask, vector]), f"llvm.masked.load.v{n}{kind}.p0"
+    )
+    chosen = b.bitcast(b.trunc(bits, ir.IntType(n)), mask)
+    return b.call(function, [b.bitcast(pointer, vector.as_pointer()), ir.Constant(_I32, 4), chosen, otherwise])
+
+
+def piece_stride(t: Tile) -> int:
+    """Integers that the table of `pack_panel` has for each vector: how many pieces, and two for each piece."""
+    return 1 + 2 * t.lanes
+
+
+def _pack_function(module: ir.Module, element: ir.Type, t: Tile) -> ir.Function:
+    pointer, table = element.as_pointer(), _I64.as_pointer()
+    function, new = _internal(
+        module, f"fastconv_pack_{element}", [pointer, pointer, _I64, _I64, _I64, table, table]
+    )
+    if not new:
+        return function
+    panel, source, channels, channel_pitch, taps, tap_offset, pieces = function.args
+    panel.add_attribute("noalias")
+    vector = ir.VectorType(element, t.lanes)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    entries = [b.gep(pieces, [_i64(j * piece_stride(t))]) for j in range(t.vectors)]
+    counts = [b.load(entry) for entry in entries]
+    places = [b.load(b.gep(entry, [_i64(1)])) for entry in entries]
+    most = counts[0]
+    for count in counts[1:]:
+        most = b.or_(most, count)
+    one_piece, several = b.append_basic_block("one_piece"), b.append_basic_block("several")
+    b.cbranch(b.icmp_signed("<=", most, _i64(1)), one_piece, several)
+    for block, whole in ((one_piece, True), (several, False)):
+        b.position_at_end(block)
+        outer = _Loop(b, "channels", channels, [panel, source])
+        inner = _Loop(b, "taps", taps, [outer.values[0]])
+        at = b.gep(outer.values[1], [b.load(b.gep(tap_offset, [inner.k]))])
+        values = [_load(b, b.gep(at, [place]), vector) for place in places]
+        for j in range(t.vectors):
+            if not whole:  # the first piece is loaded whole; each further one replaces the lanes from its own on
+                before, more, done = b.block, b.append_basic_block("more"), b.append_basic_block("merged")
+                b.cbranch(b.icmp_signed(">", counts[j], _i64(1)), more, done)
+                b.position_at_end(more)
+                loop = _Loop(b, "pieces", b.sub(counts[j], _i64(1)), [values[j]])
+                entry = b.gep(entries[j], [b.add(b.mul(loop.k, _i64(2)), _i64(3))])
+                place, bits = b.load(entry), b.load(b.gep(entry, [_i64(1)]))
+                merged = _masked_load(b, module, b.gep(at, [place]), bits, loop.values[0])
+                loop.close([merged])
+                inside = b.block
+                b.branch(done)
+                b.position_at_end(done)
+                value = b.phi(vector)
+                value.add_incoming(values[j], before)
+                value.add_incoming(merged, inside)
+                values[j] = value
+            _store(b, values[j], b.gep(inner.values[0], [_i64(j * t.lanes)]))
+        following = b.gep(inner.values[0], [_i64(t.columns)])
+        inner.close([following])
+        outer.close([following, b.gep(outer.values[1], [channel_pitch])])
+        b.ret_void()
+    return function
+
+
+@intrinsic
+def piece_table_stride(typingctx, like):
+    """`piece_stride` of the tile of this type."""
+
+    def codegen(context, builder, sig, args):
+        return _i64(piece_stride(_tile_of(sig.args[0])))
+
+    return types.int64(like), codegen
+
+
+@intrinsic
+def pack_panel(typingctx, panel, source, channels, channel_pitch, taps, tap_offset, pieces):
+    """Fill panel[(c, tap)][column] with the elements of `source` that a row of pixels meets at this channel and tap.
+
+    The pixels of vector j of the panel come from ``pieces[j * piece_stride]`` pieces of memory, each described by two
+    integers: the place that lane 0 would have if the piece began there, relative to
+    ``source + c * channel_pitch + tap_offset[tap]``, and the bits of the lanes from its first pixel on. Up to
+    `columns` elements after a piece may be read, and are not used.
+    """
+    i, table = types.int64, types.CPointer(types.int64)
+
+    def codegen(context, builder, sig, args):
+        builder.call(_pack_function(builder.module, _element(sig.args[0]), _tile_of(sig.args[0])), args)
+        return context.get_dummy_value()
+
+    return types.void(panel, panel, i, i, i, table, table), codegen
+
+
+@intrinsic
+def copy_even(typingctx, target, source):
+    """`lanes` elements of `source`, every second one."""
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[0]), _tile_of(sig.args[0])
+        vector = ir.VectorType(element, t.lanes)
+        first = _load(builder, args[1], vector)
+        second = _load(builder, builder.gep(args[1], [_i64(t.lanes - 1)]), vector)  # ends with the last one wanted
+        half = t.lanes // 2
+        mask = [2 * n for n in range(half)] + [t.lanes + 1 + 2 * n for n in range(half)]
+        chosen = builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, t.lanes), mask))
+        _store(builder, chosen, args[0])
+        return context.get_dummy_value()
+
+    return types.void(target, target), codegen
 
 
 @intrinsic
@@ -440,30 +556,93 @@ def fill_zero(typingctx, target, elements):
     return types.void(target, types.int64), codegen
 
 
+def _write_transpose(function: ir.Function, element: ir.Type, n: int, add: bool, backwards: bool) -> None:
+    target, target_pitch, source, source_pitch, count = function.args
+    vector = ir.VectorType(element, n)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    last = b.sub(count, _i64(1))
+    rows = []
+    for i in range(n):
+        row = b.select(b.icmp_signed("<", _i64(i), count), _i64(i), last)
+        rows.append(_load(b, b.gep(source, [b.mul(source_pitch, row)]), vector))
+
+    def pick(x: ir.Value, y: ir.Value, lanes: list[int]) -> ir.Value:
+        return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, n), lanes))
+
+    step = n // 2
+    while step:  # exchange the off-diagonal blocks of size `step` within each pair of blocks
+        for i in range(n):
+            if not i & step:
+                x, y = rows[i], rows[i + step]
+                rows[i] = pick(x, y, [k if not k & step else n + k - step for k in range(n)])
+                rows[i + step] = pick(x, y, [k + step if not k & step else n + k for k in range(n)])
+        step //= 2
+    for k, row in enumerate(reversed(rows) if backwards else rows):
+        place = b.gep(target, [b.mul(target_pitch, _i64(k))])
+        _store(b, b.fadd(_load(b, place, vector), row) if add else row, place)
+    b.ret_void()
+
+
+def _transposer(add: bool, backwards: bool, meaning: str):
+    @intrinsic
+    def transpose(typingctx, target, target_pitch, source, source_pitch, rows):
+        def codegen(context, builder, sig, args):
+            element = _element(sig.args[0])
+            function, new = _internal(
+                builder.module, f"fastconv_transpose_{element}_{add}_{backwards}",
+                [element.as_pointer(), _I64, element.as_pointer(), _I64, _I64],
+            )  # fmt: skip
+            if new:
+                _write_transpose(function, element, _tile_of(sig.args[0]).lanes, add, backwards)
+            builder.call(function, args)
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(target, i, target, i, i), codegen
+
+    transpose.__doc__ = meaning
+    return transpose
+
+
+transpose = _transposer(False, False, """target[k * target_pitch + i] = source[i * source_pitch + k], i, k < lanes.
+
+Rows of the source from `rows` on are read as the last of these. Stores are whole vectors in the order of k, so where
+target_pitch < lanes a store overwrites what the one before wrote too much.
+""")  # fmt: skip
+transpose_add = _transposer(True, False, "The same, added to what the target holds.")
+transpose_back = _transposer(False, True, "The same with target row k for k -> lanes - 1 - k.")
+
+
 @intrinsic
-def transpose_block(typingctx, target, target_pitch, source, source_pitch):
-    """target[k * target_pitch + i] = source[i * source_pitch + k] for i, k < lanes, in registers."""
+def count_not_finite(typingctx, values, count):
+    """A number that is not 0 if there is an infinity or a nan among `count` values; whole vectors only are looked at."""
 
     def codegen(context, builder, sig, args):
         element, t = _element(sig.args[0]), _tile_of(sig.args[0])
-        n = t.lanes
-        vector = ir.VectorType(element, n)
-        rows = [_load(builder, builder.gep(args[2], [builder.mul(args[3], _i64(i))]), vector) for i in range(n)]
+        vector = ir.VectorType(element, t.lanes)
+        function, new = _internal(builder.module, f"fastconv_finite_{element}", [element.as_pointer(), _I64, _I64.as_pointer()])
+        if new:
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            zero = ir.Constant(vector, [0.0] * t.lanes)
+            loop = _Loop(b, "vectors", function.args[1], [zero])
+            value = _load(b, b.gep(function.args[0], [b.mul(loop.k, _i64(t.lanes))]), vector)
+            total = b.fadd(loop.values[0], b.fmul(value, zero))  # 0 * inf and 0 * nan are nan, and stay
+            loop.close([total])
+            bits = b.bitcast(b.fcmp_unordered("uno", total, total), ir.IntType(t.lanes))
+            b.store(b.zext(bits, _I64), function.args[2])
+            b.ret_void()
+        result = cgutils.alloca_once(builder, _I64)
+        builder.call(function, [args[0], args[1], result])
+        return builder.load(result)
 
-        def pick(a, b, lanes):
-            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, n), lanes))
+    return types.int64(values, types.int64), codegen
 
-        step = n // 2
-        while step:  # exchange the off-diagonal blocks of size step, within pairs of blocks
-            for i in range(n):
-                if not i & step:
-                    a, b = rows[i], rows[i + step]
-                    rows[i] = pick(a, b, [k if not k & step else n + k - step for k in range(n)])
-                    rows[i + step] = pick(a, b, [k + step if not k & step else n + k for k in range(n)])
-            step //= 2
-        for k, row in enumerate(rows):
-            _store(builder, row, builder.gep(args[0], [builder.mul(args[1], _i64(k))]))
-        return context.get_dummy_value()
 
-    i = types.int64
-    return types.void(target, i, target, i), codegen
+@intrinsic
+def address_of(typingctx, pointer):
+    """The address a pointer holds, as an integer."""
+
+    def codegen(context, builder, sig, args):
+        return builder.ptrtoint(args[0], _I64)
+
+    return types.int64(pointer), codegen
