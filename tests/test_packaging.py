@@ -1,4 +1,4 @@
-"""What is installed, and what importing it costs."""
+"""What is installed: every module, importable without the repository, under one version."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import fastconv as fc
 
 ROOT = Path(__file__).parents[1]
-
-# What `import fastconv` must not import: it neither compiles anything nor touches CUDA, and it needs no extra.
-NOT_IMPORTED = ("fastconv.cpu", "fastconv.cuda_kernels", "llvmlite", "matplotlib", "ml_dtypes", "numba", "rich",
-                "sklearn", "torch")  # fmt: skip
 
 
 def python(code: str, cwd: Path, **environment: str) -> str:
@@ -29,18 +26,6 @@ def python(code: str, cwd: Path, **environment: str) -> str:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
-
-
-def imported_by(code: str, cwd: Path) -> list[str]:
-    return python(f"import sys; {code}; print(*(name for name in {NOT_IMPORTED} if name in sys.modules))", cwd).split()
-
-
-def test_importing_fastconv_compiles_nothing_and_touches_no_cuda(tmp_path):
-    assert imported_by("import fastconv", tmp_path) == []
-
-
-def test_the_import_test_can_fail(tmp_path):
-    assert imported_by("import fastconv, numba", tmp_path) == ["llvmlite", "numba"]
 
 
 def test_the_installed_package_has_its_cuda_kernels(tmp_path):
@@ -88,9 +73,7 @@ def test_the_version_is_one():
     assert re.search(r"^## (\S+)", changelog, re.MULTILINE)[1] == fc.__version__
 
 
-def test_public_names_are_listed_and_documented():
-    public = {
-        name for name, value in vars(fc).items() if not name.startswith("_") and type(value) is not type(fc)
-    }  # fmt: skip
-    assert set(fc.__all__) - {"__version__"} == public
-    assert [name for name in public if not getattr(fc, name).__doc__] == []
+def test_type_checkers_see_the_public_names():
+    """A strict type checker takes a name for exported by a typed package only where `__all__` lists it."""
+    public = {name for name, value in vars(fc).items() if name[0] != "_" and not isinstance(value, ModuleType)}
+    assert sorted(fc.__all__) == sorted(public | {"__version__"})
