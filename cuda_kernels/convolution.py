@@ -54,7 +54,7 @@ def _none(dtype: np.dtype) -> DeviceArray:
 
 def forward(
     geometry: ConvGeometry, input: DeviceArray, weight: DeviceArray, bias: DeviceArray | None, relu: bool,
-    out: DeviceArray,
+    algorithm: str, out: DeviceArray,
 ) -> None:  # fmt: skip
     """out = input convolved with weight, plus bias, through max(0, .) if relu."""
     launch(
@@ -99,8 +99,9 @@ def forward_kernel(element):
 
 
 def weight_grad(
-    geometry: ConvGeometry, input: DeviceArray, grad_output: DeviceArray, accumulate: bool, out: DeviceArray
-) -> None:
+    geometry: ConvGeometry, input: DeviceArray, grad_output: DeviceArray, accumulate: bool, algorithm: str,
+    out: DeviceArray,
+) -> None:  # fmt: skip
     """out (+)= gradient of the weight, shape (O, C/groups, KD, KH, KW)."""
     launch(
         weight_grad_kernel[out.dtype], out.size, input, grad_output, accumulate,
@@ -149,7 +150,7 @@ def weight_grad_kernel(element):
 
 def input_grad(
     geometry: ConvGeometry, weight: DeviceArray, grad_output: DeviceArray, bias: DeviceArray | None, relu: bool,
-    accumulate: bool, out: DeviceArray,
+    accumulate: bool, algorithm: str, out: DeviceArray,
 ) -> None:  # fmt: skip
     """out (+)= gradient of the input, plus bias, through max(0, .) if relu (both for the transposed convolution)."""
     firsts, wheres = _padded_coordinates(geometry, current_device())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from . import arguments
+from .algorithms import choose
 from .backends import home_of
 
 __all__ = [
@@ -58,7 +59,7 @@ def _forward(
         function, ndim, x.shape, w.shape, stride, padding, dilation, groups, padding_mode, layout
     )
     arguments.check_choice(function, "activation", activation, arguments.ACTIVATIONS)
-    arguments.check_choice(function, "algorithm", algorithm, arguments.ALGORITHMS)
+    algorithm = choose(function, "forward", plan.geometry, dtype, algorithm, home.name)
     if b is not None:
         arguments.check_shape(function, "bias", b, (plan.geometry.out_channels,), "one per output channel")
     y, deliver = home.output(function, out, plan.output_shape, dtype, input)
@@ -66,7 +67,7 @@ def _forward(
         arguments.check_output(function, home, y, plan.output_shape, dtype, input=x, weight=w, bias=b)
     form = plan.activation_form
     home.operation("convolution").forward(
-        plan.geometry, form(x), plan.weight_form(w), b, activation == "relu", form(y)
+        plan.geometry, form(x), plan.weight_form(w), b, activation == "relu", algorithm, form(y)
     )
     return y if deliver is None else deliver()
 
@@ -83,7 +84,7 @@ def _weight_grad(
         function, ndim, x.shape, weight_size, stride, padding, dilation, groups, padding_mode, layout,
         weight_name="weight_size",
     )  # fmt: skip
-    arguments.check_choice(function, "algorithm", algorithm, arguments.ALGORITHMS)
+    algorithm = choose(function, "weight_grad", plan.geometry, dtype, algorithm, home.name)
     arguments.check_shape(function, "grad_output", dy, plan.output_shape, "the shape of the convolution's output")
     accumulate = arguments.check_accumulate(function, accumulate, out)
     dw, deliver = home.output(function, out, plan.weight_shape, dtype, input)
@@ -91,7 +92,7 @@ def _weight_grad(
         arguments.check_output(function, home, dw, plan.weight_shape, dtype, input=x, grad_output=dy)
     form = plan.activation_form
     home.operation("convolution").weight_grad(
-        plan.geometry, form(x), form(dy), accumulate, plan.weight_form(dw)
+        plan.geometry, form(x), form(dy), accumulate, algorithm, plan.weight_form(dw)
     )
     return dw if deliver is None else deliver()
 
@@ -108,7 +109,7 @@ def _input_grad(
         function, ndim, input_size, w.shape, stride, padding, dilation, groups, padding_mode, layout,
         input_name="input_size",
     )  # fmt: skip
-    arguments.check_choice(function, "algorithm", algorithm, arguments.ALGORITHMS)
+    algorithm = choose(function, "input_grad", plan.geometry, dtype, algorithm, home.name)
     arguments.check_shape(function, "grad_output", dy, plan.output_shape, "the shape of the convolution's output")
     accumulate = arguments.check_accumulate(function, accumulate, out)
     dx, deliver = home.output(function, out, plan.input_shape, dtype, grad_output)
@@ -116,7 +117,7 @@ def _input_grad(
         arguments.check_output(function, home, dx, plan.input_shape, dtype, weight=w, grad_output=dy)
     form = plan.activation_form
     home.operation("convolution").input_grad(
-        plan.geometry, plan.weight_form(w), form(dy), None, False, accumulate, form(dx)
+        plan.geometry, plan.weight_form(w), form(dy), None, False, accumulate, algorithm, form(dx)
     )
     return dx if deliver is None else deliver()
 
@@ -134,7 +135,7 @@ def _transposed(
         function, ndim, x.shape, w.shape, stride, padding, output_padding, groups, dilation, padding_mode, layout
     )
     arguments.check_choice(function, "activation", activation, arguments.ACTIVATIONS)
-    arguments.check_choice(function, "algorithm", algorithm, arguments.ALGORITHMS)
+    algorithm = choose(function, "input_grad", plan.geometry, dtype, algorithm, home.name)
     if b is not None:
         arguments.check_shape(function, "bias", b, (plan.geometry.in_channels,), "one per output channel")
     y, deliver = home.output(function, out, plan.input_shape, dtype, input)
@@ -142,7 +143,7 @@ def _transposed(
         arguments.check_output(function, home, y, plan.input_shape, dtype, input=x, weight=w, bias=b)
     form = plan.activation_form
     home.operation("convolution").input_grad(
-        plan.geometry, plan.weight_form(w), form(x), b, activation == "relu", False, form(y)
+        plan.geometry, plan.weight_form(w), form(x), b, activation == "relu", False, algorithm, form(y)
     )
     return y if deliver is None else deliver()
 

@@ -108,8 +108,9 @@ def _offsets(places: Sequence[Sequence[int]], steps: Sequence[int]) -> np.ndarra
 @_through_float32
 @_into_writable
 def forward(
-    geometry: ConvGeometry, input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, relu: bool, out: np.ndarray
-) -> None:
+    geometry: ConvGeometry, input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, relu: bool,
+    algorithm: str, out: np.ndarray,
+) -> None:  # fmt: skip
     """out = input convolved with weight, plus bias, through max(0, .) if relu."""
     if out.size == 0:
         return
@@ -137,8 +138,9 @@ def _weight_grad_plan(
 @_through_float32
 @_into_writable
 def weight_grad(
-    geometry: ConvGeometry, input: np.ndarray, grad_output: np.ndarray, accumulate: bool, out: np.ndarray
-) -> None:
+    geometry: ConvGeometry, input: np.ndarray, grad_output: np.ndarray, accumulate: bool, algorithm: str,
+    out: np.ndarray,
+) -> None:  # fmt: skip
     """out (+)= gradient of the weight, shape (O, C/groups, KD, KH, KW)."""
     if grad_output.size == 0:
         if not accumulate:
@@ -216,7 +218,7 @@ def _pack_phase(phase: _Phase, weight: np.ndarray, out_per_group: int) -> tuple[
 @_into_writable
 def input_grad(
     geometry: ConvGeometry, weight: np.ndarray, grad_output: np.ndarray, bias: np.ndarray | None, relu: bool,
-    accumulate: bool, out: np.ndarray,
+    accumulate: bool, algorithm: str, out: np.ndarray,
 ) -> None:  # fmt: skip
     """out (+)= gradient of the input, plus bias, through max(0, .) if relu (both for the transposed convolution)."""
     if out.size == 0:
@@ -270,7 +272,7 @@ def _folded_input_grad(geometry, weight, grad_output, bias, relu, accumulate, ou
         bias = np.zeros(geometry.in_channels, out.dtype)
     firsts, wheres = zip(*geometry.padded_coordinates, strict=True)
     for n in range(geometry.batch):
-        input_grad(one, weight, grad_output[n : n + 1], None, False, False, padded)
+        input_grad(one, weight, grad_output[n : n + 1], None, False, False, algorithm, padded)
         fold_kernel[out.dtype](padded[0], bias, relu, accumulate, firsts, wheres, out[n])
 
 
