@@ -25,8 +25,9 @@ test: $(VENV)/.installed-test
 test-slow: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -m "slow and not codegen" $(ARGS)
 
+# FASTCONV_TEST_GPU=1 takes CUDA's own compiler in the place of the simulator; to compile needs no GPU.
 test-cuda: $(VENV_CUDA)/.installed-cuda
-	$(VENV_CUDA)/bin/python -m pytest -m "codegen and not slow" tests/test_cuda_codegen.py $(ARGS)
+	FASTCONV_TEST_GPU=1 $(VENV_CUDA)/bin/python -m pytest -m "codegen and not slow" tests/test_cuda_codegen.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check
