@@ -6,6 +6,8 @@ Everything the user passes is judged in `arguments`, `backends` says where the a
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import arguments
 from .backends import home_of
 
@@ -45,7 +47,7 @@ def _cross_entropy(
         arguments.check_shape(function, "grad_output", dy, loss_shape, "the shape of the loss")
     if return_lse is not False:
         arguments.check_return_lse(function, return_lse)
-    inputs = {"logits": z, "target": t, "weight": w, "grad_output": dy}
+    inputs: dict[str, Any] = {"logits": z, "target": t, "weight": w, "grad_output": dy}
     grad_name = "grad_out" if wants_loss else "out"
     loss = gradient = lse = None
     deliver = []
@@ -76,7 +78,8 @@ def _cross_entropy(
         None if lse is None else position_form(lse),
     )  # fmt: skip
     if bad is not None:
-        raise arguments.bad_label(function, *bad, positions, classes, ignored)
+        position, label = bad
+        raise arguments.bad_label(function, position, label, positions, classes, ignored)
     results = tuple(array if finish is None else finish() for array, finish in deliver)
     return results if len(results) > 1 else results[0]
 
@@ -88,7 +91,7 @@ def _softmax(function, logits, axis, log, out, backend):
     form = arguments.class_form(function, z.shape, axis)[0]
     result, finish = home.output(function, out, z.shape, dtype, logits)
     if out is not None:
-        inputs = {} if out is logits else {"logits": z}
+        inputs: dict[str, Any] = {} if out is logits else {"logits": z}
         arguments.check_output(function, home, result, tuple(z.shape), dtype, **inputs)
     home.operation("softmax_cross_entropy").softmax(form(z), log, form(result))
     return result if finish is None else finish()

@@ -65,6 +65,7 @@ TILE_BYTES = 256 * 1024  # a tile that keeps its exponentials: half of a 512 KB 
 WIDEST = 512  # lanes of a tile by position
 BY_POSITION_BELOW = 64  # classes; below, contiguous classes are transposed into a tile by position
 TASK = 32_768  # elements of a task, about 10 us: small beside a whole call, large beside the 0.1 us of starting it
+ALONE = 8192  # elements up to which a call does not go through `tasks.run`, whose 3 us are felt
 FLOPS = 10  # of an element, for the choice between serial and parallel: serial below 100 000 elements
 
 # What a task body is told. The first fields are those that `tasks.run` fills.
@@ -83,7 +84,7 @@ _PARAMETERS = np.dtype(
 )  # fmt: skip
 _RECORD = numba.from_dtype(_PARAMETERS)
 
-_inline = numba.njit(error_model="numpy")
+_inline = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 @intrinsic
@@ -308,12 +309,13 @@ def _tree_sum(values):
 
 
 @_inline
-def _zero_unit(p, grad, loss, partial, zeros, unit, position, lanes, rows, piece_rows, zero):
+def _zero_unit(
+    p, grad, loss, partial, zeros, batch_index, space_index, unit, position, lanes, rows, piece_rows, zero
+):  # fmt: skip
     """The results of a unit whose positions are all ignored: nothing is read."""
     for j in range(lanes):
-        n, s = divmod(position + j, p.space)
         if p.loss != 0:
-            loss[n * p.loss_n + s * p.loss_s] = zero
+            loss[batch_index[j] * p.loss_n + space_index[j] * p.loss_s] = zero
     if p.partial != 0:
         partial[unit] = 0.0
     if p.grad != 0:
@@ -350,7 +352,8 @@ def _body(task, worker, parameters, real):
     top, base = at(real, here + 5 * lane_bytes), at(real, here + 6 * lane_bytes)
     part, factor = at(real, here + 7 * lane_bytes), at(real, here + 8 * lane_bytes)
     scale, hit = at(real, here + 9 * lane_bytes), at(real, here + 10 * lane_bytes)
-    coefficients = at(real, here + 11 * lane_bytes)
+    batch_index, space_index = at(parameters, here + 11 * lane_bytes), at(parameters, here + 12 * lane_bytes)
+    coefficients = at(real, here + 13 * lane_bytes)
     again = offset(coefficients, PIECE)
     tile = offset(again, PIECE)
 
@@ -363,18 +366,28 @@ def _body(task, worker, parameters, real):
         position = unit if by_class else unit * width
         lanes = 1 if by_class else min(width, p.positions - position)
 
+        n, s = divmod(position, space)
+        for j in range(lanes):  # where each lane's position is, without a division each
+            batch_index[j], space_index[j] = n, s
+            s += 1
+            if s == space:
+                n, s = n + 1, 0
+
         # 1. The labels: -1 where ignored.
         ignored = 0
         if p.labels != 0:
             for j in range(lanes):
-                n, s = divmod(position + j, space)
+                n, s = batch_index[j], space_index[j]
                 t = labels[n * p.labels_n + s * p.labels_s]
                 if t == p.ignore_index:
                     t = -1
                     ignored += 1
                 label[j] = t
             if ignored == lanes and p.lse == 0:
-                _zero_unit(p, grad, loss, partial, coefficients, unit, position, lanes, rows, piece_rows, zero)
+                _zero_unit(
+                    p, grad, loss, partial, coefficients, batch_index, space_index, unit, position, lanes, rows,
+                    piece_rows, zero,
+                )  # fmt: skip
                 continue
 
         # 2. Maximum and sum of exponentials, block by block. `base` is the maximum so far, or 0 where that is -inf:
@@ -413,7 +426,7 @@ def _body(task, worker, parameters, real):
         # 3. Loss, and the factors of the gradient, of each position.
         unit_loss = 0.0
         for j in range(lanes):
-            n, s = divmod(position + j, space)
+            n, s = batch_index[j], space_index[j]
             log_sum_exp = np.float64(base[j]) + log_sum[j]
             if p.lse != 0:
                 lse[n * p.lse_n + s * p.lse_s] = log_sum_exp
@@ -461,15 +474,15 @@ def _body(task, worker, parameters, real):
         for row in range(0, rows, piece_rows):
             count = min(piece_rows, rows - row)
             here = offset(tile, row * width if kept else 0)
-            if p.log != 0:
+            if p.log != 0 or not kept:
                 _fetch_logits(here, p, logits, position, lanes, row, count, cap, low)
+            if p.log != 0:
                 for r in range(count):
+                    line = offset(here, r * width)
                     for j in range(width):
-                        z = here[r * width + j] - base[j]
-                        here[r * width + j] = z - factor[j]
+                        line[j] = (line[j] - base[j]) - factor[j]
             else:
                 if not kept:
-                    _fetch_logits(here, p, logits, position, lanes, row, count, cap, low)
                     for r in range(count):
                         line = offset(here, r * width)
                         for j in range(width):
@@ -496,18 +509,15 @@ def _body(task, worker, parameters, real):
                         line = offset(here, r * width)
                         for j in range(width):
                             line[j] = line[j] if label[j] >= 0 else zero
+            for j in range(lanes if p.labels != 0 else 0):
+                r = label[j] - row * (width if by_class else 1)
+                if label[j] >= 0 and 0 <= r < (count * width if by_class else count):
+                    index = r if by_class else r * width + j
+                    here[index] = here[index] - hit[j]
             _deliver(
                 here, grad, p.grad_n, p.grad_c, p.grad_s, space, by_class, position, lanes, width, row, count,
                 classes,
             )  # fmt: skip
-        if p.labels != 0:
-            for j in range(lanes):
-                t = label[j]
-                if t >= 0:
-                    n, s = divmod(position + j, space)
-                    index = n * p.grad_n + t * p.grad_c + s * p.grad_s
-                    grad[index] = grad[index] - hit[j]
-
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -517,15 +527,16 @@ def _body(task, worker, parameters, real):
 
 def _prepare(
     logits, labels, soft, weight, grad_output, ignore_index, mean, log, scale, smoothing, z_loss, cap, loss, grad, lse,
-    partial, parameters,
+    partial, words, body, scratch, alone,
 ):  # fmt: skip
-    """Judge the labels and fill `parameters`. Arrays of size 0 stand for those not given.
+    """Judge the labels and fill `words`, the parameters of the tasks. Arrays of size 0 stand for those not given.
 
-    Returns the number of tasks, or -1 - the position of a label out of range. At the end of `partial`, which gets the
-    loss of each unit, is left what the mean divides by.
+    Up to `alone` elements the tasks are run here: a small call is not to pay for the way through `tasks.run`. Returns
+    the number of tasks that are left to run, or -1 - the position of a label out of range. `partial` gets the loss of
+    each unit and, at its end, what the mean divides by.
     """
     batch, classes, space = logits.shape
-    p = parameters[0]
+    p = numba.carray(_record(_pointer(words.ctypes.data, np.int64(0))), 1)[0]
     item = logits.itemsize
     denominator = np.float64(batch * space)
     if labels.size > 0:
@@ -579,52 +590,59 @@ def _prepare(
     partial[p.positions] = denominator
     p.units = p.positions if p.by_class else (p.positions + p.width - 1) // p.width
     p.task_units = max(1, TASK // (classes if p.by_class else classes * p.width))
-    return (p.units + p.task_units - 1) // p.task_units
+    count = (p.units + p.task_units - 1) // p.task_units
+    if batch * classes * space > alone:
+        return count
+    p.scratch = scratch
+    for task in range(count):
+        tasks._call(body, task, 0, words.ctypes.data)
+    return 0
 
 
-def _sum_of_units(partial, parameters):
-    """The losses of all units, added in their order."""
+def _reduce(partial, units, mean):
+    """The losses of all units, added in their order; divided, if `mean`, by the last of `partial`."""
     total = 0.0
-    for unit in range(parameters[0].units):
+    for unit in range(units):
         total += partial[unit]
-    return total
+    return total / partial[-1] if mean else total
 
 
 _doubles = types.Array(types.float64, 1, "C")
-_parameters = types.Array(_RECORD, 1, "C")
+_integers = types.Array(types.int64, 1, "C")
 
 
 @functools.cache
-def _compiled(dtype: np.dtype) -> tuple[Callable[..., int], tuple[np.ndarray, ...]]:
-    """`_prepare` for a floating-point type, and arrays of 1, 2 and 3 dimensions for what is not given."""
+def _compiled(dtype: np.dtype) -> tuple[Callable[..., int], int, tuple[np.ndarray, ...]]:
+    """For a floating-point type: `_prepare`, the body's address, arrays of 1 to 3 dimensions for what is not given."""
     real = REAL[dtype]
     signature = types.intp(
         array_of(real, 3), array_of(types.int64, 2), array_of(real, 3), array_of(real, 1), array_of(real, 2),
         types.int64, types.boolean, types.boolean, *(types.float64,) * 4, output_of(real, 2), output_of(real, 3),
-        output_of(real, 2), _doubles, _parameters,
+        output_of(real, 2), _doubles, _integers, types.intp, types.intp, types.intp,
     )  # fmt: skip
-    return numba.njit(signature, **OPTIONS)(_prepare), tuple(np.empty((0,) * ndim, dtype) for ndim in (1, 2, 3))
+    none = tuple(np.empty((0,) * ndim, dtype) for ndim in (1, 2, 3))
+    return numba.njit(signature, **OPTIONS)(_prepare), _body_of.address(dtype), none
 
 
 @functools.cache
-def _compiled_sum() -> Callable[[np.ndarray, np.ndarray], float]:
-    return numba.njit(types.float64(_doubles, _parameters), **OPTIONS)(_sum_of_units)
+def _compiled_reduce() -> Callable[[np.ndarray, int, bool], float]:
+    return numba.njit(types.float64(_doubles, types.intp, types.boolean), **OPTIONS)(_reduce)
 
 
 _body_of = tasks.Body(_body)
 _NO_LABELS = np.empty((0, 0), np.int64)
-_SCRATCH = 11 * 8 * WIDEST + 2 * 8 * PIECE + TILE_BYTES
+_SCRATCH = 13 * 8 * WIDEST + 2 * 8 * PIECE + TILE_BYTES
 _WORDS = _PARAMETERS.itemsize // 8
+_UNITS = list(_PARAMETERS.names or ()).index("units")
 
 
 def _launch(
     logits, labels, soft, weight, grad_output, ignore_index, mean, log, scale, smoothing, z_loss, cap, loss, grad, lse
 ):  # fmt: skip
-    """Run the kernels on flat arrays, None for those not given; return (status, sum of the losses, denominator)."""
+    """Run the kernels on flat arrays, None for those not given; return (status, loss reduced to a number)."""
     dtype = logits.dtype
-    prepare, (none_1, none_2, none_3) = _compiled(dtype)
+    prepare, body, (none_1, none_2, none_3) = _compiled(dtype)
     words = np.zeros(_WORDS, np.int64)
-    parameters = words.view(_PARAMETERS)
     partial = np.empty(logits.shape[0] * logits.shape[2] + 1)
     count = prepare(
         logits,
@@ -636,12 +654,13 @@ def _launch(
         none_2 if loss is None else loss,
         none_3 if grad is None else grad,
         none_2 if lse is None else lse,
-        partial, parameters,
+        partial, words, body, tasks._scratch(_SCRATCH), ALONE,
     )  # fmt: skip
     if count < 0:
-        return count, 0.0, 0.0
-    tasks.run(_body_of, dtype, count, words, _SCRATCH, FLOPS * logits.size)
-    return 0, _compiled_sum()(partial, parameters), partial[-1]
+        return count, 0.0
+    if count > 0:
+        tasks.run(_body_of, dtype, count, words, _SCRATCH, FLOPS * logits.size)
+    return 0, _compiled_reduce()(partial, words[_UNITS], mean)
 
 
 def cross_entropy(
@@ -655,6 +674,7 @@ def cross_entropy(
             logits, target, weight, grad_output, ignore_index, reduction, label_smoothing, z_loss, logit_softcap, loss,
             grad, lse,
         )  # fmt: skip
+    scale = 1.0
     labels, soft = (_flat(target, 1), None) if target.dtype.kind in "iu" else (None, _flat(target, 2))
     if labels is not None and labels.dtype != np.int64:
         labels = _to_int64(labels)
@@ -665,20 +685,20 @@ def cross_entropy(
         return None
     loss_flat = _flat_output(loss, 1) if reduction == "none" else None
     grad_flat, lse_flat = _flat_output(grad, 2), _flat_output(lse, 1)
-    scale = 1.0
-    if grad_output is not None and reduction == "none" and isinstance(grad_output, np.ndarray):
-        grad_output = _flat(grad_output, 1)
+    rows = None
+    if reduction == "none" and isinstance(grad_output, np.ndarray):
+        rows = _flat(grad_output, 1)
     elif grad_output is not None:
-        grad_output, scale = None, float(grad_output)
-    status, total, denominator = _launch(
-        z, labels, soft, weight, grad_output, ignore_index, reduction == "mean", False, scale, label_smoothing, z_loss,
+        scale = float(grad_output)
+    status, reduced = _launch(
+        z, labels, soft, weight, rows, ignore_index, reduction == "mean", False, scale, label_smoothing, z_loss,
         logit_softcap, loss_flat, grad_flat, lse_flat,
     )  # fmt: skip
     if status < 0:
         position = -1 - status
         return position, int(target.reshape(-1)[position])
     if loss is not None and reduction != "none":
-        loss[...] = total if reduction == "sum" else _mean(total, denominator)
+        loss[...] = reduced
     _bring_back(loss_flat, loss)
     _bring_back(grad_flat, grad)
     _bring_back(lse_flat, lse)
@@ -733,9 +753,7 @@ def _flat_output(array: np.ndarray | None, lead: int) -> np.ndarray | None:
 
 def _bring_back(flat: np.ndarray | None, array: np.ndarray | None) -> None:
     """Copy the results home when the strides did not allow a flat view."""
-    if flat is not None and flat is not array and not np.may_share_memory(flat, array):
+    if flat is None or array is None or flat is array or flat.base is array:
+        return
+    if flat.base is None or flat.base is not array.base:
         array[...] = flat.reshape(array.shape)
-
-
-def _mean(total: float, denominator: float) -> float:
-    return total / denominator if denominator else math.copysign(math.inf, total) if total else math.nan
