@@ -97,6 +97,15 @@ def _copy_row(row, phase_pitch, source, step, stride, count, first):
             half = i // 2
             simd.split_pairs(simd.offset(row, even + half), simd.offset(row, odd + half), simd.offset(source, i))
             i += 2 * lanes
+    if step == 1 and stride == 4:
+        while i + 4 * lanes <= count:
+            a, b, c, d = first + i, first + i + 1, first + i + 2, first + i + 3
+            simd.split_quads(
+                simd.offset(row, a % 4 * phase_pitch + a // 4), simd.offset(row, b % 4 * phase_pitch + b // 4),
+                simd.offset(row, c % 4 * phase_pitch + c // 4), simd.offset(row, d % 4 * phase_pitch + d // 4),
+                simd.offset(source, i),
+            )  # fmt: skip
+            i += 4 * lanes
     u = first + i
     phase, place = u % stride, u // stride
     while i < count:
@@ -148,7 +157,8 @@ def _fill_slab(p, slab, x, channels, first_row, last_row, first_u):
                         for u in range(first_u, end):
                             if u < low or u >= high:
                                 v = u - first_u
-                                row[v % stride * phase_pitch + v // stride] = source[source_w[u] * step]
+                                if source_w[u] >= 0:
+                                    row[v % stride * phase_pitch + v // stride] = source[source_w[u] * step]
                     source = simd.offset(source, p[X_C])
                     row = simd.offset(row, p[CHANNEL_PITCH])
 
@@ -279,7 +289,7 @@ def _correlate(task, worker, p, real):
     bias = simd.at(real, p[BIAS])
     tap_offset = simd.at(p, p[TAP_OFFSET])
     slab = scratch
-    if p[PADDED] and p[ZEROS]:
+    if p[PADDED]:
         simd.fill_zero(slab, p[SLAB_SIZE])
 
     reduced = 0  # how much of the reduction has been done
@@ -537,7 +547,7 @@ def _weight_gradient(task, worker, p, real):
             last_row = min(first_row + p[UNIT_ROWS], p[PIXELS] // out_w)
             first_column = 0
             length = out_w
-        if p[PADDED] and p[ZEROS]:
+        if p[PADDED]:
             simd.fill_zero(slab, p[SLAB_SIZE])
         if not p[IN_PLACE]:
             _fill_slab(p, slab, x, channels, first_row, last_row, first_column * p[STRIDE_W])
@@ -625,6 +635,10 @@ class Axis:
     def is_identity(self) -> bool:
         return self.taps == self.stride == 1 and self.before == 0 and self.out == self.size
 
+    def reads_every_nth(self) -> bool:
+        """Is this no more than every stride-th element of the input?"""
+        return self.taps == 1 and self.before == 0 and (self.out - 1) * self.stride < self.size
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -645,6 +659,16 @@ class Blocks:
     @property
     def packed_size(self) -> int:
         return self.groups * self.rows * self.channels * self.taps
+
+
+def fold_strides(axes: tuple[Axis, ...], x: Strides) -> tuple[tuple[Axis, ...], Strides]:
+    """Where a kernel has one tap, its stride is a stride of the input: elements between are not even copied."""
+    folded, steps = list(axes), list(x)
+    for i, axis in enumerate(axes):
+        if axis.stride > 1 and axis.reads_every_nth():
+            folded[i] = Axis(axis.out, 1, 1, 1, np.arange(axis.out, dtype=np.int64), 0, axis.out)
+            steps[2 + i] *= axis.stride
+    return tuple(folded), tuple(steps)
 
 
 def _ceil(a: int, b: int) -> int:
@@ -757,9 +781,12 @@ def _tap_offsets(axes: tuple[Axis, ...], slab: _Slab) -> np.ndarray:
 
 def plan_correlation(
     dtype: np.dtype, batch: int, blocks: Blocks, axes: tuple[Axis, ...], x: Strides, y: Strides, zeros: bool,
-    in_place: bool, workers: int,
+    in_place: bool, workers: int, slab_panels: int = 0,
 ) -> Plan:  # fmt: skip
-    """Plan y[n, i, o] = sum over c, k of w[i, c, k] * x[n, c, u(o, k)], with strides of x and y in elements."""
+    """Plan y[n, i, o] = sum over c, k of w[i, c, k] * x[n, c, u(o, k)], with strides of x and y in elements.
+
+    The slab has room for the pixels of a task, or for `slab_panels` panels of them.
+    """
     t = simd.tile(dtype.itemsize * 8)
     size = dtype.itemsize
     axes, x, y = _flattened(axes, x, y) if in_place else (axes, x, y)
@@ -770,8 +797,8 @@ def plan_correlation(
 
     per_task = min(_PANELS_PER_TASK, all_panels)
     while True:
-        slab = _slab_shape(axes, per_task * t.columns, batch, t.columns)
-        if in_place or slab.chunk or per_task <= 4 or blocks.block_channels * slab.channel * size <= SLAB_BYTES:
+        slab = _slab_shape(axes, (slab_panels or per_task) * t.columns, batch, t.columns)
+        if in_place or slab_panels or slab.chunk or per_task <= 4 or blocks.block_channels * slab.channel * size <= SLAB_BYTES:
             break
         per_task = _ceil(per_task, 2)
     chunk = 0 if in_place else slab.chunk

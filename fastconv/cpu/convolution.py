@@ -16,7 +16,7 @@ import numpy as np
 from numba import prange, types
 
 from ..geometry import ConvGeometry
-from . import contraction
+from . import contraction, winograd
 from .jit import array_of, kernel, output_of
 from .threads import get_num_threads
 
@@ -81,7 +81,7 @@ def _axes(geometry: ConvGeometry) -> tuple[contraction.Axis, ...]:
 def _forward_plan(
     geometry: ConvGeometry, dtype: np.dtype, x: tuple[int, ...], y: tuple[int, ...], workers: int
 ) -> tuple[contraction.Blocks, contraction.Plan]:
-    axes = _axes(geometry)
+    axes, x = contraction.fold_strides(_axes(geometry), x)
     in_place = contraction.can_stay_in_place(axes, x, y)
     blocks = contraction.make_blocks(
         dtype, geometry.groups, geometry.out_channels_per_group, geometry.in_channels_per_group, axes, in_place
@@ -115,6 +115,9 @@ def forward(
     if out.size == 0:
         return
     input, weight = _readable(input), _readable(weight)
+    if algorithm == "winograd":
+        _winograd_forward(geometry, input, weight, bias, relu, out)
+        return
     blocks, plan = _forward_plan(geometry, out.dtype, _elements(input), _elements(out), get_num_threads())
     packed = _pack_forward(blocks, weight)
     if bias is not None:
@@ -122,11 +125,33 @@ def forward(
     contraction.correlate(plan, input, packed, out, bias, relu, False)
 
 
+def _winograd_forward(geometry, input, weight, bias, relu, out):
+    m = winograd.tile_size(geometry, "forward")
+    v = winograd.transform_weights(weight, out.dtype, "forward", m, _elements(weight))
+    strides = _elements(input), _elements(out)
+    if bias is not None:
+        bias = np.ascontiguousarray(bias)
+    again = winograd.run(geometry, "forward", input, v, bias, relu, out, strides, get_num_threads())
+    for n in np.flatnonzero(again):
+        one = slice(n, n + 1)
+        forward(replace(geometry, batch=1), input[one], weight, bias, relu, "direct", out[one])
+
+
+def _winograd_input_grad(geometry, weight, grad_output, bias, relu, out):
+    m = winograd.tile_size(geometry, "input_grad")
+    v = winograd.transform_weights(weight, out.dtype, "input_grad", m, _elements(weight))
+    strides = _elements(grad_output), _elements(out)
+    again = winograd.run(geometry, "input_grad", grad_output, v, bias, relu, out, strides, get_num_threads())
+    for n in np.flatnonzero(again):
+        one = slice(n, n + 1)
+        input_grad(replace(geometry, batch=1), weight, grad_output[one], bias, relu, False, "direct", out[one])
+
+
 @functools.lru_cache(maxsize=1024)
 def _weight_grad_plan(
     geometry: ConvGeometry, dtype: np.dtype, x: tuple[int, ...], dy: tuple[int, ...], dw: tuple[int, ...]
 ) -> contraction.Plan:
-    axes = _axes(geometry)
+    axes, x = contraction.fold_strides(_axes(geometry), x)
     in_place = contraction.can_stay_in_place(axes, x, dy)
     offsets = _offsets([range(n) for n in geometry.kernel_size], dw[2:])
     return contraction.plan_weight_gradient(
@@ -226,6 +251,9 @@ def input_grad(
     weight, grad_output = _readable(weight), _readable(grad_output)
     if bias is not None:
         bias = np.ascontiguousarray(bias)
+    if algorithm == "winograd" and not accumulate:  # a sample may have to be computed twice
+        _winograd_input_grad(geometry, weight, grad_output, bias, relu, out)
+        return
     if geometry.padding_mode != "zeros":
         _folded_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
         return

@@ -85,6 +85,8 @@ _PARAMETERS = np.dtype(
 _RECORD = numba.from_dtype(_PARAMETERS)
 
 _inline = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+# A function that is called in one place is inlined before types are inferred: each that is not costs 50 ms to compile.
+_inline_once = numba.njit(error_model="numpy", inline="always")
 
 
 @intrinsic
@@ -240,7 +242,7 @@ def _set(lane_values, width, value):
         lane_values[j] = value
 
 
-@_inline
+@_inline_once
 def _raise_maximum(top, tile, rows, width):
     for r in range(rows):
         line = offset(tile, r * width)
@@ -250,7 +252,7 @@ def _raise_maximum(top, tile, rows, width):
             top[j] = z if z > t else t  # a nan is passed over here and met again in the sum
 
 
-@_inline
+@_inline_once
 def _move_base(base, top, low, width, started, total, weighted, mass):
     """Bring base up to top, and with it what has been summed relative to it."""
     for j in range(width):
@@ -262,7 +264,7 @@ def _move_base(base, top, low, width, started, total, weighted, mass):
         base[j] = new
 
 
-@_inline
+@_inline_once
 def _exponentials(tile, rows, width, top, part, total, zero):
     """tile = exp(tile - top), and its sum over the rows added to total."""
     for start in range(0, rows, 64):
@@ -277,7 +279,7 @@ def _exponentials(tile, rows, width, top, part, total, zero):
             total[j] = total[j] + np.float64(part[j])
 
 
-@_inline
+@_inline_once
 def _add_coefficients(tile, coefficients, rows, width, base, weighted, mass):
     """Add sum_c q_c * (z_c - base) to `weighted`, sum_c q_c to `mass`; where q_c is 0, 0 is added even at z = -inf."""
     for r in range(rows):
@@ -289,7 +291,7 @@ def _add_coefficients(tile, coefficients, rows, width, base, weighted, mass):
             mass[j] = mass[j] + q
 
 
-@_inline
+@_inline_once
 def _tree_maximum(values):
     half = LANES // 2
     while half > 0:
@@ -306,25 +308,6 @@ def _tree_sum(values):
         for j in range(half):
             values[j] = values[j] + values[j + half]
         half //= 2
-
-
-@_inline
-def _zero_unit(
-    p, grad, loss, partial, zeros, batch_index, space_index, unit, position, lanes, rows, piece_rows, zero
-):  # fmt: skip
-    """The results of a unit whose positions are all ignored: nothing is read."""
-    for j in range(lanes):
-        if p.loss != 0:
-            loss[batch_index[j] * p.loss_n + space_index[j] * p.loss_s] = zero
-    if p.partial != 0:
-        partial[unit] = 0.0
-    if p.grad != 0:
-        _set(zeros, piece_rows * p.width, zero)
-        for row in range(0, rows, piece_rows):
-            _deliver(
-                zeros, grad, p.grad_n, p.grad_c, p.grad_s, p.space, p.by_class, position, lanes, p.width, row,
-                min(piece_rows, rows - row), p.classes,
-            )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,7 +356,8 @@ def _body(task, worker, parameters, real):
             if s == space:
                 n, s = n + 1, 0
 
-        # 1. The labels: -1 where ignored.
+        # 1. The labels: -1 where ignored. A unit that is ignored altogether has nothing read: what its tile happens to
+        # hold goes through step 4 and is replaced by zeros there.
         ignored = 0
         if p.labels != 0:
             for j in range(lanes):
@@ -383,13 +367,6 @@ def _body(task, worker, parameters, real):
                     t = -1
                     ignored += 1
                 label[j] = t
-            if ignored == lanes and p.lse == 0:
-                _zero_unit(
-                    p, grad, loss, partial, coefficients, batch_index, space_index, unit, position, lanes, rows,
-                    piece_rows, zero,
-                )  # fmt: skip
-                continue
-
         # 2. Maximum and sum of exponentials, block by block. `base` is the maximum so far, or 0 where that is -inf:
         # -inf - -inf would be nan.
         _set(top, width, low)
@@ -397,7 +374,8 @@ def _body(task, worker, parameters, real):
         _set(total, width, 0.0)
         _set(weighted, width, 0.0)
         _set(mass, width, 0.0)
-        for row in range(0, rows, block):
+        read = ignored < lanes or p.lse != 0
+        for row in range(0, rows if read else 0, block):
             block_rows = min(block, rows - row)
             for r in range(0, block_rows, piece_rows):
                 piece, count = offset(tile, r * width), min(piece_rows, block_rows - r)
@@ -474,7 +452,7 @@ def _body(task, worker, parameters, real):
         for row in range(0, rows, piece_rows):
             count = min(piece_rows, rows - row)
             here = offset(tile, row * width if kept else 0)
-            if p.log != 0 or not kept:
+            if p.log != 0 or (read and not kept):
                 _fetch_logits(here, p, logits, position, lanes, row, count, cap, low)
             if p.log != 0:
                 for r in range(count):
@@ -499,7 +477,7 @@ def _body(task, worker, parameters, real):
                         line, q_line = offset(here, r * width), offset(coefficients, r * width)
                         for j in range(width):
                             line[j] = line[j] - q_line[j] * scale[j]
-                if cap != zero:
+                if cap != zero and read:
                     _fetch_logits(again, p, logits, position, lanes, row, count, cap, low)
                     for i in range(count * width):
                         u = again[i] / cap

@@ -1,0 +1,346 @@
+"""Winograd convolution: 3 x 3 kernels of stride 1 with a quarter (4 x 4 tiles) of the multiplications.
+
+    Y = A^T [ (G w G^T) * (B^T d B) ] A          for every tile of m x m outputs, d its (m + 2) x (m + 2) inputs
+
+summed over channels inside the brackets, which makes (m + 2)^2 matrix products (output channels x channels x tiles), one
+for each element xi of the transformed tile (Lavin and Gray 2016). All of it is fused for a block of tiles that stays in
+L2: the inputs of the block go through the slab and the panels of `contraction` as if this were a kernel of m + 2 taps and
+stride m, each panel row of tiles is transformed into U[xi][channel][tile], the microkernel multiplies it with the
+transformed weights V[xi][channel][row], and the result goes through the output transform straight into the output.
+
+An infinite or nan input spreads over its whole tile here, beyond the windows that hold it, and large finite inputs may
+overflow on the way. So every output is looked at before it is stored, and a sample with an infinite or nan output is
+computed again by the direct sum, which has the right ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+
+from ..geometry import ConvGeometry
+from . import contraction, simd, tasks
+from .contraction import (
+    BIAS, BLOCK_CHANNELS, CHANNEL_PITCH, CHANNELS, CHUNK, CHUNKS, OUT_H, OUT_W, PADDED, PANEL_SIZE, PANELS, PIXEL_TASKS,
+    PIXELS, RELU, ROW_CHANNELS, ROW_TASKS, SLAB_SIZE, STRIDE_W, TABLE_BYTES, TAP_OFFSET, W, X, Y, X_C, Y_H, Y_N, Y_O, Y_W,
+)  # fmt: skip
+
+# Parameters beyond those of `correlate`, whose pixels are the tiles here.
+(
+    TILE, POINTS, IMAGE_H, IMAGE_W, BLOCK, ROW_GROUP, U_PITCH, U_SIZE, M_SIZE, V_SLACK, FLAGS, WINOGRAD_END,
+) = range(contraction.END, contraction.END + 12)  # fmt: skip
+
+# Those of transforming weights.
+(
+    FROM, TO, FROM_END, V_ROW_STEP, V_CHANNEL_STEP, V_OFFSETS, V_CONTIGUOUS, V_ROWS, V_CHANNELS, V_PANELS, V_TILE,
+    V_BACKWARDS, WEIGHTS_END,
+) = range(tasks.FIRST, tasks.FIRST + 13)  # fmt: skip
+
+_SLACK = 32  # elements after each V[xi], where whole-vector stores may end
+_U_BYTES = 1024 * 1024  # transformed inputs of a block of tiles, if more than one panel of them
+_M_BYTES = 192 * 1024
+
+
+@contraction._jit
+def _store_tiles(p, y, outputs, tile, end, m):
+    """Put the outputs [row of the tile][tile, column of the tile] of tiles tile .. end where they belong in a plane."""
+    out_h, out_w = p[OUT_H], p[OUT_W]
+    pitch = simd.columns(outputs) * m
+    column = 0
+    while tile < end:
+        row = tile // out_w
+        count = min(end - tile, (row + 1) * out_w - tile)
+        n, h, w = row // out_h, row % out_h * m, (tile - row * out_w) * m
+        length = min(p[IMAGE_W] - w, count * m)
+        for i in range(min(m, p[IMAGE_H] - h)):
+            target = simd.offset(y, n * p[Y_N] + (h + i) * p[Y_H] + w * p[Y_W])
+            source = simd.offset(outputs, i * pitch + column * m)
+            if p[Y_W] == 1:
+                simd.copy_span(target, source, length)
+            else:
+                for k in range(length):
+                    target[k * p[Y_W]] = source[k]
+        column += count
+        tile += count
+
+
+@tasks.Body
+def _winograd(task, worker, p, real):
+    """Task = a range of tiles and a range of output channels."""
+    slab = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
+    u = simd.offset(slab, p[SLAB_SIZE])
+    products = simd.offset(u, p[U_SIZE])
+    inputs = simd.offset(products, p[M_SIZE])
+    columns, lanes = simd.columns(real), simd.lanes(real)
+    m, points = p[TILE], p[POINTS]
+    outputs = simd.offset(inputs, points * columns)
+    suspect = simd.offset(outputs, m * m * columns)
+    tables = simd.at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[TABLE_BYTES])
+    table_pitch = columns // lanes * simd.piece_table_stride(real)
+    tap_offset = simd.at(p, p[TAP_OFFSET])
+    x, y, v = simd.at(real, p[X]), simd.at(real, p[Y]), simd.at(real, p[W])
+    bias, flags = simd.at(real, p[BIAS]), simd.at(p, p[FLAGS])
+    out_h, out_w = p[OUT_H], p[OUT_W]
+
+    part, block = task % p[ROW_TASKS], task // p[ROW_TASKS]
+    first_panel, last_panel = part * p[PANELS] // p[ROW_TASKS], (part + 1) * p[PANELS] // p[ROW_TASKS]
+    if p[CHUNKS]:
+        row, chunk = block // p[CHUNKS], block % p[CHUNKS]
+        first_column = chunk * p[CHUNK]
+        first = row * out_w + first_column
+        last = min(first + p[CHUNK], (row + 1) * out_w)
+    else:
+        all_panels = (p[PIXELS] + columns - 1) // columns
+        first_column = 0
+        first = block * all_panels // p[PIXEL_TASKS] * columns
+        last = min((block + 1) * all_panels // p[PIXEL_TASKS] * columns, p[PIXELS])
+    if p[PADDED]:
+        simd.fill_zero(slab, p[SLAB_SIZE])
+
+    for start in range(first, last, p[BLOCK] * columns):
+        stop = min(start + p[BLOCK] * columns, last)
+        first_row, last_row = start // out_w, (stop - 1) // out_w + 1
+        panels = (stop - start + columns - 1) // columns
+        for q in range(panels):
+            tile = start + q * columns
+            table = simd.offset(tables, q * table_pitch)
+            contraction._find_pieces(p, table, tile, min(tile + columns, stop), first_row, first_column, real)
+        # U[panel][xi][channel][tile]
+        if start != first and p[PADDED]:
+            simd.fill_zero(slab, p[SLAB_SIZE])
+        for c in range(0, p[CHANNELS], p[BLOCK_CHANNELS]):
+            channels = min(p[BLOCK_CHANNELS], p[CHANNELS] - c)
+            contraction._fill_slab(
+                p, slab, simd.offset(x, c * p[X_C]), channels, first_row, last_row, first_column * p[STRIDE_W]
+            )
+            for k in range(channels):
+                for q in range(panels):
+                    simd.pack_panel(
+                        inputs, simd.offset(slab, k * p[CHANNEL_PITCH]), 1, 0, points, tap_offset,
+                        simd.offset(tables, q * table_pitch),
+                    )  # fmt: skip
+                    target = simd.offset(u, q * points * p[U_PITCH] + (c + k) * columns)
+                    for lane in range(0, columns, lanes):
+                        simd.winograd_input(
+                            m, simd.offset(target, lane), p[U_PITCH], simd.offset(inputs, lane), columns, bias, 0, inputs
+                        )
+        # some panels of output channels at a time: M[panel][xi][row][tile], and out
+        simd.fill_zero(suspect, panels * columns)
+        for group in range(first_panel, last_panel, p[ROW_GROUP]):
+            group_end = min(group + p[ROW_GROUP], last_panel)
+            for q in range(panels):
+                tile = start + q * columns
+                end = min(tile + columns, stop)
+                vectors = (end - tile + lanes - 1) // lanes
+                for xi in range(points):
+                    panel = simd.offset(u, (q * points + xi) * p[U_PITCH])
+                    for i in range(group, group_end):
+                        o = i * p[ROW_CHANNELS] // p[PANELS]
+                        rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o
+                        a = simd.offset(v, points * (o * p[CHANNELS] + i * p[V_SLACK]))
+                        a = simd.offset(a, xi * (rows * p[CHANNELS] + p[V_SLACK]))
+                        place = simd.offset(products, ((i - group) * points * simd.tile_rows(real) + xi * rows) * columns)
+                        simd.contract(rows, vectors, p[CHANNELS], a, panel, place, columns, 0, bias)
+                for i in range(group, group_end):
+                    o = i * p[ROW_CHANNELS] // p[PANELS]
+                    rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o
+                    place = simd.offset(products, (i - group) * points * simd.tile_rows(real) * columns)
+                    for row in range(rows):
+                        for vector in range(vectors):
+                            simd.winograd_output(
+                                m, simd.offset(outputs, vector * lanes * m), columns * m,
+                                simd.offset(place, row * columns + vector * lanes), rows * columns,
+                                simd.offset(bias, o + row), p[RELU], simd.offset(suspect, q * columns + vector * lanes),
+                            )  # fmt: skip
+                        _store_tiles(p, simd.offset(y, (o + row) * p[Y_O]), outputs, tile, end, m)
+        for tile in range(start, stop):
+            if not suspect[tile - start] == 0:
+                flags[tile // out_w // out_h] = 1
+
+
+@tasks.Body
+def _transform_weights(task, worker, p, real):
+    """Task = one panel of output channels: V[xi][channel][row] = (G w G^T)[xi]."""
+    w, v, offsets = simd.at(real, p[FROM]), simd.at(real, p[TO]), simd.at(p, p[V_OFFSETS])
+    lanes = simd.lanes(real)
+    m = p[V_TILE]
+    points, channels = (m + 2) * (m + 2), p[V_CHANNELS]
+    o = task * p[V_ROWS] // p[V_PANELS]
+    rows = (task + 1) * p[V_ROWS] // p[V_PANELS] - o
+    w = simd.offset(w, o * p[V_ROW_STEP])
+    v = simd.offset(v, points * (o * channels + task * _SLACK))
+    pitch = rows * channels + _SLACK
+    kernels = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])  # [tap][channel]
+    turned = simd.offset(kernels, max(9, lanes) * lanes)  # [xi][row][channel]
+    turned_end = simd.offset(turned, points * rows * lanes)
+    step = p[V_CHANNEL_STEP]
+    for c in range(0, channels, lanes):
+        count = min(lanes, channels - c)
+        for row in range(rows):
+            source = simd.offset(w, row * p[V_ROW_STEP] + c * step)
+            low = simd.offset(source, offsets[8] if p[V_BACKWARDS] else 0)
+            last = simd.offset(low, (count - 1) * step + max(9, lanes))
+            taken = 0
+            if p[V_CONTIGUOUS] and simd.address_of(last) <= simd.address_of(simd.at(real, p[FROM_END])):
+                for first in range(0, 9, lanes):
+                    if first + lanes <= 9 or lanes > 9:
+                        simd.transpose(
+                            simd.offset(kernels, first * lanes), lanes, simd.offset(low, first), step, count
+                        )
+                        taken = min(9, first + lanes)
+            for tap in range(taken, 9):
+                for k in range(lanes):
+                    channel = min(k, count - 1)
+                    kernels[tap * lanes + k] = (
+                        low[channel * step + tap] if p[V_CONTIGUOUS] else source[channel * step + offsets[tap]]
+                    )
+            flipped = p[V_CONTIGUOUS] and p[V_BACKWARDS]
+            simd.winograd_weight(
+                m, simd.offset(turned, row * lanes), rows * lanes, simd.offset(kernels, 8 * lanes if flipped else 0),
+                -lanes if flipped else lanes, w, 0, kernels,
+            )  # fmt: skip
+        for xi in range(points):
+            target = simd.offset(v, xi * pitch + c * rows)
+            source = simd.offset(turned, xi * rows * lanes)
+            left = count + _SLACK // rows
+            contraction._pack_run(target, rows, source, lanes, 1, count, left, turned, turned_end)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def why_not(operation: str, geometry: ConvGeometry) -> str | None:
+    """Why Winograd does not apply; None if it does."""
+    if operation == "weight_grad":
+        return "Winograd has no weight gradient here (expected the forward pass or the input gradient)"
+    if geometry.kernel_size != (1, 3, 3):
+        return f"the kernel is {geometry.kernel_size} in (D, H, W) (expected two dimensions and a 3 x 3 kernel)"
+    if geometry.input_size[0] != 1 or geometry.output_size[0] != 1:
+        return "the convolution is three-dimensional (expected two dimensions)"
+    if geometry.stride != (1, 1, 1) or geometry.dilation != (1, 1, 1):
+        return "stride and dilation must be 1"
+    if geometry.groups != 1:
+        return f"groups is {geometry.groups} (expected 1)"
+    if operation == "input_grad" and geometry.padding_mode != "zeros":
+        return f"the input gradient of padding_mode={geometry.padding_mode!r} is computed directly"
+    return None
+
+
+def tile_size(geometry: ConvGeometry, operation: str) -> int:
+    """Outputs of a tile in each dimension, 2 or 4, whichever needs fewer multiplications; 2 if equal, as it rounds less."""
+    size = geometry.output_size if operation == "forward" else geometry.input_size
+
+    def cost(m: int) -> int:
+        return -(-size[1] // m) * -(-size[2] // m) * (m + 2) ** 2
+
+    return 2 if cost(2) <= cost(4) else 4
+
+
+def _tile_axis(out: int, m: int, source: np.ndarray, before: int, size: int) -> contraction.Axis:
+    tiles = -(-out // m)
+    needed = tiles * m + 2
+    padded = np.full(max(needed, len(source)), -1, np.int64)
+    padded[: len(source)] = source
+    return contraction.Axis(tiles, m + 2, m, 1, padded[:needed].copy(), before, size)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    geometry: ConvGeometry, operation: str, dtype: np.dtype, x: tuple[int, ...], y: tuple[int, ...], workers: int
+) -> tuple[contraction.Plan, int]:
+    """The plan, and the outputs of a tile in each dimension."""
+    t = simd.tile(dtype.itemsize * 8)
+    m = tile_size(geometry, operation)
+    points = (m + 2) ** 2
+    if operation == "forward":
+        rows, channels = geometry.out_channels, geometry.in_channels
+        image = geometry.output_size
+        source = [
+            _tile_axis(image[i], m, geometry.input_coordinates[i], geometry.pad_before[i], geometry.input_size[i])
+            for i in (1, 2)
+        ]
+    else:  # the correlation of the output gradient with the kernel turned around
+        rows, channels = geometry.in_channels, geometry.out_channels
+        image = geometry.input_size
+        source = []
+        for i in (1, 2):
+            before = 2 - geometry.pad_before[i]
+            p = np.arange(image[i] + 2, dtype=np.int64) - before
+            table = np.where((p >= 0) & (p < geometry.output_size[i]), p, -1)
+            source.append(_tile_axis(image[i], m, table, before, geometry.output_size[i]))
+    one = contraction.Axis(1, 1, 1, 1, np.zeros(1, np.int64), 0, 1)
+    axes = (one, *source)
+    u_pitch = channels * t.columns + 16
+    block = max(1, _U_BYTES // (points * u_pitch * dtype.itemsize))
+    block = min(block, -(-geometry.batch * axes[1].out * axes[2].out // t.columns))
+    slab = contraction._slab_shape(axes, block * t.columns, 1, t.columns)
+    block_channels = max(1, min(channels, contraction.SLAB_BYTES // (slab.channel * dtype.itemsize)))
+    blocks = contraction.Blocks(1, rows, channels, points, block_channels, points, -(-rows // t.rows))
+    zeros = operation == "input_grad" or geometry.padding_mode == "zeros"
+    plan = contraction.plan_correlation(dtype, geometry.batch, blocks, axes, x, y, zeros, False, workers, block)
+
+    row_group = max(1, min(blocks.panels, _M_BYTES // (points * t.rows * t.columns * dtype.itemsize)))
+    u_size = block * points * u_pitch
+    m_size = row_group * points * t.rows * t.columns
+    table_bytes = -(-block * t.vectors * simd.piece_stride(t) * 8 // 64) * 64
+    parameters = np.zeros(WINOGRAD_END, np.int64)
+    parameters[: contraction.END] = plan.parameters
+    parameters[PANEL_SIZE] = 0
+    parameters[TABLE_BYTES] = table_bytes
+    parameters[TILE:FLAGS] = (
+        m, points, image[1], image[2], block, row_group, u_pitch, u_size, m_size, _SLACK,
+    )  # fmt: skip
+    elements = int(parameters[SLAB_SIZE]) + u_size + m_size + (points + m * m + block) * t.columns
+    return replace(plan, parameters=parameters, scratch=elements * dtype.itemsize + table_bytes), m
+
+
+def transform_weights(
+    weight: np.ndarray, dtype: np.dtype, operation: str, m: int, strides: tuple[int, ...]
+) -> np.ndarray:
+    """V for the forward pass or the input gradient, [panel of rows][xi][channel][row]."""
+    t = simd.tile(dtype.itemsize * 8)
+    out_step, in_step, _, *steps = strides
+    offsets = (np.arange(3)[:, None] * steps[0] + np.arange(3) * steps[1]).ravel().astype(np.int64)
+    contiguous = np.array_equal(offsets, np.arange(9))
+    if operation == "forward":
+        rows, channels, row_step, channel_step = *weight.shape[:2], out_step, in_step
+    else:
+        channels, rows, channel_step, row_step = *weight.shape[:2], out_step, in_step
+        if not contiguous:
+            offsets = offsets[::-1].copy()
+        else:
+            offsets = np.zeros(9, np.int64)  # read forwards, used backwards
+    panels = -(-rows // t.rows)
+    points = (m + 2) ** 2
+    v = np.empty(points * (rows * channels + panels * _SLACK), dtype)
+    end = np.lib.array_utils.byte_bounds(weight)[1]
+    parameters = np.zeros(WEIGHTS_END, np.int64)
+    parameters[FROM:] = (
+        contraction.address(weight), contraction.address(v), end, row_step, channel_step, contraction.address(offsets),
+        contiguous, rows, channels, panels, m, operation == "input_grad",
+    )  # fmt: skip
+    scratch = (max(9, t.lanes) + points * t.rows) * t.lanes * dtype.itemsize
+    tasks.run(_transform_weights, dtype, panels, parameters, scratch, 16 * v.size)
+    return v
+
+
+def run(
+    geometry: ConvGeometry, operation: str, input: np.ndarray, v: np.ndarray, bias: np.ndarray | None, relu: bool,
+    out: np.ndarray, strides: tuple[tuple[int, ...], tuple[int, ...]], workers: int,
+) -> np.ndarray:  # fmt: skip
+    """Fill `out`; return the samples (bool) that have to be computed again by the direct sum."""
+    plan, _ = _plan(geometry, operation, out.dtype, *strides, workers)
+    if bias is None:
+        bias = np.zeros(out.shape[1], out.dtype)
+    flags = np.zeros(geometry.batch, np.int64)
+    parameters = plan.parameters.copy()
+    parameters[X : RELU + 1] = (
+        contraction.address(input), contraction.address(v), contraction.address(out), contraction.address(bias), relu
+    )  # fmt: skip
+    parameters[FLAGS] = contraction.address(flags)
+    tasks.run(_winograd, out.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
+    return flags != 0
