@@ -29,6 +29,7 @@ MACHINERY = {
     cuda_kernels: {
         "__init__": "says what the folder is",
         "_cuda": "device arrays and launches",
+        "intrinsics": "instructions that Numba has no name for",
         "jit": "how kernels are compiled",
     },
 }
