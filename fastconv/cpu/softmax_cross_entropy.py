@@ -56,7 +56,7 @@ from numba.extending import intrinsic
 
 from . import tasks
 from .elementary import exp, log, tanh
-from .jit import OPTIONS, REAL, array_of, output_of
+from .jit import REAL, array_of, compiled, output_of
 from .simd import at, offset
 
 LANES = 64  # of a tile by class; every width is a multiple of it: 4 AVX-512 or 8 AVX2 vectors of float32
@@ -599,12 +599,12 @@ def _compiled(dtype: np.dtype) -> tuple[Callable[..., int], int, tuple[np.ndarra
         output_of(real, 2), _doubles, _integers, types.intp, types.intp, types.intp,
     )  # fmt: skip
     none = tuple(np.empty((0,) * ndim, dtype) for ndim in (1, 2, 3))
-    return numba.njit(signature, **OPTIONS)(_prepare), _body_of.address(dtype), none
+    return compiled(numba.njit, signature, _prepare, nogil=True), _body_of.address(dtype), none
 
 
 @functools.cache
 def _compiled_reduce() -> Callable[[np.ndarray, int, bool], float]:
-    return numba.njit(types.float64(_doubles, types.intp, types.boolean), **OPTIONS)(_reduce)
+    return compiled(numba.njit, types.float64(_doubles, types.intp, types.boolean), _reduce, nogil=True)
 
 
 _body_of = tasks.Body(_body)
