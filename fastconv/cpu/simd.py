@@ -721,6 +721,85 @@ def count_not_finite(typingctx, values, count):
     return types.int64(values, types.int64), codegen
 
 
+SPECTRA_ROWS = 4  # of `multiply_spectra`: 8 accumulators, enough to hide the latency of a multiply-add
+
+
+def _spectra_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, conjugate: bool) -> ir.Function:
+    pointer = element.as_pointer()
+    function, new = _internal(
+        module, f"fastconv_spectra_{element}_{rows}_{conjugate}",
+        [_I64, _I64, pointer, _I64, _I64, pointer, _I64, pointer, _I64, _I64],
+    )  # fmt: skip
+    if not new:
+        return function
+    vectors, terms, a, a_row, a_term, right, b_term, c, c_row, add = function.args
+    for p in (a, right, c):
+        p.add_attribute("noalias")
+    vector = ir.VectorType(element, t.lanes)
+    zero = ir.Constant(vector, [0.0] * t.lanes)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+
+    def pick(value: ir.Value, lane) -> ir.Value:
+        lanes = ir.Constant(ir.VectorType(_I32, t.lanes), [lane(k) for k in range(t.lanes)])
+        return b.shuffle_vector(value, value, lanes)
+
+    outer = _Loop(b, "vectors", vectors, [])
+    place = b.mul(outer.k, _i64(t.lanes))
+    inner = _Loop(b, "terms", terms, [zero] * (2 * rows))
+    value = _load(b, b.gep(right, [b.add(place, b.mul(inner.k, b_term))]), vector)
+    real, imaginary = pick(value, lambda k: k & ~1), pick(value, lambda k: k | 1)
+    left = b.gep(a, [b.add(place, b.mul(inner.k, a_term))])
+    sums = []
+    for i in range(rows):  # (re, im) * Re b, and (im, re) * Im b
+        value = _load(b, b.gep(left, [b.mul(a_row, _i64(i))]), vector)
+        sums.append(_multiply_add(b, module, t.fma, value, real, inner.values[2 * i]))
+        sums.append(_multiply_add(b, module, t.fma, pick(value, lambda k: k ^ 1), imaginary, inner.values[2 * i + 1]))
+    inner.close(sums)
+    signs = ir.Constant(vector, [1.0, -1.0] * (t.lanes // 2) if conjugate else [-1.0, 1.0] * (t.lanes // 2))
+    adds = b.icmp_signed("!=", add, _i64(0))
+    for i in range(rows):
+        first, second = sums[2 * i], sums[2 * i + 1]
+        total = b.fadd(b.fmul(first, signs), second) if conjugate else b.fadd(first, b.fmul(second, signs))
+        target = b.gep(c, [b.add(place, b.mul(c_row, _i64(i)))])
+        _store(b, b.select(adds, b.fadd(total, _load(b, target, vector)), total), target)
+    outer.close([])
+    b.ret_void()
+    return function
+
+
+@intrinsic
+def multiply_spectra(
+    typingctx, rows, vectors, terms, a, a_row, a_term, b, b_term, c, c_row, conjugate, add
+):  # fmt: skip
+    """C_i[f] (+)= sum over t < terms of A_it[f] * B_t[f] for i < rows, in complex numbers (re, im, re, im, ...).
+
+    f runs over the complex numbers of `vectors` vectors, A_it lies at ``a + i * a_row + t * a_term``, B_t at
+    ``b + t * b_term``, C_i at ``c + i * c_row``, in real elements. 1 <= rows <= SPECTRA_ROWS, vectors and terms >= 1.
+    With `conjugate` not 0, of the conjugate of A. The sum runs over t in one chain for each element.
+    """
+    i = types.int64
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[3]), _tile_of(sig.args[3])
+        pointer = element.as_pointer()
+        arguments = [_I64, _I64, pointer, _I64, _I64, pointer, _I64, pointer, _I64, _I64]
+        function, new = _internal(builder.module, f"fastconv_spectra_{element}", [_I64, *arguments])
+        if new:
+            inside = ir.IRBuilder(function.append_basic_block("entry"))
+            cases = {
+                2 * n + conjugated: _spectra_function(builder.module, element, t, n, bool(conjugated))
+                for n in range(1, SPECTRA_ROWS + 1)
+                for conjugated in (0, 1)
+            }
+            _switch(inside, function.args[0], cases, list(function.args[1:]))
+            inside.ret_void()
+        case = builder.add(builder.mul(args[0], _i64(2)), args[10])
+        builder.call(function, [case, *args[1:10], args[11]])
+        return context.get_dummy_value()
+
+    return types.void(i, i, i, a, i, i, a, i, a, i, i, i), codegen
+
+
 @intrinsic
 def address_of(typingctx, pointer):
     """The address a pointer holds, as an integer."""

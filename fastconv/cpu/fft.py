@@ -1,0 +1,655 @@
+"""Convolution by the fast Fourier transform, for large kernels: the overlap-save method on tiles.
+
+In the frequency domain a convolution is a product. Per tile of the padded input (circular, of `tile` points)
+
+    forward          y  = IFFT( sum over c of  conj(W[o, c]) X[c] )       results 0 .. step
+    input gradient   dx = IFFT( sum over o of  W[o, c] DY[o] )            results span - 1 .. tile
+    weight gradient  dw = IFFT( sum over n, tiles of  conj(DY[o]) X[c] )  results 0 .. span
+
+(Oppenheim and Schafer, Discrete-Time Signal Processing, section 8.7.3.) A tile gives step = tile - span + 1 results in
+each dimension, since that many of its points see no wrap-around. The dilation is part of the kernel (`span` counts its
+gaps) and the results between the strides are not stored: both cost what a convolution without them would. Dimensions in
+which the kernel has one tap are not transformed.
+
+Channels are summed in the frequency domain, and so are the tiles of the weight gradient: one inverse transform for
+each result, however many terms it has. This sum is a body of its own over the vector function `simd.multiply_spectra`,
+not a matrix product for each frequency: the transforms leave the frequencies next to one another in memory, which is
+how vectors want them, depthwise layers included; a matrix product would need a transposed copy of every spectrum, and
+the bits of a BLAS depend on its threads. Here a frequency is one chain of multiply-adds over the channels.
+
+The transforms are pocketfft's: by way of SciPy if it is installed, which transforms several lines in one vector and
+shares lines out to threads, and of NumPy otherwise, which does neither. A line is transformed by the same operations
+whatever lies beside it, so the bits depend neither on the threads nor on the batch.
+
+Rounding errors are relative to the largest results of a tile, not to each (docs/accuracy.md), and one nan would fill its
+tile. So operands are looked at first: with a nan, an infinity or a product that may overflow nothing is done, and the
+caller takes the direct way.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from ..geometry import ConvGeometry, Size3
+from . import simd, tasks
+from .contraction import address
+from .threads import get_num_threads
+
+# Bytes of the tiles, their spectra and the results that are in memory at a time, and of the spectra of weights, as far
+# as one tile and one output channel allow. Chunks that stay in the last cache are 1.3 times faster than larger ones.
+CHUNK_BYTES = 8 * 1024 * 1024
+SPECTRA_BYTES = 64 * 1024 * 1024
+
+LARGEST_TILE = 2**20  # points, unless the kernel needs more: larger ones have no advantage
+
+# What the parts cost on one core, for the choice of the tile and `algorithms.choose`: operations a nanosecond of the
+# transforms (2.5 n log2 n for n points) and of the products of spectra (8 for each frequency), and points a nanosecond
+# that are copied. Measured by bench/bench_fft.py on AVX2 at 3.4 GHz, in float32.
+TRANSFORM_RATE, PRODUCT_RATE, COPY_RATE = 12.0, 20.0, 2.0
+CALL_NANOSECONDS = 60_000  # Python's part
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiles
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the results of one sample are cut into tiles, per dimension, as if stride and dilation were 1."""
+
+    span: Size3  # taps of the kernel and the gaps between them
+    positions: Size3  # forward and weight gradient: the outputs; input gradient: the elements of the (padded) input
+    tile: Size3
+    nanoseconds: float  # of one sample on one core, by the rates above
+
+    @property
+    def step(self) -> Size3:
+        d, h, w = (t - s + 1 for t, s in zip(self.tile, self.span, strict=True))
+        return d, h, w
+
+    @property
+    def count(self) -> Size3:
+        d, h, w = (-(-p // s) for p, s in zip(self.positions, self.step, strict=True))
+        return d, h, w
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Dimensions that are transformed; the last of them with real numbers on one side."""
+        return tuple(i for i in range(3) if self.tile[i] > 1)
+
+    @property
+    def spectrum(self) -> Size3:
+        sizes = list(self.tile)
+        sizes[self.axes[-1]] = sizes[self.axes[-1]] // 2 + 1
+        return sizes[0], sizes[1], sizes[2]
+
+
+@functools.cache
+def _fast_sizes() -> np.ndarray:
+    """Even numbers with no prime factor above 7, which transform fast, up to `LARGEST_TILE`; and 1."""
+    sizes = {1}
+    for prime in (2, 3, 5, 7):
+        grown = sizes
+        while grown:
+            grown = {n * prime for n in grown if n * prime <= LARGEST_TILE}
+            sizes |= grown
+    return np.array([n for n in sorted(sizes) if n % 2 == 0], np.int64)
+
+
+def _candidates(span: int, positions: int, most: int) -> list[int]:
+    """Tile sizes to try in one dimension: at most `most`, from little over the kernel to everything in one tile."""
+    if span == 1:
+        return [1]
+    fast, whole = _fast_sizes(), positions + span - 1
+    first, last = np.searchsorted(fast, [min(span + 1, whole), whole])
+    if last >= len(fast):
+        whole_tile = 1 << (whole - 1).bit_length() if first >= len(fast) else int(fast[-1])
+        return [*fast[first :: max(1, (len(fast) - int(first)) // most + 1)].tolist(), whole_tile]
+    return sorted({int(n) for n in fast[np.unique(np.linspace(first, last, most).astype(np.int64))]})
+
+
+@functools.lru_cache(maxsize=1024)
+def make_tiling(operation: str, geometry: ConvGeometry) -> Tiling:
+    """The tiles that cost least for one sample. They depend on nothing else, and decide the bits of the result."""
+    span = _of_each(lambda k, d: d * (k - 1) + 1, geometry.kernel_size, geometry.dilation)
+    if operation == "input_grad":
+        zeros = geometry.padding_mode == "zeros"
+        positions = geometry.input_size if zeros else _of_each(len, geometry.input_coordinates)
+        outputs, per_group = geometry.in_channels, geometry.out_channels_per_group
+    else:
+        positions = _of_each(lambda p, s: (p - 1) * s + 1, geometry.output_size, geometry.stride)
+        outputs, per_group = geometry.out_channels, geometry.in_channels_per_group
+    pairs = outputs * per_group
+    inputs = geometry.in_channels + geometry.out_channels - outputs
+    transformed = sum(s > 1 for s in span)
+    most = {0: 1, 1: 200, 2: 40, 3: 14}[transformed]
+    each = [_candidates(s, p, most) for s, p in zip(span, positions, strict=True)]
+    d, h, w = np.meshgrid(*each, indexing="ij")
+    points = (d * h * w).astype(np.float64)
+    tiles = 1.0
+    for size, s, p in zip((d, h, w), span, positions, strict=True):
+        tiles = tiles * np.ceil(p / (size - s + 1))
+    transform = 2.5 * points * np.log2(np.maximum(points, 2)) / TRANSFORM_RATE + points / COPY_RATE
+    cost = (
+        CALL_NANOSECONDS
+        + ((inputs + outputs) * tiles + pairs) * transform
+        + pairs * tiles * points / 2 * 8 / PRODUCT_RATE
+    )
+    cost = np.where((points > LARGEST_TILE) & (points > points.min()), np.inf, cost)
+    best = np.unravel_index(np.argmin(cost), cost.shape)
+    tile = int(d[best]), int(h[best]), int(w[best])
+    return Tiling(span, positions, tile, float(cost[best]))
+
+
+def _of_each(function: Any, *values: Any) -> Size3:
+    d, h, w = map(function, *values)
+    return d, h, w
+
+
+def applies(operation: str, geometry: ConvGeometry, dtype: np.dtype) -> str | None:
+    """Why a convolution cannot be done this way; None if it can."""
+    if geometry.kernel_size == (1, 1, 1):
+        return "the kernel is a single tap, so there is nothing to transform (expected a kernel of 2 taps or more)"
+    return None
+
+
+def nanoseconds(operation: str, geometry: ConvGeometry) -> float:
+    """What one sample costs on one core, roughly."""
+    return make_tiling(operation, geometry).nanoseconds
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Transforms
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def library() -> Any:
+    """The module that transforms: scipy.fft, or numpy.fft where there is no SciPy."""
+    return importlib.import_module("numpy.fft" if importlib.util.find_spec("scipy") is None else "scipy.fft")
+
+
+def _options(array: np.ndarray) -> dict[str, Any]:
+    if library().__name__ == "numpy.fft":
+        return {}
+    # waking SciPy's threads takes some 20 us
+    return {"workers": get_num_threads() if array.size >= 2**15 else 1}
+
+
+def _spectra(tiles: np.ndarray, tiling: Tiling) -> np.ndarray:
+    """The spectra of arrays in the last three dimensions, filled up with zeros to the size of a tile."""
+    *others, last = tiling.axes
+    fft, options = library(), _options(tiles)
+    spectra = fft.rfft(tiles, tiling.tile[last], last - 3, **options)
+    for axis in reversed(others):
+        spectra = _complex(fft.fft, spectra, tiling.tile[axis], axis - 3, options)
+    return np.ascontiguousarray(spectra)
+
+
+def _inverse(spectra: np.ndarray, tiling: Tiling, firsts: Sequence[int], counts: Sequence[int]) -> np.ndarray:
+    """The results firsts .. firsts + counts of each tile; in the last dimension transformed, all of them."""
+    *others, last = tiling.axes
+    fft, options = library(), _options(spectra)
+    for axis in others:
+        spectra = _complex(fft.ifft, spectra, tiling.tile[axis], axis - 3, options)
+        wanted = [slice(None)] * 5
+        wanted[axis - 3] = slice(firsts[axis], firsts[axis] + counts[axis])
+        spectra = spectra[tuple(wanted)]
+    return np.ascontiguousarray(fft.irfft(spectra, tiling.tile[last], last - 3, **options))
+
+
+def _complex(transform: Any, spectra: np.ndarray, n: int, axis: int, options: dict[str, Any]) -> np.ndarray:
+    """A complex transform, in place where the library can."""
+    if options and spectra.shape[axis] == n:
+        return transform(spectra, n, axis, overwrite_x=True, **options)
+    return transform(spectra, n, axis, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bodies
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Of _gather and _scatter: the array of strides and the tiles; the tables of _gather.
+(
+    ARRAY, TILES, A_N, A_C, A_D, A_H, A_W, FIRST_CHANNEL, FIRST_TILE, NUMBER, COUNT_D, COUNT_H, COUNT_W,
+    STEP_D, STEP_H, STEP_W, TILE_D, TILE_H, TILE_W, END,
+) = range(tasks.FIRST, tasks.FIRST + 20)  # fmt: skip
+TABLE_D, TABLE_H, TABLE_W, USED_D, USED_H, USED_W, RUN_FIRST, RUN_END, GATHER_END = range(END, END + 9)
+(
+    SIZE_D, SIZE_H, SIZE_W, STRIDE_D, STRIDE_H, STRIDE_W, SHIFT_D, SHIFT_H, SHIFT_W, BIAS, RELU, ADD, SCATTER_END,
+) = range(END, END + 13)  # fmt: skip
+
+# Of _multiply: three arrays of spectra, with their steps from row to row, column to column, term to term and group to
+# group of the matrix product that each frequency is.
+(
+    LEFT, RIGHT, PRODUCT, LEFT_ROW, LEFT_TERM, LEFT_GROUP, RIGHT_COLUMN, RIGHT_TERM, RIGHT_GROUP, PRODUCT_ROW,
+    PRODUCT_COLUMN, PRODUCT_GROUP, ROWS, COLUMNS, TERMS, REALS, BLOCK, BLOCKS, COLUMN_BLOCK, COLUMN_BLOCKS, CONJUGATE,
+    M_ADD, MULTIPLY_END,
+) = range(tasks.FIRST, tasks.FIRST + 23)  # fmt: skip
+
+
+@njit
+def _where(p, tile):
+    """(sample, first position in each dimension) of a tile, by its number."""
+    rest, w = tile // p[COUNT_W], tile % p[COUNT_W]
+    rest, h = rest // p[COUNT_H], rest % p[COUNT_H]
+    return rest // p[COUNT_D], rest % p[COUNT_D] * p[STEP_D], h * p[STEP_H], w * p[STEP_W]
+
+
+@tasks.Body
+def _gather(task, worker, p, real):
+    """Copy tile `task % NUMBER` of channel `task // NUMBER` from the array, zeros where its tables say -1.
+
+    Per dimension the table has an entry for every position of every tile, and USED of the points of a tile are filled,
+    the others zero. Positions RUN_FIRST .. RUN_END of the last dimension lie one after another in the array.
+    """
+    channel, tile = p[FIRST_CHANNEL] + task // p[NUMBER], p[FIRST_TILE] + task % p[NUMBER]
+    n, d0, h0, w0 = _where(p, tile)
+    table_d = simd.offset(simd.at(p, p[TABLE_D]), d0)
+    table_h = simd.offset(simd.at(p, p[TABLE_H]), h0)
+    table_w = simd.offset(simd.at(p, p[TABLE_W]), w0)
+    plane = simd.offset(simd.at(real, p[ARRAY]), n * p[A_N] + channel * p[A_C])
+    row = simd.offset(simd.at(real, p[TILES]), task * p[TILE_D] * p[TILE_H] * p[TILE_W])
+    used, step = p[USED_W], p[A_W]
+    low = min(max(p[RUN_FIRST] - w0, 0), used)
+    high = max(min(p[RUN_END] - w0, used), low)
+    for d in range(p[TILE_D]):
+        for h in range(p[TILE_H]):
+            if d >= p[USED_D] or h >= p[USED_H] or table_d[d] < 0 or table_h[h] < 0:
+                simd.fill_zero(row, p[TILE_W])
+            else:
+                source = simd.offset(plane, table_d[d] * p[A_D] + table_h[h] * p[A_H])
+                for w in range(low):
+                    row[w] = source[table_w[w] * step] if table_w[w] >= 0 else 0
+                if low < high:
+                    run = simd.offset(source, table_w[low] * step)
+                    target = simd.offset(row, low)
+                    if step == 1:
+                        simd.copy_span(target, run, high - low)
+                    else:
+                        for w in range(high - low):
+                            target[w] = run[w * step]
+                for w in range(high, used):
+                    row[w] = source[table_w[w] * step] if table_w[w] >= 0 else 0
+                for w in range(used, p[TILE_W]):
+                    row[w] = 0
+            row = simd.offset(row, p[TILE_W])
+
+
+@tasks.Body
+def _scatter(task, worker, p, real):
+    """Store the results of tile `task % NUMBER` of channel `task // NUMBER`: every STRIDE-th, plus bias, through relu.
+
+    The tile has TILE points of which SHIFT .. SHIFT + STEP are results.
+    """
+    channel, tile = p[FIRST_CHANNEL] + task // p[NUMBER], p[FIRST_TILE] + task % p[NUMBER]
+    n, d0, h0, w0 = _where(p, tile)
+    plane = simd.offset(simd.at(real, p[ARRAY]), n * p[A_N] + channel * p[A_C])
+    results = simd.offset(simd.at(real, p[TILES]), task * p[TILE_D] * p[TILE_H] * p[TILE_W])
+    bias = simd.at(real, p[BIAS])[channel]
+    stride_w, step = p[STRIDE_W], p[A_W]
+    first_w, end_w = _strided(w0, p[STEP_W], stride_w, p[SIZE_W])
+    first_d, end_d = _strided(d0, p[STEP_D], p[STRIDE_D], p[SIZE_D])
+    first_h, end_h = _strided(h0, p[STEP_H], p[STRIDE_H], p[SIZE_H])
+    for d in range(first_d, end_d):
+        for h in range(first_h, end_h):
+            place_d, place_h = d * p[STRIDE_D] - d0 + p[SHIFT_D], h * p[STRIDE_H] - h0 + p[SHIFT_H]
+            source = simd.offset(results, (place_d * p[TILE_H] + place_h) * p[TILE_W] + p[SHIFT_W] - w0)
+            row = simd.offset(plane, d * p[A_D] + h * p[A_H])
+            relu = p[RELU] != 0
+            if stride_w == 1 and step == 1 and not p[ADD]:  # a loop that becomes vectors
+                target = simd.offset(row, first_w)
+                source = simd.offset(source, first_w)
+                for w in range(end_w - first_w):
+                    value = source[w] + bias
+                    target[w] = 0 if relu and value < 0 else value
+            else:
+                for w in range(first_w, end_w):
+                    value = source[w * stride_w] + bias
+                    if p[ADD]:
+                        value += row[w * step]
+                    row[w * step] = 0 if relu and value < 0 else value
+
+
+@njit
+def _strided(start, step, stride, size):
+    """The multiples of the stride in start .. start + step, divided by it, up to `size`."""
+    return (start + stride - 1) // stride, min((start + step + stride - 1) // stride, size)
+
+
+@tasks.Body
+def _multiply(task, worker, p, real):
+    """At each frequency PRODUCT[row, column] (+)= sum over terms of LEFT[row, term] * RIGHT[term, column].
+
+    A task has a block of frequencies that stays in L1 for all terms, and a block of columns, of one group.
+    """
+    block, rest = task % p[BLOCKS], task // p[BLOCKS]
+    column_block, group = rest % p[COLUMN_BLOCKS], rest // p[COLUMN_BLOCKS]
+    first = block * p[BLOCK]
+    reals = min(p[BLOCK], p[REALS] - first)
+    left = simd.offset(simd.at(real, p[LEFT]), group * p[LEFT_GROUP] + first)
+    right = simd.offset(simd.at(real, p[RIGHT]), group * p[RIGHT_GROUP] + first)
+    product = simd.offset(simd.at(real, p[PRODUCT]), group * p[PRODUCT_GROUP] + first)
+    vectors = reals // simd.lanes(real)
+    rest_of_block = vectors * simd.lanes(real)
+    for row in range(0, p[ROWS], simd.SPECTRA_ROWS):
+        rows = min(simd.SPECTRA_ROWS, p[ROWS] - row)
+        a = simd.offset(left, row * p[LEFT_ROW])
+        for column in range(column_block * p[COLUMN_BLOCK], min((column_block + 1) * p[COLUMN_BLOCK], p[COLUMNS])):
+            b = simd.offset(right, column * p[RIGHT_COLUMN])
+            c = simd.offset(product, row * p[PRODUCT_ROW] + column * p[PRODUCT_COLUMN])
+            if vectors > 0:
+                simd.multiply_spectra(
+                    rows, vectors, p[TERMS], a, p[LEFT_ROW], p[LEFT_TERM], b, p[RIGHT_TERM], c, p[PRODUCT_ROW],
+                    p[CONJUGATE], p[M_ADD],
+                )  # fmt: skip
+            for k in range(rest_of_block, reals, 2):
+                for i in range(rows):
+                    _multiply_one(p, simd.offset(a, i * p[LEFT_ROW] + k), simd.offset(b, k),
+                                  simd.offset(c, i * p[PRODUCT_ROW] + k))  # fmt: skip
+
+
+@njit
+def _multiply_one(p, a, b, c):
+    """The product of one row and one column at one frequency."""
+    re = im = a[0] * 0
+    sign = -1 if p[CONJUGATE] else 1
+    for term in range(p[TERMS]):
+        a_re, a_im = a[term * p[LEFT_TERM]], a[term * p[LEFT_TERM] + 1] * sign
+        b_re, b_im = b[term * p[RIGHT_TERM]], b[term * p[RIGHT_TERM] + 1]
+        re += a_re * b_re - a_im * b_im
+        im += a_re * b_im + a_im * b_re
+    if p[M_ADD]:
+        re += c[0]
+        im += c[1]
+    c[0], c[1] = re, im
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The three passes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the tiles of an array come from: per dimension the element at each position, -1 for a zero."""
+
+    tables: tuple[np.ndarray, np.ndarray, np.ndarray]
+    used: Size3  # points of a tile that are filled
+    run: tuple[int, int]  # positions in the last dimension whose elements follow one another
+
+
+def _source(tables: Sequence[np.ndarray], tiling: Tiling, used: Size3) -> _Source:
+    """`tables` from position to element, cut or filled up with zeros to the tiles."""
+    whole = []
+    for table, count, step, tile in zip(tables, tiling.count, tiling.step, tiling.tile, strict=True):
+        filled = np.full((count - 1) * step + tile, -1, np.int64)
+        part = table[: len(filled)]
+        filled[: len(part)] = part
+        whole.append(filled)
+    last = whole[2]
+    first = int(np.argmax(last >= 0))
+    breaks = np.flatnonzero(np.diff(last[first:]) != 1)
+    return _Source(tuple(whole), used, (first, first + int(breaks[0]) + 1 if len(breaks) else len(last)))
+
+
+def _strides(array: np.ndarray) -> tuple[int, ...]:
+    return tuple(step // array.itemsize for step in array.strides)
+
+
+def _tiles(array: np.ndarray, source: _Source, tiling: Tiling, channels: range, chunk: range) -> np.ndarray:
+    """[channel][tile][D][H][W]: the tiles `chunk`, numbered over all samples, of these channels."""
+    tiles = np.empty((len(channels), len(chunk), *tiling.tile), array.dtype)
+    parameters = np.zeros(GATHER_END, np.int64)
+    parameters[ARRAY:] = (
+        address(array), address(tiles), *_strides(array), channels.start, chunk.start, len(chunk), *tiling.count,
+        *tiling.step, *tiling.tile, *map(address, source.tables), *source.used, *source.run,
+    )  # fmt: skip
+    tasks.run(_gather, array.dtype, len(channels) * len(chunk), parameters, 64, 8 * tiles.size)
+    return tiles
+
+
+def _store(
+    results: np.ndarray, out: np.ndarray, tiling: Tiling, stride: Size3, first: int, channels: range, chunk: range,
+    bias: np.ndarray, relu: bool, add: bool,
+) -> None:  # fmt: skip
+    """The inverse of `_tiles`, of the results: each tile's begin at point `first` of its last transformed dimension."""
+    shift = [0, 0, 0]
+    shift[tiling.axes[-1]] = first
+    parameters = np.zeros(SCATTER_END, np.int64)
+    parameters[ARRAY:] = (
+        address(out), address(results), *_strides(out), channels.start, chunk.start, len(chunk), *tiling.count,
+        *tiling.step, *results.shape[2:], *out.shape[2:], *stride, *shift, address(bias), relu, add,
+    )  # fmt: skip
+    tasks.run(_scatter, out.dtype, len(channels) * len(chunk), parameters, 64, 8 * results.size)
+
+
+def _product(
+    left: np.ndarray, right: np.ndarray, out: np.ndarray, groups: int, conjugate: bool, add: bool
+) -> None:
+    """out[row, column] (+)= sum over terms of left[row, term] * right[term, column], for each group and frequency.
+
+    left (groups * rows, terms, D, H, F), right (groups, terms, columns, ...), out (groups * rows, columns, ...), each of
+    contiguous spectra.
+    """
+    frequencies = math.prod(out.shape[2:])
+    rows, columns, terms = left.shape[0] // groups, out.shape[1], left.shape[1]
+    real = np.dtype(out.real.dtype)
+    lanes = simd.tile(8 * real.itemsize).lanes
+    left_row, left_term = (2 * step for step in _strides(left)[:2])
+    right_group, right_term, right_column = (2 * step for step in _strides(right)[:3])
+    out_row, out_column = (2 * step for step in _strides(out)[:2])
+    block = lanes * min(128, max(4, 512 // terms))
+    blocks = -(-2 * frequencies // block)
+    column_block = 16
+    column_blocks = -(-columns // column_block)
+    parameters = np.zeros(MULTIPLY_END, np.int64)
+    parameters[LEFT:] = (
+        address(left), address(right), address(out), left_row, left_term, rows * left_row, right_column, right_term,
+        right_group, out_row, out_column, rows * out_row, rows, columns, terms, 2 * frequencies, block, blocks,
+        column_block, column_blocks, conjugate, add,
+    )  # fmt: skip
+    work = 8 * groups * rows * columns * terms * frequencies
+    tasks.run(_multiply, real, groups * column_blocks * blocks, parameters, 64, work)
+
+
+def _chunks(number: int, each: int) -> Iterator[range]:
+    """range(number) in pieces of nearly the same length, of at most `each`."""
+    pieces = -(-number // max(1, each))
+    for i in range(pieces):
+        yield range(i * number // pieces, (i + 1) * number // pieces)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows and terms of the product of spectra whose filters are in memory together: whole groups, or a part of one."""
+
+    rows: range
+    terms: range
+    groups: int
+
+
+def _blocks(groups: int, rows: int, terms: int, most: int) -> list[_Block]:
+    """Blocks of about `most` pairs of a row and a term; `rows` and `terms` are those of one group."""
+    if rows * terms <= most:
+        return [
+            _Block(range(g.start * rows, g.stop * rows), range(g.start * terms, g.stop * terms), len(g))
+            for g in _chunks(groups, most // (rows * terms))
+        ]
+    return [
+        _Block(range(g * rows + part.start, g * rows + part.stop), range(g * terms, (g + 1) * terms), 1)
+        for g in range(groups)
+        for part in _chunks(rows, most // terms)
+    ]
+
+
+def _bytes_of_tile(tiling: Tiling, dtype: np.dtype) -> int:
+    return math.prod(tiling.spectrum) * 2 * dtype.itemsize
+
+
+def workspace(operation: str, geometry: ConvGeometry, dtype: np.dtype) -> int:
+    """Bytes of memory a call takes beside its operands and result, at the most."""
+    tiling = make_tiling(operation, geometry)
+    each = _bytes_of_tile(tiling, dtype)
+    rows, terms = geometry.out_channels_per_group, geometry.in_channels_per_group
+    if operation == "input_grad":
+        rows, terms = terms, rows
+    blocks = _blocks(geometry.groups, rows, terms, SPECTRA_BYTES // each)
+    block = max(blocks, key=lambda b: len(b.rows) * len(b.terms) // b.groups)
+    channels = len(block.rows) + len(block.terms)
+    number = min(geometry.batch * math.prod(tiling.count), _tiles_of_chunk(channels, each))
+    filters = len(block.rows) * len(block.terms) // block.groups
+    return (filters + 2 * channels * number) * each
+
+
+def _tiles_of_chunk(channels: int, each: int) -> int:
+    return max(1, CHUNK_BYTES // (channels * each))
+
+
+def _correlate(
+    tiling: Tiling, groups: int, array: np.ndarray, source: _Source, filters: np.ndarray, conjugate: bool,
+    first: Size3, stride: Size3, bias: np.ndarray | None, relu: bool, add: bool, out: np.ndarray,
+) -> None:  # fmt: skip
+    """out[n, row] = sum over terms of filters[row, term] with array[n, term]; filters (rows, terms of a group, D, H, W).
+
+    With `conjugate` their correlation, else their convolution; the results of a tile begin at its point `first`.
+    """
+    if bias is None:
+        bias = np.zeros(out.shape[1], out.dtype)
+    terms = filters.shape[1]
+    each = _bytes_of_tile(tiling, out.dtype)
+    number = out.shape[0] * math.prod(tiling.count)
+    for block in _blocks(groups, filters.shape[0] // groups, terms, SPECTRA_BYTES // each):
+        left = _spectra(filters[block.rows.start : block.rows.stop], tiling)
+        for chunk in _chunks(number, _tiles_of_chunk(len(block.rows) + len(block.terms), each)):
+            right = _spectra(_tiles(array, source, tiling, block.terms, chunk), tiling)
+            right = right.reshape(block.groups, terms, *right.shape[1:])
+            product = np.empty((len(block.rows), len(chunk), *tiling.spectrum), right.dtype)
+            _product(left, right, product, block.groups, conjugate, False)
+            results = _inverse(product, tiling, first, tiling.step)
+            _store(
+                results, out, tiling, stride, first[tiling.axes[-1]], block.rows, chunk, bias, relu, add
+            )
+
+
+def _filters(weight: np.ndarray, dilation: Size3) -> np.ndarray:
+    """The kernels with the gaps of their dilation."""
+    if dilation == (1, 1, 1):
+        return weight
+    span = (d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True))
+    filters = np.zeros((*weight.shape[:2], *span), weight.dtype)
+    filters[(..., *(slice(None, None, d) for d in dilation))] = weight
+    return filters
+
+
+def _is_safe(tiling: Tiling, terms: int, *operands: np.ndarray) -> bool:
+    """Whether all is finite, and stays so in the frequency domain: a bound of the sums there is far from overflow."""
+    largest = [max(float(a.max()), -float(a.min())) for a in operands]  # nan is the maximum of what holds one
+    if not all(map(math.isfinite, largest)):
+        return False
+    points = math.prod(tiling.tile)
+    exponent = sum(math.frexp(value)[1] for value in (*largest, terms, points, points))
+    return exponent < np.finfo(operands[0].dtype).maxexp
+
+
+@functools.lru_cache(maxsize=256)
+def _forward_source(geometry: ConvGeometry) -> _Source:
+    tiling = make_tiling("forward", geometry)
+    return _source(geometry.input_coordinates, tiling, tiling.tile)
+
+
+def forward(
+    geometry: ConvGeometry, input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, relu: bool,
+    out: np.ndarray,
+) -> bool:  # fmt: skip
+    """out = input convolved with weight, plus bias, through max(0, .) if relu. False, and nothing done: not finite."""
+    tiling = make_tiling("forward", geometry)
+    if not _is_safe(tiling, geometry.in_channels_per_group, input, weight):
+        return False
+    _correlate(
+        tiling, geometry.groups, input, _forward_source(geometry), _filters(weight, geometry.dilation), True, (0, 0, 0),
+        geometry.stride, bias, relu, False, out,
+    )  # fmt: skip
+    return True
+
+
+@functools.lru_cache(maxsize=256)
+def _input_grad_source(geometry: ConvGeometry) -> _Source:
+    """Position u of tiles that begin span - 1 before their first result is output (u + before - (span - 1)) / stride."""
+    tiling = make_tiling("input_grad", geometry)
+    tables = []
+    for count, step, tile, before, span, stride, out in zip(
+        tiling.count, tiling.step, tiling.tile, geometry.pad_before, tiling.span, geometry.stride,
+        geometry.output_size, strict=True,
+    ):  # fmt: skip
+        place = np.arange((count - 1) * step + tile, dtype=np.int64) + before - (span - 1)
+        output = place // stride
+        tables.append(np.where((place % stride == 0) & (output >= 0) & (output < out), output, -1))
+    return _source(tables, tiling, tiling.tile)
+
+
+def input_grad(
+    geometry: ConvGeometry, weight: np.ndarray, grad_output: np.ndarray, bias: np.ndarray | None, relu: bool,
+    accumulate: bool, out: np.ndarray,
+) -> bool:  # fmt: skip
+    """out (+)= gradient of the input under zero padding, plus bias, through max(0, .) if relu. False as `forward`."""
+    tiling = make_tiling("input_grad", geometry)
+    if not _is_safe(tiling, geometry.out_channels_per_group, weight, grad_output):
+        return False
+    rows, terms = geometry.in_channels_per_group, geometry.out_channels_per_group
+    filters = _filters(weight, geometry.dilation)
+    by_group = filters.reshape(geometry.groups, terms, rows, *filters.shape[2:]).swapaxes(1, 2)
+    first = _of_each(lambda s: s - 1, tiling.span)
+    _correlate(
+        tiling, geometry.groups, grad_output, _input_grad_source(geometry),
+        by_group.reshape(-1, terms, *filters.shape[2:]), False, first, (1, 1, 1), bias, relu, accumulate, out,
+    )  # fmt: skip
+    return True
+
+
+@functools.lru_cache(maxsize=256)
+def _weight_grad_sources(geometry: ConvGeometry) -> tuple[_Source, _Source]:
+    tiling = make_tiling("weight_grad", geometry)
+    tables = []
+    for positions, stride in zip(tiling.positions, geometry.stride, strict=True):
+        place = np.arange(positions, dtype=np.int64)
+        tables.append(np.where(place % stride == 0, place // stride, -1))
+    return _source(geometry.input_coordinates, tiling, tiling.tile), _source(tables, tiling, tiling.step)
+
+
+def weight_grad(
+    geometry: ConvGeometry, input: np.ndarray, grad_output: np.ndarray, accumulate: bool, out: np.ndarray
+) -> bool:
+    """out (+)= gradient of the weight. False, and nothing done: not finite."""
+    tiling = make_tiling("weight_grad", geometry)
+    number = geometry.batch * math.prod(tiling.count)
+    if not _is_safe(tiling, number, input, grad_output):
+        return False
+    of_input, of_grad = _weight_grad_sources(geometry)
+    each = _bytes_of_tile(tiling, out.dtype)
+    rows, columns = geometry.out_channels_per_group, geometry.in_channels_per_group
+    for block in _blocks(geometry.groups, rows, columns, SPECTRA_BYTES // each):
+        total = np.empty((len(block.rows), columns, *tiling.spectrum), f"c{2 * out.itemsize}")
+        for chunk in _chunks(number, _tiles_of_chunk(len(block.rows) + len(block.terms), each)):
+            right = _spectra(_tiles(input, of_input, tiling, block.terms, chunk), tiling)
+            left = _spectra(_tiles(grad_output, of_grad, tiling, block.rows, chunk), tiling)
+            by_group = right.reshape(block.groups, columns, *right.shape[1:]).swapaxes(1, 2)
+            _product(left, by_group, total, block.groups, True, chunk.start > 0)
+        taps = _inverse(total, tiling, (0, 0, 0), tiling.span)
+        wanted = (slice(None, s, d) for s, d in zip(tiling.span, geometry.dilation, strict=True))
+        gradient = taps[(..., *wanted)]
+        part = out[block.rows.start : block.rows.stop]
+        if accumulate:
+            part += gradient
+        else:
+            part[...] = gradient
+    return True
