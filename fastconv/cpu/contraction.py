@@ -45,9 +45,9 @@ SLAB_BYTES = 384 * 1024
     TAPS, KERNEL_D, SPAN_H, SPAN_W, STRIDE_D, STRIDE_H, STRIDE_W, DILATION_D,
     SOURCE_D, SOURCE_H, SOURCE_W, PADDED_W, BEFORE_W, SIZE_W, ZEROS, PADDED,
     TAP_OFFSET, BLOCK_CHANNELS, BLOCK_TAPS, PANELS, PIXEL_TASKS, CHUNK, CHUNKS, ROW_TASKS, GROUP, WEIGHT_PANELS,
-    IN_PLACE, EXTENT, PLANE, SEGMENTS, SEGMENT_ROWS, PHASE_PITCH, ROW_PITCH, CHANNEL_PITCH,
+    IN_PLACE, EXTENT, PLANE, SEGMENTS, SEGMENT_ROWS, PHASE_PITCH, ROW_PITCH, ROW_LENGTH, CHANNEL_PITCH,
     SLAB_SIZE, PANEL_SIZE, TABLE_BYTES, END,
-) = range(tasks.FIRST, tasks.FIRST + 60)  # fmt: skip
+) = range(tasks.FIRST, tasks.FIRST + 61)  # fmt: skip
 
 # Those of the weight gradient: the same for the slab, where Y stands for the gradient of the output; and
 (
@@ -70,59 +70,41 @@ _jit = njit(error_model="numpy", nogil=True)
 
 
 @_jit
-def _copy_row(row, phase_pitch, source, step, stride, count, first):
+def _copy_row(row, phase_pitch, source, step, stride, count, first, places):
     """Elements 0 .. count of `source` (`step` apart) become the padded coordinates first .. first + count of `row`.
 
-    Padded coordinate u lies at (u % stride) * phase_pitch + u // stride.
+    Padded coordinate u lies at (u % stride) * phase_pitch + u // stride. `places` is room for four integers.
     """
-    lanes = simd.lanes(row)
-    if step == 1 and stride == 1 and count >= lanes:
+    if step == 1 and stride == 1:
+        simd.copy_span(simd.offset(row, first), source, count)
+    elif step == 1 and (stride == 2 or stride == 4):
+        for r in range(stride):
+            places[r] = (first + r) % stride * phase_pitch + (first + r) // stride
+        if stride == 2:
+            simd.separate_2(row, places, source, count)
+        else:
+            simd.separate_4(row, places, source, count)
+    elif stride == 1:
         target = simd.offset(row, first)
-        i = 0
-        while i + lanes <= count:
-            simd.copy_vector(simd.offset(target, i), simd.offset(source, i))
-            i += lanes
-        if i < count:  # the last vector overlaps the one before
-            simd.copy_vector(simd.offset(target, count - lanes), simd.offset(source, count - lanes))
-        return
-    i = 0
-    if step == 2 and stride == 1:
-        while i + lanes <= count:
-            simd.copy_even(simd.offset(row, first + i), simd.offset(source, 2 * i))
-            i += lanes
-    if step == 1 and stride == 2:
-        even = first % 2 * phase_pitch + first // 2
-        odd = (first + 1) % 2 * phase_pitch + (first + 1) // 2
-        while i + 2 * lanes <= count:
-            half = i // 2
-            simd.split_pairs(simd.offset(row, even + half), simd.offset(row, odd + half), simd.offset(source, i))
-            i += 2 * lanes
-    if step == 1 and stride == 4:
-        while i + 4 * lanes <= count:
-            a, b, c, d = first + i, first + i + 1, first + i + 2, first + i + 3
-            simd.split_quads(
-                simd.offset(row, a % 4 * phase_pitch + a // 4), simd.offset(row, b % 4 * phase_pitch + b // 4),
-                simd.offset(row, c % 4 * phase_pitch + c // 4), simd.offset(row, d % 4 * phase_pitch + d // 4),
-                simd.offset(source, i),
-            )  # fmt: skip
-            i += 4 * lanes
-    u = first + i
-    phase, place = u % stride, u // stride
-    while i < count:
-        row[phase * phase_pitch + place] = source[i * step]
-        i += 1
-        phase += 1
-        if phase == stride:
-            phase = 0
-            place += 1
+        for i in range(count):
+            target[i] = source[i * step]
+    else:
+        phase, place = first % stride, first // stride
+        for i in range(count):
+            row[phase * phase_pitch + place] = source[i * step]
+            phase += 1
+            if phase == stride:
+                phase = 0
+                place += 1
 
 
 @_jit
-def _fill_slab(p, slab, x, channels, first_row, last_row, first_u):
+def _fill_slab(p, slab, x, channels, first_row, last_row, first_u, places):
     """Copy the input rows that output rows first_row .. last_row need, of `channels` channels from `x` on.
 
     An output row is one (batch, depth, height). Those of one (batch, depth) are a segment, whose input rows lie
-    together: [channel][segment][depth tap][row]. `first_u` is the padded coordinate that the slab rows begin with.
+    together: [channel][segment][depth tap][row]. `first_u` is the padded coordinate that the slab rows begin with;
+    `places` is room for four integers.
     """
     out_d, out_h = p[OUT_D], p[OUT_H]
     step, stride = p[X_W], p[STRIDE_W]
@@ -130,8 +112,8 @@ def _fill_slab(p, slab, x, channels, first_row, last_row, first_u):
     source_w = simd.at(p, p[SOURCE_W])
     phase_pitch, row_pitch = p[PHASE_PITCH], p[ROW_PITCH]
     low = max(p[BEFORE_W], first_u)  # padded coordinates that are input elements: low .. high
-    high = min(p[BEFORE_W] + p[SIZE_W], first_u + row_pitch)
-    end = min(p[PADDED_W], first_u + row_pitch)
+    high = min(p[BEFORE_W] + p[SIZE_W], first_u + p[ROW_LENGTH])
+    end = min(p[PADDED_W], first_u + p[ROW_LENGTH])
     first_segment, last_segment = first_row // out_h, (last_row - 1) // out_h
     for segment in range(first_segment, last_segment + 1):
         n, d = segment // out_d, segment % out_d
@@ -151,7 +133,7 @@ def _fill_slab(p, slab, x, channels, first_row, last_row, first_u):
                     if high > low:
                         _copy_row(
                             row, phase_pitch, simd.offset(source, (low - p[BEFORE_W]) * step), step, stride,
-                            high - low, low - first_u,
+                            high - low, low - first_u, places,
                         )  # fmt: skip
                     if not p[ZEROS]:
                         for u in range(first_u, end):
@@ -299,7 +281,7 @@ def _correlate(task, worker, p, real):
             slab = simd.offset(x, c * p[X_C])
         else:
             _fill_slab(
-                p, slab, simd.offset(x, c * p[X_C]), channels, first_row, last_row, first_column * p[STRIDE_W]
+                p, slab, simd.offset(x, c * p[X_C]), channels, first_row, last_row, first_column * p[STRIDE_W], table
             )
         for tap in range(0, p[TAPS], p[BLOCK_TAPS]):
             last_tap = min(tap + p[BLOCK_TAPS], p[TAPS])
@@ -550,7 +532,7 @@ def _weight_gradient(task, worker, p, real):
         if p[PADDED]:
             simd.fill_zero(slab, p[SLAB_SIZE])
         if not p[IN_PLACE]:
-            _fill_slab(p, slab, x, channels, first_row, last_row, first_column * p[STRIDE_W])
+            _fill_slab(p, slab, x, channels, first_row, last_row, first_column * p[STRIDE_W], run_offset)
         for row in range(first_row, last_row):
             if p[IN_PLACE]:
                 run_offset[row - first_row] = row * p[X_N] + first_column
@@ -701,6 +683,7 @@ class _Slab:
     segment_rows: int
     phase: int
     row: int
+    row_length: int  # padded coordinates that a row holds
     channel: int
 
 
@@ -714,9 +697,14 @@ def _slab_shape(axes: tuple[Axis, ...], pixels: int, images: int, columns: int) 
     rows = 1 if chunk else min(images * depth.out * height.out, (pixels + width.out - 2) // width.out + 1)
     segments = min(images * depth.out, (rows + height.out - 2) // height.out + 1)
     segment_rows = (min(height.out, rows) - 1) * height.stride + height.span
-    phase = _ceil(((chunk or width.out) - 1) * width.stride + width.span, width.stride)
+    length = ((chunk or width.out) - 1) * width.stride + width.span
+    phase = _ceil(length, width.stride)
+    if width.stride in (2, 4):
+        phase += columns  # where `simd.separate_2` and `separate_4` write zeros after the last element
     row = phase * width.stride
-    return _Slab(chunk, segments, segment_rows, phase, row, segments * depth.taps * segment_rows * row)
+    return _Slab(
+        chunk, segments, segment_rows, phase, row, length, segments * depth.taps * segment_rows * row
+    )
 
 
 @dataclass(frozen=True)
@@ -832,7 +820,7 @@ def plan_correlation(
         pixel_tasks, chunk, chunks, row_tasks, group, max(1, WEIGHT_BYTES // (t.rows * blocks.depth * size)),
         in_place, (batch - 1) * x[0] + (blocks.groups * blocks.channels - 1) * x[1] + plane if in_place else 0,
         plane if y[4] == 1 and is_flat((depth.out, height.out, width.out), y[2:]) else 0,
-        slab.segments, slab.segment_rows, slab.phase, slab.row, 0 if in_place else slab.channel, slab_size,
+        slab.segments, slab.segment_rows, slab.phase, slab.row, slab.row_length, 0 if in_place else slab.channel, slab_size,
         panel_size, table_bytes,
     )  # fmt: skip
     if in_place:
@@ -926,7 +914,7 @@ def plan_weight_gradient(
     slab_size = 0 if in_place else _ceil(block_channels * slab.channel + 2 * t.columns, 16) * 16
     panel_size = _ceil((chunk or unit_rows * width.out) * t.gradient_vectors * t.lanes, 16) * 16
     tile_size = block_channels * taps * min(vectors, _ceil(vector_panels, out_blocks) * t.gradient_vectors) * t.lanes
-    table_bytes = _ceil(unit_rows * 8, 64) * 64
+    table_bytes = _ceil(max(unit_rows, 4) * 8, 64) * 64
     tap_offset = _tap_offsets(axes, slab)
     pitch = x[1] if in_place else slab.channel
     row_offset = (np.arange(block_channels, dtype=np.int64)[:, None] * pitch + tap_offset).ravel()
@@ -938,7 +926,7 @@ def plan_weight_gradient(
         address(width.source), len(width.source), width.before, width.size, zeros, _is_padded(axes), 0,
         block_channels, 0, 0, 0, chunk, chunks, 0, 0, 0, in_place, 0,
         plane if dy[4] == 1 and is_flat((depth.out, height.out, width.out), dy[2:]) else 0,
-        slab.segments, slab.segment_rows, slab.phase, slab.row, pitch, slab_size, panel_size, table_bytes,
+        slab.segments, slab.segment_rows, slab.phase, slab.row, slab.row_length, pitch, slab_size, panel_size, table_bytes,
     )  # fmt: skip
     parameters[W_GROUP:GRADIENT_END] = (
         rows * dw[0], *dw, address(w_taps), dw[1] == taps and bool((np.diff(w_taps) == 1).all()), address(row_offset), unit_rows, units, splits, channel_blocks, out_blocks,

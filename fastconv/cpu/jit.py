@@ -8,7 +8,9 @@ compiled a second time, for one thread, only where a parallel loop must not be s
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -17,9 +19,6 @@ import numpy as np
 from numba import types
 
 from . import threads
-
-# error_model="numpy": a division by zero is inf or nan, not an exception, so that loops can be vectorised.
-OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 REAL = {np.dtype(np.float32): types.float32, np.dtype(np.float64): types.float64}
 
@@ -34,6 +33,35 @@ def output_of(real: Any, ndim: int) -> types.Array:
     return types.Array(real, ndim, "A")
 
 
+@functools.cache
+def _fingerprint() -> str:
+    """A name for the source of all kernels together."""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def compiled(decorator: Callable[..., Any], signature: Any, function: Callable[..., None], **options: Any) -> Any:
+    """``decorator(signature, **options)(function)`` with Numba's cache, under a name that the cache can be trusted by.
+
+    Numba tells cached functions apart by file, name, line and code: not by options, so that a serial version would be
+    found in place of a parallel one, and not by what they call, so that a kernel would be found that was compiled with
+    the intrinsics or constants of an older version of another file. Here the name carries both.
+    """
+    kind = "".join(f"_{name}" for name, value in options.items() if value is True)
+    twin = FunctionType(function.__code__, function.__globals__, function.__name__)
+    twin.__qualname__ = f"{function.__name__}{kind}_{_fingerprint()}"
+    twin.__module__ = function.__module__
+    options["error_model"] = "numpy"  # a division by zero is inf or nan, not an exception, so loops can be vectorised
+    try:
+        return decorator(signature, cache=True, **options)(twin)
+    except RuntimeError as error:
+        if "cannot cache" not in str(error):  # neither the package nor the user's cache folder can be written
+            raise
+        return decorator(signature, **options)(twin)
+
+
 class Kernel:
     """A function of loops, compiled on first use for each floating-point type: ``kernel[dtype](...)``."""
 
@@ -46,15 +74,7 @@ class Kernel:
     def compiled(self, dtype: np.dtype | None = None, parallel: bool = True) -> Callable[..., None]:
         """The kernel for one floating-point type (None: it has no use for one), as parallel or serial loops."""
         threads.load_layer()
-        signature = self.signature(REAL.get(dtype))
-        function = self.function
-        if not parallel:
-            # Numba's cache tells functions apart by name and code, not by options: without a name of its own the
-            # serial version would be found in place of the parallel one.
-            function = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_serial")
-            function.__qualname__ = function.__name__
-            function.__module__ = self.function.__module__
-        return numba.njit(signature, parallel=parallel, **OPTIONS)(function)
+        return compiled(numba.njit, self.signature(REAL.get(dtype)), self.function, parallel=parallel, nogil=True)
 
     def __getitem__(self, dtype: np.dtype) -> Callable[..., None]:
         compiled = self.compiled(dtype, threads.parallel_allowed())

@@ -511,38 +511,61 @@ def pack_panel(typingctx, panel, source, channels, channel_pitch, taps, tap_offs
     return types.void(panel, panel, i, i, i, table, table), codegen
 
 
-@intrinsic
-def copy_even(typingctx, target, source):
-    """`lanes` elements of `source`, every second one."""
-
-    def codegen(context, builder, sig, args):
-        element, t = _element(sig.args[0]), _tile_of(sig.args[0])
-        vector = ir.VectorType(element, t.lanes)
-        first = _load(builder, args[1], vector)
-        second = _load(builder, builder.gep(args[1], [_i64(t.lanes - 1)]), vector)  # ends with the last one wanted
-        half = t.lanes // 2
-        mask = [2 * n for n in range(half)] + [t.lanes + 1 + 2 * n for n in range(half)]
-        chosen = builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, t.lanes), mask))
-        _store(builder, chosen, args[0])
-        return context.get_dummy_value()
-
-    return types.void(target, target), codegen
+def _load_up_to(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, vector: ir.VectorType, count: ir.Value) -> ir.Value:
+    """The first `count` elements of a vector (none if negative), zeros after; no other memory is read."""
+    n = vector.count
+    none, every = b.icmp_signed("<=", count, _i64(0)), b.icmp_signed(">=", count, _i64(n))
+    few = b.sub(b.shl(_i64(1), b.and_(count, _i64(63))), _i64(1))
+    bits = b.select(none, _i64(0), b.select(every, _i64(2**n - 1), few))
+    return _masked_load(b, module, pointer, bits, ir.Constant(vector, [0.0] * n))
 
 
-@intrinsic
-def split_pairs(typingctx, even, odd, source):
-    """2 * lanes elements of `source`: those at even places to `even`, the others to `odd`, `lanes` each."""
+def _separator(phases: int):
+    """An intrinsic that separates elements by their place modulo `phases` (a power of two)."""
 
-    def codegen(context, builder, sig, args):
-        element, t = _element(sig.args[0]), _tile_of(sig.args[0])
-        vector = ir.VectorType(element, t.lanes)
-        first, second = (_load(builder, builder.gep(args[2], [_i64(j * t.lanes)]), vector) for j in range(2))
-        for start, target in enumerate(args[:2]):
-            mask = ir.Constant(ir.VectorType(_I32, t.lanes), [start + 2 * n for n in range(t.lanes)])
-            _store(builder, builder.shuffle_vector(first, second, mask), target)
-        return context.get_dummy_value()
+    @intrinsic
+    def separate(typingctx, target, place, source, count):
+        def codegen(context, builder, sig, args):
+            element, t = _element(sig.args[0]), _tile_of(sig.args[0])
+            pointer = element.as_pointer()
+            function, new = _internal(
+                builder.module, f"fastconv_separate_{phases}_{element}", [pointer, _I64.as_pointer(), pointer, _I64]
+            )
+            if new:
+                _write_separate(builder.module, function, ir.VectorType(element, t.lanes), phases)
+            builder.call(function, args)
+            return context.get_dummy_value()
 
-    return types.void(even, even, even), codegen
+        return types.void(target, types.CPointer(types.int64), target, types.int64), codegen
+
+    return separate
+
+
+def _write_separate(module: ir.Module, function: ir.Function, vector: ir.VectorType, phases: int) -> None:
+    target, place, source, count = function.args
+    n = vector.count
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    blocks = b.sdiv(b.add(count, _i64(n * phases - 1)), _i64(n * phases))
+    places = [b.load(b.gep(place, [_i64(r)])) for r in range(phases)]
+    loop = _Loop(b, "blocks", blocks, [])
+    start = b.mul(loop.k, _i64(n * phases))
+    values = [
+        _load_up_to(b, module, b.gep(source, [b.add(start, _i64(j * n))]), vector, b.sub(count, b.add(start, _i64(j * n))))
+        for j in range(phases)
+    ]
+    for r, value in enumerate(_unweave(b, values)):
+        _store(b, value, b.gep(target, [b.add(places[r], b.mul(loop.k, _i64(n)))]))
+    loop.close([])
+    b.ret_void()
+
+
+def _unweave(b: ir.IRBuilder, vectors: list[ir.Value]) -> list[ir.Value]:
+    """A power of two of vectors, so that each holds the elements of one place modulo their number."""
+    if len(vectors) == 1:
+        return vectors
+    pairs = [_separate(b, vectors[k], vectors[k + 1]) for k in range(0, len(vectors), 2)]
+    even, odd = _unweave(b, [p[0] for p in pairs]), _unweave(b, [p[1] for p in pairs])
+    return [v for pair in zip(even, odd, strict=True) for v in pair]
 
 
 def _interleave(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -559,24 +582,11 @@ def _separate(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> tuple[ir.Value, ir.V
     return tuple(b.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, n), lanes)) for lanes in (even, odd))
 
 
-@intrinsic
-def split_quads(typingctx, zero, one, two, three, source):
-    """4 * lanes elements of `source`: those at places 4 k + r to the target r, `lanes` each."""
+separate_2, separate_4 = _separator(2), _separator(4)
+separate_2.__doc__ = """target[place[k % 2] + k // 2] = source[k] for k < count, and similarly separate_4.
 
-    def codegen(context, builder, sig, args):
-        element, t = _element(sig.args[0]), _tile_of(sig.args[0])
-        vector = ir.VectorType(element, t.lanes)
-        v = [_load(builder, builder.gep(args[4], [_i64(j * t.lanes)]), vector) for j in range(4)]
-        even_low, odd_low = _separate(builder, v[0], v[1])
-        even_high, odd_high = _separate(builder, v[2], v[3])
-        quads = [None] * 4
-        quads[0], quads[2] = _separate(builder, even_low, even_high)
-        quads[1], quads[3] = _separate(builder, odd_low, odd_high)
-        for quad, target in zip(quads, args[:4], strict=True):
-            _store(builder, quad, target)
-        return context.get_dummy_value()
-
-    return types.void(*[zero] * 5), codegen
+Whole vectors are stored: zeros may follow the last element of each phase, up to `lanes` of them.
+"""
 
 
 @intrinsic
@@ -967,3 +977,353 @@ M[xi] is read at ``source + xi * source_pitch``; row i of the outputs of all til
 is written at ``target + i * target_pitch``. `suspect` (one vector) becomes nan in the lane of a tile that has an infinite
 or nan output.
 """)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single-channel correlation: rows of a plane against the taps of one filter
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _flagged(b: ir.IRBuilder, flags: ir.Value, flag: int, values: list[ir.Value], change) -> list[ir.Value]:
+    """`change(values)` where the flag is set, else the values."""
+    before, inside, after = b.block, b.append_basic_block("flag"), b.append_basic_block("next")
+    b.cbranch(b.icmp_signed("!=", b.and_(flags, _i64(flag)), _i64(0)), inside, after)
+    b.position_at_end(inside)
+    changed = change(values)
+    inside = b.block
+    b.branch(after)
+    b.position_at_end(after)
+    result = []
+    for old, new in zip(values, changed, strict=True):
+        phi = b.phi(old.type)
+        phi.add_incoming(old, before)
+        phi.add_incoming(new, inside)
+        result.append(phi)
+    return result
+
+
+def _lane_mask(b: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
+    """Lanes 0 .. count of a vector, for count >= 0."""
+    numbers = ir.Constant(ir.VectorType(_I64, lanes), list(range(lanes)))
+    return b.icmp_signed("<", numbers, _splat(b, count, lanes))
+
+
+def _load_lanes(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, mask: ir.Value, vector: ir.VectorType) -> ir.Value:
+    """The lanes of the mask; zeros in the others, whose memory is not touched."""
+    n, kind = vector.count, "f32" if isinstance(vector.element, ir.FloatType) else "f64"
+    function = cgutils.get_or_insert_function(
+        module, ir.FunctionType(vector, [vector.as_pointer(), _I32, mask.type, vector]), f"llvm.masked.load.v{n}{kind}.p0"
+    )
+    zero = ir.Constant(vector, [0.0] * n)
+    return b.call(function, [b.bitcast(pointer, vector.as_pointer()), ir.Constant(_I32, 4), mask, zero])
+
+
+def _store_lanes(b: ir.IRBuilder, module: ir.Module, value: ir.Value, pointer: ir.Value, mask: ir.Value) -> None:
+    vector = value.type
+    n, kind = vector.count, "f32" if isinstance(vector.element, ir.FloatType) else "f64"
+    function = cgutils.get_or_insert_function(
+        module, ir.FunctionType(ir.VoidType(), [vector, vector.as_pointer(), _I32, mask.type]),
+        f"llvm.masked.store.v{n}{kind}.p0",
+    )  # fmt: skip
+    b.call(function, [value, b.bitcast(pointer, vector.as_pointer()), ir.Constant(_I32, 4), mask])
+
+
+# (rows of the filter at once, stride between the output rows): output rows that share input rows share their loads
+SHARED_ROWS = ((1, 1), (2, 1), (3, 1), (5, 1), (7, 1), (3, 2), (5, 2), (7, 2))
+_MOST_ROWS = 4  # output rows at once
+
+
+def _row_shapes(t: Tile) -> list[tuple[int, int]]:
+    """(lanes, vectors) of the pieces of an output row: rows * vectors accumulators, a splat for each row of the filter."""
+    half = [(t.lanes // 2, 1)] if t.lanes >= 8 else []
+    return [*half, (t.lanes, 1), (t.lanes, 2), *([(t.lanes, 4)] if t.rows > 8 else [])]
+
+
+def _correlate_rows_function(
+    module: ir.Module, element: ir.Type, t: Tile, taps: int, stride: int, rows: int, lanes: int, vectors: int
+) -> ir.Function:
+    pointer, table = element.as_pointer(), _I64.as_pointer()
+    function, new = _internal(
+        module, f"fastconv_correlate_rows_{element}_{taps}_{stride}_{rows}_{lanes}x{vectors}",
+        [pointer, _I64, pointer, _I64, pointer, _I64, _I64, table, _I64, _I64, _I64, pointer],
+    )  # fmt: skip
+    if not new:
+        return function
+    y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, blocks, columns, flags, bias = function.args
+    for p in (y, x, w):
+        p.add_attribute("noalias")
+    vector = ir.VectorType(element, lanes)
+    zero = ir.Constant(vector, [0.0] * lanes)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    # the last vector ends with the row, and may overlap the one before; a row below one vector has a mask instead
+    places = [_i64(n * lanes) for n in range(vectors)]
+    masked = vectors == 1
+    if masked:
+        mask = _lane_mask(b, columns, lanes)
+    else:
+        places[-1] = b.sub(columns, _i64(lanes))
+        places[1:-1] = [b.select(b.icmp_signed("<", p, places[-1]), p, places[-1]) for p in places[1:-1]]
+
+    block = _Loop(b, "blocks", blocks, [x, y])
+    x_block, y_block = block.values
+    starts = [b.gep(x_block, [b.mul(x_pitch, _i64(i))]) for i in range(stride * (rows - 1) + taps)]
+    loop = _Loop(b, "taps", depth, [zero] * (rows * vectors))
+    offset = b.load(b.gep(offsets, [loop.k]))
+    weights = []
+    for a in range(taps):
+        weights.append(_splat(b, b.load(b.gep(w, [b.add(b.mul(w_pitch, _i64(a)), loop.k)])), lanes))
+    sums = list(loop.values)
+    for i, start in enumerate(starts):
+        meeting = [(r, i - stride * r) for r in range(rows) if 0 <= i - stride * r < taps]
+        if not meeting:
+            continue
+        at = b.gep(start, [offset])
+        for n, place in enumerate(places):
+            value = _load(b, b.gep(at, [place]), vector)
+            for r, a in meeting:
+                sums[r * vectors + n] = _multiply_add(b, module, t.fma, weights[a], value, sums[r * vectors + n])
+    loop.close(sums)
+
+    targets = [b.gep(y_block, [b.add(b.mul(y_pitch, _i64(r)), place)]) for r in range(rows) for place in places]
+
+    def add_to(values: list[ir.Value]) -> list[ir.Value]:
+        if masked:
+            return [
+                b.fadd(v, _load_lanes(b, module, p, mask, vector)) for v, p in zip(values, targets, strict=True)
+            ]
+        return [b.fadd(v, _load(b, p, vector)) for v, p in zip(values, targets, strict=True)]
+
+    def add_bias(values: list[ir.Value]) -> list[ir.Value]:
+        each = _splat(b, b.load(bias), lanes)
+        return [b.fadd(v, each) for v in values]
+
+    sums = _flagged(b, flags, ADD, sums, add_to)
+    sums = _flagged(b, flags, BIAS, sums, add_bias)
+    sums = _flagged(
+        b, flags, RELU, sums, lambda vs: [b.select(b.fcmp_ordered("<", v, zero), zero, v) for v in vs]
+    )
+    for value, target in zip(sums, targets, strict=True):
+        if masked:
+            _store_lanes(b, module, value, target, mask)
+        else:
+            _store(b, value, target)
+    block.close([
+        b.gep(x_block, [b.mul(x_pitch, _i64(rows * stride))]), b.gep(y_block, [b.mul(y_pitch, _i64(rows))])
+    ])  # fmt: skip
+    b.ret_void()
+    return function
+
+
+def _correlate_rows_dispatcher(module: ir.Module, element: ir.Type, t: Tile) -> ir.Function:
+    """Cuts rows and columns into what the generated functions take."""
+    pointer, table = element.as_pointer(), _I64.as_pointer()
+    function, new = _internal(
+        module, f"fastconv_correlate_rows_{element}",
+        [_I64, pointer, _I64, pointer, _I64, pointer, _I64, _I64, table, _I64, _I64, _I64, pointer],
+    )  # fmt: skip
+    if not new:
+        return function
+    kind, y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, rows, columns, flags, bias = function.args
+    shapes = _row_shapes(t)
+    heights = (_MOST_ROWS, 2, 1)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+
+    # the widest shape, in columns, and how many pieces of it a row is cut into, as even as whole vectors allow
+    most = shapes[-1][1]
+    vectors = b.sdiv(b.add(columns, _i64(t.lanes - 1)), _i64(t.lanes))
+    pieces = b.sdiv(b.add(vectors, _i64(most - 1)), _i64(most))
+    piece = _Loop(b, "pieces", pieces, [])
+    first = b.mul(b.sdiv(b.mul(piece.k, vectors), pieces), _i64(t.lanes))
+    end = b.mul(b.sdiv(b.mul(b.add(piece.k, _i64(1)), vectors), pieces), _i64(t.lanes))
+    width = b.sub(b.select(b.icmp_signed("<", end, columns), end, columns), first)
+    shape = _i64(len(shapes) - 1)
+    for n in reversed(range(len(shapes) - 1)):
+        fits = b.icmp_signed("<=", width, _i64(shapes[n][0] * shapes[n][1]))
+        shape = b.select(fits, _i64(n), shape)
+
+    # rows: as many blocks of the most as there are, then the rest; x moves by stride * x_pitch a row
+    x_step = x_pitch
+    strides = {s for _, s in SHARED_ROWS}
+    for s in strides - {1}:
+        matches = [n for n, (_, stride) in enumerate(SHARED_ROWS) if stride == s]
+        chosen = b.icmp_signed(">=", kind, _i64(min(matches)))
+        x_step = b.select(chosen, b.mul(x_pitch, _i64(s)), x_step)
+    done = _i64(0)
+    for n, height in enumerate(heights):
+        blocks = b.sdiv(b.sub(rows, done), _i64(height))
+        call, after = b.append_basic_block("rows"), b.append_basic_block("rows_done")
+        b.cbranch(b.icmp_signed(">", blocks, _i64(0)), call, after)
+        b.position_at_end(call)
+        arguments = [
+            b.gep(y, [b.add(b.mul(done, y_pitch), first)]), y_pitch, b.gep(x, [b.add(b.mul(done, x_step), first)]),
+            x_pitch, w, w_pitch, depth, offsets, blocks, width, flags, bias,
+        ]  # fmt: skip
+        cases = {
+            k * len(shapes) + m: _correlate_rows_function(module, element, t, taps, stride, height, *shape_)
+            for k, (taps, stride) in enumerate(SHARED_ROWS)
+            for m, shape_ in enumerate(shapes)
+        }
+        _switch(b, b.add(b.mul(kind, _i64(len(shapes))), shape), cases, arguments)
+        b.branch(after)
+        b.position_at_end(after)
+        done = b.add(done, b.mul(blocks, _i64(height)))
+    piece.close([])
+    b.ret_void()
+    return function
+
+
+@intrinsic
+def correlate_rows(typingctx, kind, y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, rows, columns, flags, bias):
+    """y[r, q] = sum over a < A, k < depth of w[a, k] * x[s * r + a, q + offsets[k]], for r < rows, q < columns.
+
+    (A, s) = SHARED_ROWS[kind]; the pitches are those of the first index. depth, rows, columns >= 1. `flags` and `bias`
+    (one number) as for `contract`. The sum is one chain of multiply-adds in the order of k, then a, for every element,
+    whatever the rows and columns. Up to a vector of x beyond a row may be read, and is not used; nothing of y is
+    touched but y[r, q].
+    """
+    i, table = types.int64, types.CPointer(types.int64)
+    signature = types.void(i, y, i, y, i, y, i, i, table, i, i, i, y)
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[1]), _tile_of(sig.args[1])
+        builder.call(_correlate_rows_dispatcher(builder.module, element, t), args)
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+def _copy_rows_function(module: ir.Module, element: ir.Type, t: Tile) -> ir.Function:
+    pointer = element.as_pointer()
+    function, new = _internal(
+        module, f"fastconv_copy_rows_{element}", [pointer, _I64, pointer, _I64, _I64, _I64]
+    )
+    if not new:
+        return function
+    target, target_pitch, source, source_pitch, rows, count = function.args
+    for p in (target, source):
+        p.add_attribute("noalias")
+    vector = ir.VectorType(element, t.lanes)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    short, long, end = (b.append_basic_block(name) for name in ("short", "long", "end"))
+    last = b.sub(count, _i64(t.lanes))
+    vectors = b.sdiv(b.add(count, _i64(t.lanes - 1)), _i64(t.lanes))
+    b.cbranch(b.icmp_signed("<", last, _i64(0)), short, long)
+    b.position_at_end(short)
+    mask = _lane_mask(b, count, t.lanes)
+    row = _Loop(b, "short_rows", rows, [target, source])
+    _store(b, _load_lanes(b, module, row.values[1], mask, vector), row.values[0])
+    row.close([b.gep(row.values[0], [target_pitch]), b.gep(row.values[1], [source_pitch])])
+    b.branch(end)
+    b.position_at_end(long)
+    row = _Loop(b, "rows", rows, [target, source])
+    loop = _Loop(b, "vectors", vectors, [])
+    place = b.mul(loop.k, _i64(t.lanes))
+    place = b.select(b.icmp_signed("<", place, last), place, last)
+    _store(b, _load(b, b.gep(row.values[1], [place]), vector), b.gep(row.values[0], [place]))
+    loop.close([])
+    row.close([b.gep(row.values[0], [target_pitch]), b.gep(row.values[1], [source_pitch])])
+    b.branch(end)
+    b.position_at_end(end)
+    b.ret_void()
+    return function
+
+
+@intrinsic
+def copy_rows(typingctx, target, target_pitch, source, source_pitch, rows, count):
+    """Copy `rows` >= 1 rows of `count` >= 1 elements. A row below a vector is stored as one, with zeros at its end."""
+
+    def codegen(context, builder, sig, args):
+        builder.call(_copy_rows_function(builder.module, _element(sig.args[0]), _tile_of(sig.args[0])), args)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(target, i, target, i, i, i), codegen
+
+
+@intrinsic
+def split_rows(typingctx, even, odd, target_pitch, source, source_pitch, rows, count):
+    """Copy `rows` rows of `count` elements, those at even places to `even`, the others to `odd`.
+
+    The last vector of each may write zeros beyond its row.
+    """
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[0]), _tile_of(sig.args[0])
+        pointer, module = element.as_pointer(), builder.module
+        function, new = _internal(
+            module, f"fastconv_split_rows_{element}", [pointer, pointer, _I64, pointer, _I64, _I64, _I64]
+        )
+        if new:
+            even, odd, target_pitch, source, source_pitch, rows, count = function.args
+            vector = ir.VectorType(element, t.lanes)
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            pairs = b.sdiv(b.add(count, _i64(2 * t.lanes - 1)), _i64(2 * t.lanes))
+            row = _Loop(b, "rows", rows, [even, odd, source])
+            loop = _Loop(b, "pairs", pairs, [])
+            halves = []
+            for j in range(2):
+                place = b.add(b.mul(loop.k, _i64(2 * t.lanes)), _i64(j * t.lanes))
+                mask = _lane_mask(b, b.sub(count, place), t.lanes)
+                halves.append(_load_lanes(b, module, b.gep(row.values[2], [place]), mask, vector))
+            for start in range(2):
+                lanes_of = ir.Constant(ir.VectorType(_I32, t.lanes), [start + 2 * n for n in range(t.lanes)])
+                target = b.gep(row.values[start], [b.mul(loop.k, _i64(t.lanes))])
+                _store(b, b.shuffle_vector(*halves, lanes_of), target)
+            loop.close([])
+            even_, odd_, source_ = row.values
+            row.close([b.gep(even_, [target_pitch]), b.gep(odd_, [target_pitch]), b.gep(source_, [source_pitch])])
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(even, even, i, even, i, i, i), codegen
+
+
+@intrinsic
+def join_rows(typingctx, target, target_pitch, even, odd, source_pitch, rows, count):
+    """The reverse of `split_rows`: target[r, 2 * i] = even[r, i], target[r, 2 * i + 1] = odd[r, i], `count` elements."""
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[0]), _tile_of(sig.args[0])
+        pointer, module = element.as_pointer(), builder.module
+        function, new = _internal(
+            module, f"fastconv_join_rows_{element}", [pointer, _I64, pointer, pointer, _I64, _I64, _I64]
+        )
+        if new:
+            target, target_pitch, even, odd, source_pitch, rows, count = function.args
+            for p in (target, even, odd):
+                p.add_attribute("noalias")
+            vector = ir.VectorType(element, t.lanes)
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            pairs = b.sdiv(b.add(count, _i64(2 * t.lanes - 1)), _i64(2 * t.lanes))
+            row = _Loop(b, "rows", rows, [target, even, odd])
+            loop = _Loop(b, "pairs", pairs, [])
+            sources = [_load(b, b.gep(p, [b.mul(loop.k, _i64(t.lanes))]), vector) for p in row.values[1:]]
+            for j in range(2):
+                half = j * t.lanes // 2
+                order = [half + n // 2 + n % 2 * t.lanes for n in range(t.lanes)]
+                value = b.shuffle_vector(*sources, ir.Constant(ir.VectorType(_I32, t.lanes), order))
+                place = b.add(b.mul(loop.k, _i64(2 * t.lanes)), _i64(j * t.lanes))
+                left = b.sub(count, place)
+                full, part, done = (b.append_basic_block(name) for name in ("full", "part", "stored"))
+                at = b.gep(row.values[0], [place])
+                b.cbranch(b.icmp_signed(">=", left, _i64(t.lanes)), full, part)
+                b.position_at_end(full)
+                _store(b, value, at)
+                b.branch(done)
+                b.position_at_end(part)
+                _store_lanes(b, module, value, at, _lane_mask(b, left, t.lanes))
+                b.branch(done)
+                b.position_at_end(done)
+            loop.close([])
+            row.close([
+                b.gep(row.values[0], [target_pitch]),
+                *(b.gep(p, [source_pitch]) for p in row.values[1:]),
+            ])  # fmt: skip
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(target, i, target, target, i, i, i), codegen

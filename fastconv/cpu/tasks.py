@@ -22,7 +22,7 @@ from numba import prange, types
 from numba.extending import intrinsic
 
 from . import simd, threads
-from .jit import REAL, kernel
+from .jit import REAL, compiled, kernel
 
 # Parameters that every body shares. The others begin at FIRST.
 COUNTER, SCRATCH, SCRATCH_BYTES, FIRST = range(4)
@@ -80,7 +80,7 @@ class Body:
     def address(self, dtype: np.dtype) -> int:
         signature = types.void(types.int64, types.int64, types.CPointer(types.int64), types.CPointer(REAL[dtype]))
         self._compiled = getattr(self, "_compiled", [])  # the function must outlive its address
-        self._compiled.append(numba.cfunc(signature, cache=True, error_model="numpy")(self.function))
+        self._compiled.append(compiled(numba.cfunc, signature, self.function))
         return self._compiled[-1].address
 
 

@@ -79,6 +79,7 @@ def _winograd(task, worker, p, real):
     suspect = simd.offset(outputs, m * m * columns)
     tables = simd.at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[TABLE_BYTES])
     table_pitch = columns // lanes * simd.piece_table_stride(real)
+    tables_end = simd.offset(tables, p[BLOCK] * table_pitch)
     tap_offset = simd.at(p, p[TAP_OFFSET])
     x, y, v = simd.at(real, p[X]), simd.at(real, p[Y]), simd.at(real, p[W])
     bias, flags = simd.at(real, p[BIAS]), simd.at(p, p[FLAGS])
@@ -113,7 +114,8 @@ def _winograd(task, worker, p, real):
         for c in range(0, p[CHANNELS], p[BLOCK_CHANNELS]):
             channels = min(p[BLOCK_CHANNELS], p[CHANNELS] - c)
             contraction._fill_slab(
-                p, slab, simd.offset(x, c * p[X_C]), channels, first_row, last_row, first_column * p[STRIDE_W]
+                p, slab, simd.offset(x, c * p[X_C]), channels, first_row, last_row, first_column * p[STRIDE_W],
+                tables_end,
             )
             for k in range(channels):
                 for q in range(panels):
@@ -286,7 +288,7 @@ def _plan(
     row_group = max(1, min(blocks.panels, _M_BYTES // (points * t.rows * t.columns * dtype.itemsize)))
     u_size = block * points * u_pitch
     m_size = row_group * points * t.rows * t.columns
-    table_bytes = -(-block * t.vectors * simd.piece_stride(t) * 8 // 64) * 64
+    table_bytes = -(-(block * t.vectors * simd.piece_stride(t) + 4) * 8 // 64) * 64
     parameters = np.zeros(WINOGRAD_END, np.int64)
     parameters[: contraction.END] = plan.parameters
     parameters[PANEL_SIZE] = 0
