@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numba import prange, types
 
 from ..geometry import ConvGeometry
-from . import contraction, winograd
+from . import contraction, fft, winograd
 from .jit import array_of, kernel, output_of
 from .threads import get_num_threads
 
@@ -118,11 +118,28 @@ def forward(
     if algorithm == "winograd":
         _winograd_forward(geometry, input, weight, bias, relu, out)
         return
+    if algorithm == "fft":
+        for part, run, safe in _safe_runs("forward", geometry, input, weight):
+            if safe:
+                fft.forward(part, input[run], weight, bias, relu, out[run])
+            else:
+                forward(part, input[run], weight, bias, relu, "direct", out[run])
+        return
     blocks, plan = _forward_plan(geometry, out.dtype, _elements(input), _elements(out), get_num_threads())
     packed = _pack_forward(blocks, weight)
     if bias is not None:
         bias = np.ascontiguousarray(bias)
     contraction.correlate(plan, input, packed, out, bias, relu, False)
+
+
+def _safe_runs(
+    operation: str, geometry: ConvGeometry, array: np.ndarray, weight: np.ndarray
+) -> Iterator[tuple[ConvGeometry, slice, bool]]:
+    """The batch as runs of samples that `fft` may be used on and runs that it may not: decided sample by sample."""
+    safe = fft.safe_samples(operation, geometry, array, weight)
+    ends = [*(np.flatnonzero(np.diff(safe)) + 1).tolist(), geometry.batch]
+    for first, end in itertools.pairwise([0, *ends]):
+        yield replace(geometry, batch=end - first), slice(first, end), bool(safe[first])
 
 
 def _winograd_forward(geometry, input, weight, bias, relu, out):
@@ -172,6 +189,8 @@ def weight_grad(
             out[...] = 0
         return
     input, grad_output = _readable(input), _readable(grad_output)
+    if algorithm == "fft" and fft.weight_grad(geometry, input, grad_output, accumulate, out):
+        return
     plan = _weight_grad_plan(geometry, out.dtype, _elements(input), _elements(grad_output), _elements(out))
     contraction.weight_gradient(plan, input, grad_output, out, accumulate)
 
@@ -255,7 +274,14 @@ def input_grad(
         _winograd_input_grad(geometry, weight, grad_output, bias, relu, out)
         return
     if geometry.padding_mode != "zeros":
-        _folded_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
+        _folded_input_grad(geometry, weight, grad_output, bias, relu, accumulate, algorithm, out)
+        return
+    if algorithm == "fft":
+        for part, run, safe in _safe_runs("input_grad", geometry, grad_output, weight):
+            if safe:
+                fft.input_grad(part, weight, grad_output[run], bias, relu, accumulate, out[run])
+            else:
+                input_grad(part, weight, grad_output[run], bias, relu, accumulate, "direct", out[run])
         return
     phases = _input_grad_phases(geometry, out.dtype, _elements(grad_output), _elements(out), get_num_threads())
     packed = []
@@ -286,7 +312,7 @@ def _fill_without_taps(out: np.ndarray, bias: np.ndarray | None, relu: bool, acc
     out[...] = np.maximum(value, 0) if relu else value
 
 
-def _folded_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out):
+def _folded_input_grad(geometry, weight, grad_output, bias, relu, accumulate, algorithm, out):
     """Input gradient of the other padding modes: that of the padded input, then added up where its elements stand.
 
     One sample at a time, since the padded gradient is memory on top.

@@ -22,8 +22,7 @@ shares lines out to threads, and of NumPy otherwise, which does neither. A line 
 whatever lies beside it, so the bits depend neither on the threads nor on the batch.
 
 Rounding errors are relative to the largest results of a tile, not to each (docs/accuracy.md), and one nan would fill its
-tile. So operands are looked at first: with a nan, an infinity or a product that may overflow nothing is done, and the
-caller takes the direct way.
+tile. So operands are looked at first: a sample with a nan, an infinity or products that may overflow goes the direct way.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from .threads import get_num_threads
 
 # Bytes of the tiles, their spectra and the results that are in memory at a time, and of the spectra of weights, as far
 # as one tile and one output channel allow. Chunks that stay in the last cache are 1.3 times faster than larger ones.
-CHUNK_BYTES = 8 * 1024 * 1024
+CHUNK_BYTES = 4 * 1024 * 1024
 SPECTRA_BYTES = 64 * 1024 * 1024
 
 LARGEST_TILE = 2**20  # points, unless the kernel needs more: larger ones have no advantage
@@ -53,7 +52,7 @@ LARGEST_TILE = 2**20  # points, unless the kernel needs more: larger ones have n
 # What the parts cost on one core, for the choice of the tile and `algorithms.choose`: operations a nanosecond of the
 # transforms (2.5 n log2 n for n points) and of the products of spectra (8 for each frequency), and points a nanosecond
 # that are copied. Measured by bench/bench_fft.py on AVX2 at 3.4 GHz, in float32.
-TRANSFORM_RATE, PRODUCT_RATE, COPY_RATE = 12.0, 20.0, 2.0
+TRANSFORM_RATE, PRODUCT_RATE, COPY_RATE = 12.0, 30.0, 2.0
 CALL_NANOSECONDS = 60_000  # Python's part
 
 
@@ -155,7 +154,7 @@ def _of_each(function: Any, *values: Any) -> Size3:
     return d, h, w
 
 
-def applies(operation: str, geometry: ConvGeometry, dtype: np.dtype) -> str | None:
+def why_not(operation: str, geometry: ConvGeometry) -> str | None:
     """Why a convolution cannot be done this way; None if it can."""
     if geometry.kernel_size == (1, 1, 1):
         return "the kernel is a single tap, so there is nothing to transform (expected a kernel of 2 taps or more)"
@@ -523,8 +522,7 @@ def _correlate(
 
     With `conjugate` their correlation, else their convolution; the results of a tile begin at its point `first`.
     """
-    if bias is None:
-        bias = np.zeros(out.shape[1], out.dtype)
+    bias = np.zeros(out.shape[1], out.dtype) if bias is None else np.ascontiguousarray(bias)
     terms = filters.shape[1]
     each = _bytes_of_tile(tiling, out.dtype)
     number = out.shape[0] * math.prod(tiling.count)
@@ -551,14 +549,22 @@ def _filters(weight: np.ndarray, dilation: Size3) -> np.ndarray:
     return filters
 
 
-def _is_safe(tiling: Tiling, terms: int, *operands: np.ndarray) -> bool:
-    """Whether all is finite, and stays so in the frequency domain: a bound of the sums there is far from overflow."""
-    largest = [max(float(a.max()), -float(a.min())) for a in operands]  # nan is the maximum of what holds one
-    if not all(map(math.isfinite, largest)):
-        return False
-    points = math.prod(tiling.tile)
-    exponent = sum(math.frexp(value)[1] for value in (*largest, terms, points, points))
-    return exponent < np.finfo(operands[0].dtype).maxexp
+def _magnitude(array: np.ndarray, axis: tuple[int, ...] | None = None) -> np.ndarray:
+    """The largest magnitude; nan where there is one, and that without a copy of the array."""
+    return np.maximum(array.max(axis=axis), -array.min(axis=axis)).astype(np.float64)
+
+
+def _are_safe(tiling: Tiling, terms: int, dtype: np.dtype, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Whether operands this large stay finite in the frequency domain: a bound of the sums there is below overflow."""
+    exponent = np.frexp(one)[1] + np.frexp(other)[1] + math.frexp(terms)[1] + 2 * math.frexp(math.prod(tiling.tile))[1]
+    return np.isfinite(one) & np.isfinite(other) & (exponent < np.finfo(dtype).maxexp)
+
+
+def safe_samples(operation: str, geometry: ConvGeometry, array: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """For each sample of the array that is to be filtered, whether `forward` or `input_grad` may be used on it."""
+    tiling = make_tiling(operation, geometry)
+    terms = geometry.in_channels_per_group if operation == "forward" else geometry.out_channels_per_group
+    return _are_safe(tiling, terms, array.dtype, _magnitude(array, (1, 2, 3, 4)), _magnitude(weight))
 
 
 @functools.lru_cache(maxsize=256)
@@ -570,16 +576,13 @@ def _forward_source(geometry: ConvGeometry) -> _Source:
 def forward(
     geometry: ConvGeometry, input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, relu: bool,
     out: np.ndarray,
-) -> bool:  # fmt: skip
-    """out = input convolved with weight, plus bias, through max(0, .) if relu. False, and nothing done: not finite."""
+) -> None:  # fmt: skip
+    """out = input convolved with weight, plus bias, through max(0, .) if relu; for safe samples."""
     tiling = make_tiling("forward", geometry)
-    if not _is_safe(tiling, geometry.in_channels_per_group, input, weight):
-        return False
     _correlate(
         tiling, geometry.groups, input, _forward_source(geometry), _filters(weight, geometry.dilation), True, (0, 0, 0),
         geometry.stride, bias, relu, False, out,
     )  # fmt: skip
-    return True
 
 
 @functools.lru_cache(maxsize=256)
@@ -600,11 +603,9 @@ def _input_grad_source(geometry: ConvGeometry) -> _Source:
 def input_grad(
     geometry: ConvGeometry, weight: np.ndarray, grad_output: np.ndarray, bias: np.ndarray | None, relu: bool,
     accumulate: bool, out: np.ndarray,
-) -> bool:  # fmt: skip
-    """out (+)= gradient of the input under zero padding, plus bias, through max(0, .) if relu. False as `forward`."""
+) -> None:  # fmt: skip
+    """out (+)= gradient of the input under zero padding, plus bias, through max(0, .) if relu; for safe samples."""
     tiling = make_tiling("input_grad", geometry)
-    if not _is_safe(tiling, geometry.out_channels_per_group, weight, grad_output):
-        return False
     rows, terms = geometry.in_channels_per_group, geometry.out_channels_per_group
     filters = _filters(weight, geometry.dilation)
     by_group = filters.reshape(geometry.groups, terms, rows, *filters.shape[2:]).swapaxes(1, 2)
@@ -613,7 +614,6 @@ def input_grad(
         tiling, geometry.groups, grad_output, _input_grad_source(geometry),
         by_group.reshape(-1, terms, *filters.shape[2:]), False, first, (1, 1, 1), bias, relu, accumulate, out,
     )  # fmt: skip
-    return True
 
 
 @functools.lru_cache(maxsize=256)
@@ -629,10 +629,10 @@ def _weight_grad_sources(geometry: ConvGeometry) -> tuple[_Source, _Source]:
 def weight_grad(
     geometry: ConvGeometry, input: np.ndarray, grad_output: np.ndarray, accumulate: bool, out: np.ndarray
 ) -> bool:
-    """out (+)= gradient of the weight. False, and nothing done: not finite."""
+    """out (+)= gradient of the weight. False, and nothing done, if an operand is not safe."""
     tiling = make_tiling("weight_grad", geometry)
     number = geometry.batch * math.prod(tiling.count)
-    if not _is_safe(tiling, number, input, grad_output):
+    if not _are_safe(tiling, number, out.dtype, _magnitude(input), _magnitude(grad_output)):
         return False
     of_input, of_grad = _weight_grad_sources(geometry)
     each = _bytes_of_tile(tiling, out.dtype)
