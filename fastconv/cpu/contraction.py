@@ -841,13 +841,13 @@ def correlate(
 
 
 def pack_weights(
-    blocks: Blocks, w: np.ndarray, group_step: int, row_step: int, channel_step: int, tap_offset: np.ndarray
-) -> tuple[np.ndarray, bool]:
-    """Pack weights for `correlate`; return them, and whether all are finite.
+    blocks: Blocks, w: np.ndarray, group_step: int, row_step: int, channel_step: int, tap_offset: np.ndarray,
+    packed: np.ndarray,
+) -> bool:  # fmt: skip
+    """Pack weights for `correlate` into `packed`; return whether all are finite.
 
     Steps and offsets say, in elements of memory, where the weight of a group, row, channel and tap lies in `w`.
     """
-    packed = np.empty(blocks.packed_size, w.dtype)
     parameters = np.zeros(PACK_END, np.int64)
     steps = set(np.diff(tap_offset).tolist()) or {1}
     step = steps.pop() if len(steps) == 1 and steps <= {1, -1} else 0
@@ -859,7 +859,7 @@ def pack_weights(
     )  # fmt: skip
     # counted as 16 operations an element, since reading and writing is most of the work
     tasks.run(_pack_weights, w.dtype, blocks.groups * blocks.panels, parameters, 64, 16 * packed.size)
-    return packed, parameters[NOT_FINITE] == 0
+    return bool(parameters[NOT_FINITE] == 0)
 
 
 _UNIT_PIXELS = 448  # output pixels of a unit of the weight gradient

@@ -16,7 +16,7 @@ import numpy as np
 from numba import prange, types
 
 from ..geometry import ConvGeometry
-from . import contraction, fft, winograd
+from . import contraction, depthwise, fft, tasks, winograd
 from .jit import array_of, kernel, output_of
 from .threads import get_num_threads
 
@@ -90,11 +90,25 @@ def _forward_plan(
     return blocks, contraction.plan_correlation(dtype, geometry.batch, blocks, axes, x, y, zeros, in_place, workers)
 
 
-def _pack_forward(blocks: contraction.Blocks, weight: np.ndarray) -> np.ndarray:
+@functools.lru_cache(maxsize=1024)
+def _depthwise_forward_plan(
+    geometry: ConvGeometry, dtype: np.dtype, x: tuple[int, ...], y: tuple[int, ...], workers: int
+) -> tuple[depthwise.Lines, contraction.Plan]:
+    lines = tuple(map(depthwise.forward_line, _axes(geometry)))
+    zeros = geometry.padding_mode == "zeros"
+    return lines, depthwise.plan_correlation(
+        dtype, geometry.batch, geometry.groups, geometry.out_channels_per_group, 1, lines, x, y, zeros, workers
+    )
+
+
+def _pack_forward(blocks: contraction.Blocks, weight: np.ndarray, keep: bool = False) -> np.ndarray:
     """Rows are output channels, and the reduction is (input channel, tap)."""
     row, channel, *steps = _elements(weight)
     offsets = _offsets([range(n) for n in weight.shape[2:]], steps)
-    return contraction.pack_weights(blocks, weight, blocks.rows * row, row, channel, offsets)[0]
+    size = blocks.packed_size
+    packed = np.empty(size, weight.dtype) if keep else tasks.workspace(size, weight.dtype)
+    contraction.pack_weights(blocks, weight, blocks.rows * row, row, channel, offsets, packed)
+    return packed
 
 
 def _offsets(places: Sequence[Sequence[int]], steps: Sequence[int]) -> np.ndarray:
@@ -125,10 +139,15 @@ def forward(
             else:
                 forward(part, input[run], weight, bias, relu, "direct", out[run])
         return
-    blocks, plan = _forward_plan(geometry, out.dtype, _elements(input), _elements(out), get_num_threads())
-    packed = _pack_forward(blocks, weight)
     if bias is not None:
         bias = np.ascontiguousarray(bias)
+    strides = _elements(input), _elements(out)
+    if depthwise.applies(geometry):
+        lines, plan = _depthwise_forward_plan(geometry, out.dtype, *strides, get_num_threads())
+        depthwise.correlate(plan, input, depthwise.order_weights(lines, weight), out, bias, relu, False)
+        return
+    blocks, plan = _forward_plan(geometry, out.dtype, *strides, get_num_threads())
+    packed = _pack_forward(blocks, weight)
     contraction.correlate(plan, input, packed, out, bias, relu, False)
 
 
@@ -251,11 +270,11 @@ def _input_grad_phases(
     return tuple(phases)
 
 
-def _pack_phase(phase: _Phase, weight: np.ndarray, out_per_group: int) -> tuple[np.ndarray, bool]:
+def _pack_phase(phase: _Phase, weight: np.ndarray, out_per_group: int, packed: np.ndarray) -> bool:
     """Rows are input channels, and the reduction is (output channel, tap of the phase)."""
     channel, row, *steps = _elements(weight)
     offsets = _offsets(phase.taps, steps)
-    return contraction.pack_weights(phase.blocks, weight, out_per_group * channel, row, channel, offsets)
+    return contraction.pack_weights(phase.blocks, weight, out_per_group * channel, row, channel, offsets, packed)
 
 
 @_through_float32
@@ -284,21 +303,17 @@ def input_grad(
                 input_grad(part, weight, grad_output[run], bias, relu, accumulate, "direct", out[run])
         return
     phases = _input_grad_phases(geometry, out.dtype, _elements(grad_output), _elements(out), get_num_threads())
-    packed = []
-    for phase in phases:
-        if phase.blocks is not None:
-            weights, finite = _pack_phase(phase, weight, geometry.out_channels_per_group)
-            if not finite:
-                # The zeros around grad_output are no outputs: times an infinite weight they would make a nan where
-                # there is no such product. The plain loops sum only what exists.
-                _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
-                return
-            packed.append(weights)
-        else:
-            packed.append(None)
+    sizes = [0 if phase.blocks is None else phase.blocks.packed_size for phase in phases]
+    packed = np.split(tasks.workspace(sum(sizes), out.dtype), np.cumsum(sizes[:-1]))
+    for phase, weights in zip(phases, packed, strict=True):
+        if phase.blocks and not _pack_phase(phase, weight, geometry.out_channels_per_group, weights):
+            # The zeros around grad_output are no outputs: times an infinite weight they would make a nan where there
+            # is no such product. The plain loops sum only what exists.
+            _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
+            return
     for phase, weights in zip(phases, packed, strict=True):
         part = out[phase.where]
-        if weights is None:
+        if phase.plan is None:
             _fill_without_taps(part, bias, relu, accumulate)
         else:
             contraction.correlate(phase.plan, grad_output, weights, part, bias, relu, accumulate)

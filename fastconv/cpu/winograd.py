@@ -301,9 +301,9 @@ def _plan(
 
 
 def transform_weights(
-    weight: np.ndarray, dtype: np.dtype, operation: str, m: int, strides: tuple[int, ...]
+    weight: np.ndarray, dtype: np.dtype, operation: str, m: int, strides: tuple[int, ...], keep: bool = False
 ) -> np.ndarray:
-    """V for the forward pass or the input gradient, [panel of rows][xi][channel][row]."""
+    """V for the forward pass or the input gradient, [panel of rows][xi][channel][row]; in a workspace unless `keep`."""
     t = simd.tile(dtype.itemsize * 8)
     out_step, in_step, _, *steps = strides
     offsets = (np.arange(3)[:, None] * steps[0] + np.arange(3) * steps[1]).ravel().astype(np.int64)
@@ -318,7 +318,8 @@ def transform_weights(
             offsets = np.zeros(9, np.int64)  # read forwards, used backwards
     panels = -(-rows // t.rows)
     points = (m + 2) ** 2
-    v = np.empty(points * (rows * channels + panels * _SLACK), dtype)
+    size = points * (rows * channels + panels * _SLACK)
+    v = np.empty(size, dtype) if keep else tasks.workspace(size, dtype)
     end = np.lib.array_utils.byte_bounds(weight)[1]
     parameters = np.zeros(WEIGHTS_END, np.int64)
     parameters[FROM:] = (

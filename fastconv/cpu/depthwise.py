@@ -1,0 +1,483 @@
+"""Convolutions with one input channel in a group: depthwise ones, and filters of a single plane.
+
+A group is a plane of input and few planes of output (as many as the channel multiplier says), each the plane
+correlated with a filter of its own. There is no matrix product in that, and little arithmetic for each element read, so
+the engine of `contraction` would spend its time on packing. Here a tile of the plane is copied once, with its border,
+into the *slab* in the nearest caches (this is where stride, padding and any memory layout are absorbed, as there), and
+`simd.correlate_rows` reads from it whole vectors of a row, several output rows at a time.
+
+The same body does the forward pass and the input gradient. In the input gradient, a *phase* in a dimension is every
+stride-th element: those that see the same taps of the filter. The phases of a tile share its slab, and the phases of a
+row are put together as it is stored. In the forward pass there is one phase.
+
+What is added up in which order depends on the filter alone: the bits of an element depend neither on the tile it is in,
+nor on threads or batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numba
+import numpy as np
+from numba import njit, types
+
+from ..geometry import ConvGeometry
+from . import contraction, simd, tasks
+from .contraction import Axis, Strides, address
+from .jit import REAL, compiled
+
+# Parameters of the bodies (int64, in this order), and
+(
+    X, W, Y, BIAS, RELU, ADD,
+    X_N, X_C, X_D, X_H, X_W, Y_N, Y_O, Y_D, Y_H, Y_W,
+    GROUPS, ROWS, CHANNELS, PLANES, PLANE_TASKS, ZEROS, TAPS, TAPS_H, TAPS_W, OFFSETS,
+    PHASE_PITCH, ROW_PITCH, PLANE_PITCH, SLAB_SIZE, TILE_PITCH, TILE_SIZE,
+    DEPTH, HEIGHT, WIDTH, END,
+) = (*range(tasks.FIRST, tasks.FIRST + 33), *(tasks.FIRST + 32 + 11 * n for n in range(1, 4)))  # fmt: skip
+# those of a dimension, from DEPTH, HEIGHT and WIDTH on, and
+SOURCE, BEFORE, SIZE, STRIDE, STEP, OUT, TILE, TILES, REACH, PHASES, TABLE = range(11)
+# those of a phase, in the table of its dimension.
+FIRST, COUNT, PHASE_TAPS, SHIFT, TAP_STEP, START, CLASSES, BLOCKS, PHASE_FIELDS = range(9)
+
+SLAB_BYTES = 192 * 1024
+_TILE_ROWS = 8  # rows that are put together before they are stored, where they cannot be stored at once
+
+_jit = njit(error_model="numpy", nogil=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the plane into the slab
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _fill_rows(p, slab, x, rows, first_u, length):
+    """Copy `rows` rows of input that follow one another from `x` on; padded coordinate first_u is where they begin."""
+    before, size, stride = p[WIDTH + BEFORE], p[WIDTH + SIZE], p[WIDTH + STRIDE]
+    step, phase_pitch, pitch = p[X_W], p[PHASE_PITCH], p[ROW_PITCH]
+    low, high = max(before, first_u), min(before + size, first_u + length)  # coordinates that are input elements
+    count, first = high - low, low - first_u
+    if count > 0:
+        source = simd.offset(x, (low - before) * step)
+        if step == 1 and stride == 1:
+            simd.copy_rows(simd.offset(slab, first), pitch, source, p[X_H], rows, count)
+        elif step == 1 and stride == 2:
+            even = simd.offset(slab, first % 2 * phase_pitch + first // 2)
+            odd = simd.offset(slab, (first + 1) % 2 * phase_pitch + (first + 1) // 2)
+            simd.split_rows(even, odd, pitch, source, p[X_H], rows, count)
+        else:
+            for phase in range(stride):
+                i = (phase - first) % stride  # the first of these elements that is of this phase
+                target = simd.offset(slab, phase * phase_pitch + (first + i) // stride)
+                for r in range(rows):
+                    for k in range((count - i + stride - 1) // stride):
+                        target[r * pitch + k] = source[r * p[X_H] + (i + k * stride) * step]
+    if not p[ZEROS]:
+        source_w = simd.at(p, p[WIDTH + SOURCE])
+        for v in range(length):
+            u = first_u + v
+            if u < low or u >= high:
+                place = v % stride * phase_pitch + v // stride
+                for r in range(rows):
+                    slab[r * pitch + place] = x[r * p[X_H] + source_w[u] * step]
+
+
+@_jit
+def _fill_slab(p, slab, x, first_d, depth, first_h, height, first_w, width):
+    """Copy a box of padded coordinates of one plane. What is zero was written before."""
+    before, size = p[HEIGHT + BEFORE], p[HEIGHT + SIZE]
+    source_d, source_h = simd.at(p, p[DEPTH + SOURCE]), simd.at(p, p[HEIGHT + SOURCE])
+    low = min(max(before - first_h, 0), height)
+    high = max(min(before + size - first_h, height), low)
+    for d in range(depth):
+        from_d = source_d[first_d + d]
+        if from_d < 0:
+            continue
+        plane, target = simd.offset(x, from_d * p[X_D]), simd.offset(slab, d * p[PLANE_PITCH])
+        r = 0
+        while r < height:
+            rows = high - low if r == low and high > low else 1
+            from_h = source_h[first_h + r]
+            if from_h >= 0:
+                _fill_rows(
+                    p, simd.offset(target, r * p[ROW_PITCH]), simd.offset(plane, from_h * p[X_H]), rows, first_w, width
+                )
+            r += rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the slab into the output
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _filter(p, target, pitch, rows, columns, slab, w, in_depth, in_height, in_width, flags, bias):
+    """Rows of output of one phase, from the part of the slab where their first tap finds its first element."""
+    taps_d, taps_w = in_depth[PHASE_TAPS], in_width[PHASE_TAPS]
+    row_step = in_height[CLASSES] * p[HEIGHT + STRIDE] * p[ROW_PITCH]
+    tap_step = in_height[TAP_STEP] * p[ROW_PITCH]
+    offsets = simd.offset(simd.at(p, p[OFFSETS]), in_width[START])
+    blocks = simd.offset(in_height, in_height[BLOCKS])
+    last = blocks[0] - 1
+    zero, inf = simd.number(target, 0.0), simd.number(target, np.inf)
+    for a in range(taps_d):
+        plane = simd.offset(slab, a * in_depth[TAP_STEP] * p[PLANE_PITCH])
+        plane_w = simd.offset(w, ((in_depth[START] + a) * p[TAPS_H] + in_height[START]) * p[TAPS_W] + in_width[START])
+        for block in range(blocks[0]):
+            function, shared, i = blocks[3 * block + 1], blocks[3 * block + 2], blocks[3 * block + 3]
+            add = flags & simd.ADD if a == 0 and block == 0 else 1
+            final = a == taps_d - 1 and block == last
+            simd.call_rows(
+                function, target, pitch, simd.offset(plane, i * tap_step), tap_step if shared else row_step,
+                simd.offset(plane_w, i * p[TAPS_W]), p[TAPS_W], taps_w, offsets, rows, columns, add,
+                bias[0] if final and flags & simd.BIAS else -zero, zero if final and flags & simd.RELU else -inf,
+            )  # fmt: skip
+
+
+@_jit
+def _store(p, y, pitch, rows, tile, first_w, last_w, flags, bias):
+    """Put the phases of `rows` rows together: tile [phase][row][column] into y, of any strides."""
+    table = simd.at(p, p[WIDTH + TABLE])
+    step, source_pitch = p[Y_W], p[TILE_PITCH]
+    if p[WIDTH + PHASES] == 2 and p[WIDTH + STEP] == 2 and step == 1 and flags == 0:
+        counts = min(last_w, table[COUNT]) + min(last_w, table[PHASE_FIELDS + COUNT]) - 2 * first_w
+        odd = simd.offset(tile, p[TILE_SIZE])
+        simd.join_rows(simd.offset(y, 2 * first_w), pitch, tile, odd, source_pitch, rows, counts)
+        return
+    for phase in range(p[WIDTH + PHASES]):
+        in_width = simd.offset(table, phase * PHASE_FIELDS)
+        for r in range(rows):
+            source = simd.offset(tile, phase * p[TILE_SIZE] + r * source_pitch)
+            place = r * pitch + (in_width[FIRST] + first_w * p[WIDTH + STEP]) * step
+            for q in range(min(last_w, in_width[COUNT]) - first_w):
+                value = source[q]
+                if flags & simd.ADD:
+                    value += y[place]
+                if flags & simd.BIAS:
+                    value += bias[0]
+                if flags & simd.RELU and value < 0:
+                    y[place] = 0
+                else:
+                    y[place] = value
+                place += p[WIDTH + STEP] * step
+
+
+@_jit
+def _correlate_plane(p, y, slab, tile, w, bias, flags, first_d, last_d, first_h, last_h, first_w, last_w):
+    """A tile of an output plane, from the slab and the filter `w`."""
+    depths, heights, widths = simd.at(p, p[DEPTH + TABLE]), simd.at(p, p[HEIGHT + TABLE]), simd.at(p, p[WIDTH + TABLE])
+    for i in range(p[DEPTH + PHASES]):
+        in_depth = simd.offset(depths, i * PHASE_FIELDS)
+        for j in range(p[HEIGHT + PHASES]):
+            in_height = simd.offset(heights, j * PHASE_FIELDS)
+            classes = in_height[CLASSES]
+            pitch = classes * p[HEIGHT + STEP] * p[Y_H]
+            taps = in_depth[PHASE_TAPS] * in_height[PHASE_TAPS]
+            straight = p[WIDTH + STEP] == 1 and p[Y_W] == 1 and taps > 0
+            for d in range(first_d, min(last_d, in_depth[COUNT])):
+                for first in range(first_h, min(first_h + classes, min(last_h, in_height[COUNT]))):
+                    rows = (min(last_h, in_height[COUNT]) - first + classes - 1) // classes
+                    at_once = rows if straight else _TILE_ROWS
+                    for r in range(0, rows, at_once):
+                        h = first + r * classes
+                        count = min(at_once, rows - r)
+                        target = simd.offset(
+                            y, (in_depth[FIRST] + d * p[DEPTH + STEP]) * p[Y_D]
+                            + (in_height[FIRST] + h * p[HEIGHT + STEP]) * p[Y_H],
+                        )  # fmt: skip
+                        source = simd.offset(
+                            slab, ((d - first_d) * p[DEPTH + STRIDE] + in_depth[SHIFT]) * p[PLANE_PITCH]
+                            + ((h - first_h) * p[HEIGHT + STRIDE] + in_height[SHIFT]) * p[ROW_PITCH],
+                        )  # fmt: skip
+                        for k in range(p[WIDTH + PHASES]):
+                            in_width = simd.offset(widths, k * PHASE_FIELDS)
+                            columns = min(last_w, in_width[COUNT]) - first_w
+                            part = simd.offset(tile, k * p[TILE_SIZE])
+                            if taps * in_width[PHASE_TAPS] == 0:
+                                simd.fill_zero(part, p[TILE_SIZE])
+                            elif columns > 0:
+                                _filter(
+                                    p, simd.offset(target, first_w) if straight else part,
+                                    pitch if straight else p[TILE_PITCH], count, columns, source, w, in_depth,
+                                    in_height, in_width, flags if straight else 0, bias,
+                                )  # fmt: skip
+                        if not straight:
+                            _store(p, target, pitch, count, tile, first_w, last_w, flags, bias)
+
+
+@tasks.Body
+def _correlate(task, worker, p, real):
+    """Task = a tile of the plane, and a range of planes (batch, group)."""
+    slab = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
+    tile = simd.offset(slab, p[SLAB_SIZE])
+    part, rest = task % p[PLANE_TASKS], task // p[PLANE_TASKS]
+    first_w = rest % p[WIDTH + TILES] * p[WIDTH + TILE]
+    rest = rest // p[WIDTH + TILES]
+    first_h = rest % p[HEIGHT + TILES] * p[HEIGHT + TILE]
+    first_d = rest // p[HEIGHT + TILES] * p[DEPTH + TILE]
+    last_d = min(first_d + p[DEPTH + TILE], p[DEPTH + OUT])
+    last_h = min(first_h + p[HEIGHT + TILE], p[HEIGHT + OUT])
+    last_w = min(first_w + p[WIDTH + TILE], p[WIDTH + OUT])
+    depth = (last_d - 1 - first_d) * p[DEPTH + STRIDE] + p[DEPTH + REACH]
+    height = (last_h - 1 - first_h) * p[HEIGHT + STRIDE] + p[HEIGHT + REACH]
+    width = (last_w - 1 - first_w) * p[WIDTH + STRIDE] + p[WIDTH + REACH]
+    if p[ZEROS]:
+        simd.fill_zero(slab, p[SLAB_SIZE])
+    for plane in range(part * p[PLANES] // p[PLANE_TASKS], (part + 1) * p[PLANES] // p[PLANE_TASKS]):
+        n, group = plane // p[GROUPS], plane % p[GROUPS]
+        for c in range(p[CHANNELS]):
+            flags = simd.ADD if c > 0 or p[ADD] else 0
+            if c == p[CHANNELS] - 1:
+                flags |= (simd.BIAS if p[BIAS] else 0) | (simd.RELU if p[RELU] else 0)
+            x = simd.offset(simd.at(real, p[X]), n * p[X_N] + (group * p[CHANNELS] + c) * p[X_C])
+            _fill_slab(
+                p, slab, x, first_d * p[DEPTH + STRIDE], depth, first_h * p[HEIGHT + STRIDE], height,
+                first_w * p[WIDTH + STRIDE], width,
+            )  # fmt: skip
+            for i in range(p[ROWS]):
+                o = group * p[ROWS] + i
+                y = simd.offset(simd.at(real, p[Y]), n * p[Y_N] + o * p[Y_O])
+                w = simd.offset(simd.at(real, p[W]), (o * p[CHANNELS] + c) * p[TAPS])
+                bias = simd.offset(simd.at(real, p[BIAS]), o)
+                _correlate_plane(
+                    p, y, slab, tile, w, bias, flags, first_d, last_d, first_h, last_h, first_w, last_w
+                )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Output elements first, first + step, ... of one dimension, `count` of them, that meet the same `taps`.
+
+    Element t of them meets the i-th of these taps at padded coordinate t * stride + shift + i * tap_step.
+    """
+
+    first: int
+    count: int
+    taps: tuple[int, ...]
+    shift: int
+    tap_step: int
+
+    @property
+    def reach(self) -> int:
+        return self.shift + (len(self.taps) - 1) * self.tap_step + 1 if self.taps else 1
+
+
+@dataclass(frozen=True)
+class Line:
+    """One dimension of the correlation: its padded input (`source`, as in `contraction.Axis`), and its phases."""
+
+    stride: int  # between what consecutive elements of a phase meet
+    step: int  # between consecutive elements of a phase
+    source: np.ndarray
+    before: int
+    size: int
+    phases: tuple[Phase, ...]
+
+    @property
+    def out(self) -> int:
+        return max(phase.count for phase in self.phases)
+
+    @property
+    def reach(self) -> int:
+        return max(phase.reach for phase in self.phases)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return tuple(tap for phase in self.phases for tap in phase.taps)
+
+    def length(self, out: int) -> int:
+        return (out - 1) * self.stride + self.reach
+
+
+Lines = tuple[Line, Line, Line]
+
+
+def forward_line(axis: Axis) -> Line:
+    phase = Phase(0, axis.out, tuple(range(axis.taps)), 0, axis.dilation)
+    return Line(axis.stride, 1, axis.source, axis.before, axis.size, (phase,))
+
+
+def backward_line(phases: tuple[tuple[tuple[int, ...], Axis], ...], stride: int, size: int) -> Line:
+    """From the taps of each phase, and the correlation with the output gradient (`size` elements) that it is."""
+    start = min((-axis.before for taps, axis in phases if taps), default=0)  # the first coordinate that any phase meets
+    made = tuple(
+        Phase(first, axis.out, taps, -axis.before - start if taps else 0, axis.dilation)
+        for first, (taps, axis) in enumerate(phases)
+    )
+    line = Line(1, stride, np.zeros(0, np.int64), -start, size, made)
+    u = np.arange(line.length(line.out), dtype=np.int64) + start
+    return Line(1, stride, np.where((u >= 0) & (u < size), u, -1), -start, size, made)
+
+
+@functools.cache
+def _cut(taps: int, allowed: tuple[int, ...]) -> tuple[int, ...]:
+    """Cut a number of rows of the filter into numbers that there is a function for, as few as possible."""
+    if taps == 0:
+        return ()
+    ways = ((*_cut(taps - rows, allowed), rows) for rows in sorted(allowed, reverse=True) if rows <= taps)
+    return min(ways, key=len)
+
+
+def _rows(taps, stride, y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, rows, columns, add, bias, least):
+    simd.correlate_rows(
+        taps, stride, y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, rows, columns, add, bias, least
+    )
+
+
+_functions: list[Any] = []  # they must outlive their addresses
+
+
+@functools.cache
+def _rows_address(taps: int, stride: int, dtype: np.dtype) -> int:
+    """Address of `simd.correlate_rows` for one of simd.SHARED_ROWS, compiled on first use.
+
+    Not a part of the body, since Numba would compile every one of them with it, three times over.
+    """
+    real, i = REAL[dtype], types.int64
+    pointer, table = types.CPointer(real), types.CPointer(i)
+    signature = types.void(
+        types.literal(taps), types.literal(stride), pointer, i, pointer, i, pointer, i, i, table, i, i, i, real, real
+    )
+    _functions.append(compiled(numba.cfunc, signature, _rows))
+    return _functions[-1].address
+
+
+def _phase_table(line: Line, dtype: np.dtype) -> np.ndarray:
+    """The table of the phases of a dimension, with the blocks of rows that `simd.correlate_rows` takes at once.
+
+    Output rows share the rows they read where a tap of one is another tap of the next: with a dilation, that is true of
+    every tap_step-th row, a *class*.
+    """
+    table, blocks = [], []
+    start = 0
+    for n, phase in enumerate(line.phases):
+        divisor = math.gcd(line.stride, phase.tap_step)
+        ratio, classes = line.stride // divisor, phase.tap_step // divisor
+        shared = [rows for rows, stride in simd.SHARED_ROWS if stride == ratio]
+        if not shared or len(phase.taps) == 1:
+            shared, classes = [1], 1
+        cuts = _cut(len(phase.taps), (1, *shared))
+        at = len(line.phases) * PHASE_FIELDS + len(blocks) - n * PHASE_FIELDS
+        table += [phase.first, phase.count, len(phase.taps), phase.shift, phase.tap_step, start, classes, at]
+        blocks.append(len(cuts))
+        i = 0
+        for rows in cuts:
+            blocks += [_rows_address(rows, ratio if rows > 1 else 1, dtype), rows > 1, i]
+            i += rows
+        start += len(phase.taps)
+    return np.array(table + blocks, np.int64)
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _tile(lines: Lines, lanes: int, budget: int) -> tuple[int, int, int]:
+    """Elements of each phase and dimension in a tile, so that its slab has at most `budget` elements, if it can."""
+    depth, height, width = lines
+    d, h, w = 1, 1, width.out
+
+    def size() -> int:
+        return depth.length(d) * height.length(h) * _row_pitch(width, w, lanes)[1]
+
+    h = min(height.out, 8)
+    while w > 8 * lanes and size() > budget:
+        w = _ceil(_ceil(w, 2), 4 * lanes) * 4 * lanes
+    room = budget // (depth.length(1) * _row_pitch(width, w, lanes)[1])
+    h = max(1, min(height.out, (room - height.reach) // height.stride + 1))
+    h = _ceil(height.out, _ceil(height.out, h))
+    room = budget // (height.length(h) * _row_pitch(width, w, lanes)[1])
+    d = max(1, min(depth.out, (room - depth.reach) // depth.stride + 1))
+    return d, h, w
+
+
+def _row_pitch(width: Line, out: int, lanes: int) -> tuple[int, int]:
+    """Elements between the phases of the stride in a row of the slab, and between rows; a vector may be written and
+    read beyond what is used."""
+    phase = _ceil(_ceil(width.length(out), width.stride) + lanes, 4) * 4
+    return phase, phase * width.stride
+
+
+_MOST_SLAB = 1024 * 1024
+
+
+def _line_parameters(line: Line, tile: int, table: np.ndarray) -> tuple[int, ...]:
+    return (
+        address(line.source), line.before, line.size, line.stride, line.step, line.out, tile, _ceil(line.out, tile),
+        line.reach, len(line.phases), address(table),
+    )  # fmt: skip
+
+
+def plan_correlation(
+    dtype: np.dtype, batch: int, groups: int, rows: int, channels: int, lines: Lines, x: Strides,
+    y: Strides, zeros: bool, workers: int,
+) -> contraction.Plan:  # fmt: skip
+    """Plan y[n, g, i] = sum over c, k of w[g, i, c, k] * x[n, g, c, u(k)], with strides of x and y in elements."""
+    t = simd.tile(dtype.itemsize * 8)
+    tile = _tile(lines, t.lanes, SLAB_BYTES // dtype.itemsize)
+    depth, height, width = lines
+    phase_pitch, row_pitch = _row_pitch(width, tile[2], t.lanes)
+    plane_pitch = height.length(tile[1]) * row_pitch
+    slab_size = _ceil(depth.length(tile[0]) * plane_pitch + t.lanes, 16) * 16
+    tile_pitch = _ceil(tile[2], t.lanes) * t.lanes
+    tile_size = _TILE_ROWS * tile_pitch
+    tiles = math.prod(_ceil(line.out, n) for line, n in zip(lines, tile, strict=True))
+    planes = batch * groups
+    plane_tasks = min(planes, _ceil(8 * workers, tiles))
+
+    tables = tuple(_phase_table(line, dtype) for line in lines)
+    u = np.concatenate([np.arange(len(f.taps), dtype=np.int64) * f.tap_step + f.shift for f in width.phases])
+    offsets = u % width.stride * phase_pitch + u // width.stride
+    taps = tuple(len(line.taps) for line in lines)
+    parameters = np.zeros(END, np.int64)
+    parameters[X_N:DEPTH] = (
+        *x, *y, groups, rows, channels, planes, plane_tasks, zeros, math.prod(taps), *taps[1:], address(offsets),
+        phase_pitch, row_pitch, plane_pitch, slab_size, tile_pitch, tile_size,
+    )  # fmt: skip
+    for first, line, n, table in zip((DEPTH, HEIGHT, WIDTH), lines, tile, tables, strict=True):
+        parameters[first : first + TABLE + 1] = _line_parameters(line, n, table)
+    scratch = (slab_size + len(width.phases) * tile_size) * dtype.itemsize
+    sources = tuple(line.source for line in lines)
+    outputs = math.prod(sum(f.count * max(1, len(f.taps)) for f in line.phases) for line in lines)
+    flops = 2 * planes * rows * channels * outputs
+    return contraction.Plan(parameters, (*tables, offsets, *sources), tiles * plane_tasks, scratch, flops)
+
+
+def order_weights(lines: Lines, w: np.ndarray) -> np.ndarray:
+    """The weights (O, 1, KD, KH, KW) with the taps of each phase one after the other."""
+    order = tuple(np.array(line.taps, np.intp) for line in lines)
+    if all(np.array_equal(o, np.arange(n)) for o, n in zip(order, w.shape[2:], strict=True)):
+        return np.ascontiguousarray(w)
+    return np.ascontiguousarray(w[(slice(None), slice(None), *np.ix_(*order))])
+
+
+def correlate(
+    plan: contraction.Plan, x: np.ndarray, w: np.ndarray, y: np.ndarray, bias: np.ndarray | None, relu: bool, add: bool
+) -> None:
+    """Run a plan on arrays of the strides it was made for, and weights from `order_weights`."""
+    parameters = plan.parameters.copy()
+    parameters[X:X_N] = address(x), address(w), address(y), 0 if bias is None else address(bias), relu, add
+    tasks.run(_correlate, x.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where it pays
+# ---------------------------------------------------------------------------------------------------------------------
+
+_FEW_CHANNELS = 4
+
+
+def applies(geometry: ConvGeometry) -> bool:
+    """Is this a convolution for the functions of this module?"""
+    if geometry.in_channels_per_group != 1:
+        return False
+    return geometry.groups > 1 or geometry.out_channels <= _FEW_CHANNELS
