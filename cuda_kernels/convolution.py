@@ -11,6 +11,7 @@ all indices are 64-bit: arrays may have more than 2**31 elements.
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numba import types
@@ -18,6 +19,9 @@ from numba import types
 from ..geometry import ConvGeometry
 from ._cuda import DeviceArray, cuda, current_device, launch, upload
 from .jit import array_of, device_function, kernel
+
+if TYPE_CHECKING:
+    from ..prepared import PackedWeights
 
 __all__ = ["bias_grad", "forward", "input_grad", "weight_grad"]
 
@@ -54,7 +58,7 @@ def _none(dtype: np.dtype) -> DeviceArray:
 
 def forward(
     geometry: ConvGeometry, input: DeviceArray, weight: DeviceArray, bias: DeviceArray | None, relu: bool,
-    algorithm: str, out: DeviceArray,
+    algorithm: str, packed: PackedWeights | None, out: DeviceArray,
 ) -> None:  # fmt: skip
     """out = input convolved with weight, plus bias, through max(0, .) if relu."""
     launch(

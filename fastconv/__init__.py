@@ -34,5 +34,6 @@ from .loss import (
     softmax_cross_entropy_grad,
     softmax_cross_entropy_with_grad,
 )
+from .prepared import Conv1d, Conv2d, Conv3d
 
 __version__ = "0.1.0"

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .backends import home_of
 from .geometry import PADDING_MODES, ConvGeometry, output_size
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -262,7 +263,7 @@ def _check_result_shape(function: str, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{function}: the result would have shape {shape}, more elements than an array can have")
 
 
-def _shape_of(function: str, argument: str, shape: Any) -> tuple[int, ...]:
+def shape_of(function: str, argument: str, shape: Any) -> tuple[int, ...]:
     """A shape that the user spelled out (`input_size`, `weight_size`)."""
     if not _is_sequence(shape):
         raise TypeError(f"{function}: {argument} is a {type(shape).__name__} (expected a shape, a tuple of ints)")
@@ -294,8 +295,8 @@ def _convolution_plan(
 ) -> ConvPlan:  # fmt: skip
     check_choice(function, "padding_mode", padding_mode, PADDING_MODES)
     check_choice(function, "layout", layout, LAYOUTS[ndim])
-    input_shape = _shape_of(function, input_name, input_shape)
-    weight_shape = _shape_of(function, weight_name, weight_shape)
+    input_shape = shape_of(function, input_name, input_shape)
+    weight_shape = shape_of(function, weight_name, weight_shape)
     groups = _integer(function, "groups", groups, 1)
     kind, batch, channels, size = _split_shape(function, input_name, input_shape, weight_shape, ndim, layout)
     out_channels, per_group = (1, 1) if kind == "bare" else weight_shape[:2]
@@ -622,3 +623,18 @@ def bad_label(
         f"{function}: target{where and f'[{where}]'} is {label}, but logits have C={classes} classes (expected "
         f"0 <= target < {classes}, or ignore_index={ignore_index})"
     )
+
+
+def check_prepared(function: str, ndim: int, weight: Any, bias: Any, backend: str) -> None:
+    """Judge the weight and bias of a prepared convolution, as far as that is possible before there is an input."""
+    home = home_of(function, backend, weight=weight, bias=bias)
+    w = home.admit(function, "weight", weight)
+    b = None if bias is None else home.admit(function, "bias", bias)
+    common_dtype(function, weight=w, bias=b)
+    if w.ndim not in (ndim, ndim + 2) or 0 in w.shape:
+        raise ValueError(
+            f"{function}: weight has shape {tuple(w.shape)} (expected {ndim + 2} dimensions, (O, C/groups, "
+            f"{_SPATIAL[ndim]}))"
+        )
+    if b is not None:
+        check_shape(function, "bias", b, (1 if w.ndim == ndim else w.shape[0],), "one per output channel")

@@ -48,7 +48,7 @@ class ConvGrads(NamedTuple):
 
 def _forward(
     function, ndim, input, weight, bias, stride, padding, dilation, groups, padding_mode, layout, activation,
-    algorithm, out, backend,
+    algorithm, out, backend, packed=None,
 ):  # fmt: skip
     home = home_of(function, backend, input=input, weight=weight, bias=bias, out=out)
     x = home.admit(function, "input", input)
@@ -67,7 +67,7 @@ def _forward(
         arguments.check_output(function, home, y, plan.output_shape, dtype, input=x, weight=w, bias=b)
     form = plan.activation_form
     home.operation("convolution").forward(
-        plan.geometry, form(x), plan.weight_form(w), b, activation == "relu", algorithm, form(y)
+        plan.geometry, form(x), plan.weight_form(w), b, activation == "relu", algorithm, packed, form(y)
     )
     return y if deliver is None else deliver()
 

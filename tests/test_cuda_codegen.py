@@ -129,8 +129,8 @@ def launches(monkeypatch):
 def launch_everything(dtype):
     x, w, y, b = (device_array(*s, dtype=dtype) for s in [(2, 4, 1, 5, 6), (6, 2, 1, 3, 3), (2, 6, 1, 3, 4), (6,)])
     geometry = convolution_plan("conv2d", 2, (2, 4, 5, 6), (6, 2, 3, 3), 1, 0, 1, 2, "zeros", "NCHW").geometry
-    convolution.forward(geometry, x, w, b, True, "direct", y)
-    convolution.forward(geometry, x, w, None, False, "direct", y)
+    convolution.forward(geometry, x, w, b, True, "direct", None, y)
+    convolution.forward(geometry, x, w, None, False, "direct", None, y)
     convolution.weight_grad(geometry, x, y, True, "direct", w)
     convolution.input_grad(geometry, w, y, b, False, False, "direct", x)
     convolution.bias_grad(y, False, b)

@@ -145,7 +145,7 @@ def test_tables_are_copied_once_for_a_geometry(monkeypatch):
     x, w, y = (to_device(np.ones(shape, np.float32)) for shape in [(1, 1, 1, 3, 3), (1, 1, 1, 2, 2), (1, 1, 1, 2, 2)])
     for _ in range(2):
         geometry = convolution_plan("conv2d", 2, (1, 1, 3, 3), (1, 1, 2, 2), 1, 0, 1, 1, "zeros", "NCHW").geometry
-        convolution.forward(geometry, x, w, None, False, "direct", y)
+        convolution.forward(geometry, x, w, None, False, "direct", None, y)
         convolution.weight_grad(geometry, x, y, False, "direct", w)
     assert uploads == [3]
 

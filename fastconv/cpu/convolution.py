@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numba import prange, types
@@ -19,6 +20,9 @@ from ..geometry import ConvGeometry
 from . import contraction, depthwise, fft, tasks, winograd
 from .jit import array_of, kernel, output_of
 from .threads import get_num_threads
+
+if TYPE_CHECKING:
+    from ..prepared import PackedWeights
 
 _size3 = types.UniTuple(types.int64, 3)
 # the index of a prange loop is unsigned, and Numba makes unsigned // signed a float: hence int64(task) below
@@ -123,21 +127,24 @@ def _offsets(places: Sequence[Sequence[int]], steps: Sequence[int]) -> np.ndarra
 @_into_writable
 def forward(
     geometry: ConvGeometry, input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, relu: bool,
-    algorithm: str, out: np.ndarray,
+    algorithm: str, packed: PackedWeights | None, out: np.ndarray,
 ) -> None:  # fmt: skip
-    """out = input convolved with weight, plus bias, through max(0, .) if relu."""
+    """out = input convolved with weight, plus bias, through max(0, .) if relu.
+
+    `packed` keeps the weights of a prepared convolution as the kernels want them.
+    """
     if out.size == 0:
         return
     input, weight = _readable(input), _readable(weight)
     if algorithm == "winograd":
-        _winograd_forward(geometry, input, weight, bias, relu, out)
+        _winograd_forward(geometry, input, weight, bias, relu, packed, out)
         return
     if algorithm == "fft":
         for part, run, safe in _safe_runs("forward", geometry, input, weight):
             if safe:
                 fft.forward(part, input[run], weight, bias, relu, out[run])
             else:
-                forward(part, input[run], weight, bias, relu, "direct", out[run])
+                forward(part, input[run], weight, bias, relu, "direct", packed, out[run])
         return
     if bias is not None:
         bias = np.ascontiguousarray(bias)
@@ -147,8 +154,11 @@ def forward(
         depthwise.correlate(plan, input, depthwise.order_weights(lines, weight), out, bias, relu, False)
         return
     blocks, plan = _forward_plan(geometry, out.dtype, *strides, get_num_threads())
-    packed = _pack_forward(blocks, weight)
-    contraction.correlate(plan, input, packed, out, bias, relu, False)
+    if packed is None:
+        weights = _pack_forward(blocks, weight)
+    else:
+        weights = packed.get(("direct", out.dtype, blocks), lambda: _pack_forward(blocks, weight, keep=True))
+    contraction.correlate(plan, input, weights, out, bias, relu, False)
 
 
 def _safe_runs(
@@ -161,16 +171,20 @@ def _safe_runs(
         yield replace(geometry, batch=end - first), slice(first, end), bool(safe[first])
 
 
-def _winograd_forward(geometry, input, weight, bias, relu, out):
+def _winograd_forward(geometry, input, weight, bias, relu, packed, out):
     m = winograd.tile_size(geometry, "forward")
-    v = winograd.transform_weights(weight, out.dtype, "forward", m, _elements(weight))
+
+    def transform(keep: bool) -> np.ndarray:
+        return winograd.transform_weights(weight, out.dtype, "forward", m, _elements(weight), keep)
+
+    v = transform(False) if packed is None else packed.get(("winograd", out.dtype, m), lambda: transform(True))
     strides = _elements(input), _elements(out)
     if bias is not None:
         bias = np.ascontiguousarray(bias)
     again = winograd.run(geometry, "forward", input, v, bias, relu, out, strides, get_num_threads())
     for n in np.flatnonzero(again):
         one = slice(n, n + 1)
-        forward(replace(geometry, batch=1), input[one], weight, bias, relu, "direct", out[one])
+        forward(replace(geometry, batch=1), input[one], weight, bias, relu, "direct", packed, out[one])
 
 
 def _winograd_input_grad(geometry, weight, grad_output, bias, relu, out):

@@ -1,0 +1,103 @@
+"""Prepared convolutions: the bits of the plain functions, kept weights, threads, pickling, errors."""
+
+import pickle
+import threading
+
+import numpy as np
+import pytest
+
+import fastconv as fc
+
+CASES = {
+    "direct": ((2, 5, 12, 13), (7, 5, 5, 5), {"stride": 2, "padding": 2}),
+    "winograd": ((1, 64, 28, 28), (64, 64, 3, 3), {"padding": 1}),
+    "depthwise": ((2, 6, 11, 9), (6, 1, 3, 3), {"padding": 1, "groups": 6}),
+    "grouped": ((2, 6, 11, 9), (8, 3, 3, 3), {"groups": 2, "padding": "same", "padding_mode": "circular"}),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_has_the_bits_of_the_plain_function(case: str, dtype: type, rng: np.random.Generator) -> None:
+    input_shape, weight_shape, options = CASES[case]
+    x, w = rng.standard_normal(input_shape).astype(dtype), rng.standard_normal(weight_shape).astype(dtype)
+    b = rng.standard_normal(weight_shape[0]).astype(dtype)
+    op = fc.Conv2d(w, b, activation="relu", **options)
+    expected = fc.conv2d(x, w, b, activation="relu", **options)
+    out = np.empty_like(expected)
+    for _ in range(2):  # packs, then uses what it packed
+        np.testing.assert_array_equal(op(x), expected)
+        assert op(x, out=out) is out
+        np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("ndim", [1, 2, 3])
+@pytest.mark.parametrize("layout", [0, 1])
+def test_every_dimension_and_layout(ndim: int, layout: int, backend: str, rng: np.random.Generator) -> None:
+    name = fc.arguments.LAYOUTS[ndim][layout]
+    x, w = rng.standard_normal((2, *(5,) * ndim, 3)), rng.standard_normal((4, 3, *(3,) * ndim))
+    if layout == 0:
+        x = np.moveaxis(x, -1, 1)
+    op = getattr(fc, f"Conv{ndim}d")(w, layout=name, backend=backend)
+    np.testing.assert_array_equal(op(x), getattr(fc, f"conv{ndim}d")(x, w, layout=name, backend=backend))
+
+
+def test_inputs_of_many_sizes(rng: np.random.Generator) -> None:
+    w = rng.standard_normal((9, 4, 3, 3)).astype(np.float32)
+    op = fc.Conv2d(w)
+    for size in (3, 7, 40, 600):
+        x = rng.standard_normal((1, 4, 5, size)).astype(np.float32)
+        np.testing.assert_array_equal(op(x), fc.conv2d(x, w))
+
+
+def test_later_changes_of_the_weight_do_not_count(rng: np.random.Generator) -> None:
+    x, w = rng.standard_normal((1, 2, 5, 5)), rng.standard_normal((3, 2, 3, 3))
+    bias = np.zeros(3)
+    expected = fc.conv2d(x, w, bias)
+    op = fc.Conv2d(w, bias)
+    w[...], bias[...] = 0, 1
+    np.testing.assert_array_equal(op(x), expected)
+
+
+def test_pickled(rng: np.random.Generator) -> None:
+    x, w = rng.standard_normal((1, 2, 5, 5)), rng.standard_normal((3, 2, 3, 3))
+    op = fc.Conv2d(w, stride=2, padding=1)
+    expected = op(x)
+    loaded = pickle.loads(pickle.dumps(op))
+    np.testing.assert_array_equal(loaded(x), expected)
+    assert repr(loaded) == repr(op)
+
+
+def test_called_by_several_threads_at_once(rng: np.random.Generator) -> None:
+    x, w = rng.standard_normal((2, 16, 20, 20)).astype(np.float32), rng.standard_normal((24, 16, 3, 3)).astype(np.float32)
+    expected = fc.conv2d(x, w)
+    op, results = fc.Conv2d(w), {}
+
+    def call(n: int) -> None:
+        results[n] = [op(x) for _ in range(5)]
+
+    workers = [threading.Thread(target=call, args=(n,)) for n in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 4
+    for result in results.values():
+        for y in result:
+            np.testing.assert_array_equal(y, expected)
+
+
+def test_errors() -> None:
+    w = np.ones((4, 3, 3, 3), np.float32)
+    with pytest.raises(ValueError, match=r"Conv2d: weight has shape \(3, 3, 3\) \(expected 4 dimensions"):
+        fc.Conv2d(w[0])
+    with pytest.raises(ValueError, match=r"Conv2d: bias has shape \(3,\) \(expected \(4,\) one per output channel\)"):
+        fc.Conv2d(w, np.ones(3, np.float32))
+    with pytest.raises(TypeError, match="Conv2d: weight is a list"):
+        fc.Conv2d([[1.0]])
+    with pytest.raises(ValueError, match="Conv2d: layout is 'NCL'"):
+        fc.Conv2d(w, layout="NCL")
+    with pytest.raises(TypeError, match="Conv2d: weight is float32, but input is float64"):
+        fc.Conv2d(w)(np.ones((1, 3, 5, 5)))
+    with pytest.raises(ValueError, match="Conv2d: weight has 3 input channels per group, but input has 2 channels"):
+        fc.Conv2d(w)(np.ones((1, 2, 5, 5), np.float32))
