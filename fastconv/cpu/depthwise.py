@@ -29,6 +29,7 @@ from ..geometry import ConvGeometry
 from . import contraction, simd, tasks
 from .contraction import Axis, Strides, address
 from .jit import REAL, compiled
+from .jit import REAL, compiled
 
 # Parameters of the bodies (int64, in this order), and
 (
@@ -123,18 +124,17 @@ def _filter(p, target, pitch, rows, columns, slab, w, in_depth, in_height, in_wi
     offsets = simd.offset(simd.at(p, p[OFFSETS]), in_width[START])
     blocks = simd.offset(in_height, in_height[BLOCKS])
     last = blocks[0] - 1
-    zero, inf = simd.number(target, 0.0), simd.number(target, np.inf)
     for a in range(taps_d):
         plane = simd.offset(slab, a * in_depth[TAP_STEP] * p[PLANE_PITCH])
         plane_w = simd.offset(w, ((in_depth[START] + a) * p[TAPS_H] + in_height[START]) * p[TAPS_W] + in_width[START])
         for block in range(blocks[0]):
             function, shared, i = blocks[3 * block + 1], blocks[3 * block + 2], blocks[3 * block + 3]
-            add = flags & simd.ADD if a == 0 and block == 0 else 1
-            final = a == taps_d - 1 and block == last
+            change = flags & simd.ADD if a == 0 and block == 0 else simd.ADD
+            if a == taps_d - 1 and block == last:
+                change |= flags & (simd.BIAS | simd.RELU)
             simd.call_rows(
                 function, target, pitch, simd.offset(plane, i * tap_step), tap_step if shared else row_step,
-                simd.offset(plane_w, i * p[TAPS_W]), p[TAPS_W], taps_w, offsets, rows, columns, add,
-                bias[0] if final and flags & simd.BIAS else -zero, zero if final and flags & simd.RELU else -inf,
+                simd.offset(plane_w, i * p[TAPS_W]), p[TAPS_W], taps_w, offsets, rows, columns, change, bias,
             )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ A *pointer* here is Numba's ``CPointer(float32)`` or ``CPointer(float64)``: inde
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -984,24 +985,6 @@ or nan output.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _flagged(b: ir.IRBuilder, flags: ir.Value, flag: int, values: list[ir.Value], change) -> list[ir.Value]:
-    """`change(values)` where the flag is set, else the values."""
-    before, inside, after = b.block, b.append_basic_block("flag"), b.append_basic_block("next")
-    b.cbranch(b.icmp_signed("!=", b.and_(flags, _i64(flag)), _i64(0)), inside, after)
-    b.position_at_end(inside)
-    changed = change(values)
-    inside = b.block
-    b.branch(after)
-    b.position_at_end(after)
-    result = []
-    for old, new in zip(values, changed, strict=True):
-        phi = b.phi(old.type)
-        phi.add_incoming(old, before)
-        phi.add_incoming(new, inside)
-        result.append(phi)
-    return result
-
-
 def _lane_mask(b: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
     """Lanes 0 .. count of a vector, for count >= 0."""
     numbers = ir.Constant(ir.VectorType(_I64, lanes), list(range(lanes)))
@@ -1045,16 +1028,17 @@ def _correlate_rows_function(
     pointer, table = element.as_pointer(), _I64.as_pointer()
     function, new = _internal(
         module, f"fastconv_correlate_rows_{element}_{taps}_{stride}_{rows}_{lanes}x{vectors}",
-        [pointer, _I64, pointer, _I64, pointer, _I64, _I64, table, _I64, _I64, _I64, pointer],
+        [pointer, _I64, pointer, _I64, pointer, _I64, _I64, table, _I64, _I64, _I64, element, element],
     )  # fmt: skip
     if not new:
         return function
-    y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, blocks, columns, flags, bias = function.args
+    y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, blocks, columns, add, bias, least = function.args
     for p in (y, x, w):
         p.add_attribute("noalias")
     vector = ir.VectorType(element, lanes)
     zero = ir.Constant(vector, [0.0] * lanes)
     b = ir.IRBuilder(function.append_basic_block("entry"))
+    bias, least = _splat(b, bias, lanes), _splat(b, least, lanes)
     # the last vector ends with the row, and may overlap the one before; a row below one vector has a mask instead
     places = [_i64(n * lanes) for n in range(vectors)]
     masked = vectors == 1
@@ -1066,8 +1050,23 @@ def _correlate_rows_function(
 
     block = _Loop(b, "blocks", blocks, [x, y])
     x_block, y_block = block.values
+    targets = [b.gep(y_block, [b.add(b.mul(y_pitch, _i64(r)), place)]) for r in range(rows) for place in places]
+    before, adding, start = b.block, b.append_basic_block("add"), b.append_basic_block("start")
+    b.cbranch(b.icmp_signed("!=", add, _i64(0)), adding, start)
+    b.position_at_end(adding)
+    held = [_load_lanes(b, module, p, mask, vector) if masked else _load(b, p, vector) for p in targets]
+    adding = b.block
+    b.branch(start)
+    b.position_at_end(start)
+    sums = []
+    for value in held:
+        phi = b.phi(vector)
+        phi.add_incoming(zero, before)
+        phi.add_incoming(value, adding)
+        sums.append(phi)
+
     starts = [b.gep(x_block, [b.mul(x_pitch, _i64(i))]) for i in range(stride * (rows - 1) + taps)]
-    loop = _Loop(b, "taps", depth, [zero] * (rows * vectors))
+    loop = _Loop(b, "taps", depth, sums)
     offset = b.load(b.gep(offsets, [loop.k]))
     weights = []
     for a in range(taps):
@@ -1083,26 +1082,9 @@ def _correlate_rows_function(
             for r, a in meeting:
                 sums[r * vectors + n] = _multiply_add(b, module, t.fma, weights[a], value, sums[r * vectors + n])
     loop.close(sums)
-
-    targets = [b.gep(y_block, [b.add(b.mul(y_pitch, _i64(r)), place)]) for r in range(rows) for place in places]
-
-    def add_to(values: list[ir.Value]) -> list[ir.Value]:
-        if masked:
-            return [
-                b.fadd(v, _load_lanes(b, module, p, mask, vector)) for v, p in zip(values, targets, strict=True)
-            ]
-        return [b.fadd(v, _load(b, p, vector)) for v, p in zip(values, targets, strict=True)]
-
-    def add_bias(values: list[ir.Value]) -> list[ir.Value]:
-        each = _splat(b, b.load(bias), lanes)
-        return [b.fadd(v, each) for v in values]
-
-    sums = _flagged(b, flags, ADD, sums, add_to)
-    sums = _flagged(b, flags, BIAS, sums, add_bias)
-    sums = _flagged(
-        b, flags, RELU, sums, lambda vs: [b.select(b.fcmp_ordered("<", v, zero), zero, v) for v in vs]
-    )
     for value, target in zip(sums, targets, strict=True):
+        value = b.fadd(value, bias)
+        value = b.select(b.fcmp_ordered("<", value, least), least, value)  # nan stays nan
         if masked:
             _store_lanes(b, module, value, target, mask)
         else:
@@ -1114,18 +1096,17 @@ def _correlate_rows_function(
     return function
 
 
-def _correlate_rows_dispatcher(module: ir.Module, element: ir.Type, t: Tile) -> ir.Function:
+def _correlate_rows_dispatcher(module: ir.Module, element: ir.Type, t: Tile, taps: int, stride: int) -> ir.Function:
     """Cuts rows and columns into what the generated functions take."""
     pointer, table = element.as_pointer(), _I64.as_pointer()
     function, new = _internal(
-        module, f"fastconv_correlate_rows_{element}",
-        [_I64, pointer, _I64, pointer, _I64, pointer, _I64, _I64, table, _I64, _I64, _I64, pointer],
+        module, f"fastconv_correlate_rows_{element}_{taps}_{stride}",
+        [pointer, _I64, pointer, _I64, pointer, _I64, _I64, table, _I64, _I64, _I64, element, element],
     )  # fmt: skip
     if not new:
         return function
-    kind, y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, rows, columns, flags, bias = function.args
+    y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, rows, columns, *end = function.args
     shapes = _row_shapes(t)
-    heights = (_MOST_ROWS, 2, 1)
     b = ir.IRBuilder(function.append_basic_block("entry"))
 
     # the widest shape, in columns, and how many pieces of it a row is cut into, as even as whole vectors allow
@@ -1134,36 +1115,29 @@ def _correlate_rows_dispatcher(module: ir.Module, element: ir.Type, t: Tile) -> 
     pieces = b.sdiv(b.add(vectors, _i64(most - 1)), _i64(most))
     piece = _Loop(b, "pieces", pieces, [])
     first = b.mul(b.sdiv(b.mul(piece.k, vectors), pieces), _i64(t.lanes))
-    end = b.mul(b.sdiv(b.mul(b.add(piece.k, _i64(1)), vectors), pieces), _i64(t.lanes))
-    width = b.sub(b.select(b.icmp_signed("<", end, columns), end, columns), first)
+    last = b.mul(b.sdiv(b.mul(b.add(piece.k, _i64(1)), vectors), pieces), _i64(t.lanes))
+    width = b.sub(b.select(b.icmp_signed("<", last, columns), last, columns), first)
     shape = _i64(len(shapes) - 1)
     for n in reversed(range(len(shapes) - 1)):
         fits = b.icmp_signed("<=", width, _i64(shapes[n][0] * shapes[n][1]))
         shape = b.select(fits, _i64(n), shape)
 
-    # rows: as many blocks of the most as there are, then the rest; x moves by stride * x_pitch a row
-    x_step = x_pitch
-    strides = {s for _, s in SHARED_ROWS}
-    for s in strides - {1}:
-        matches = [n for n, (_, stride) in enumerate(SHARED_ROWS) if stride == s]
-        chosen = b.icmp_signed(">=", kind, _i64(min(matches)))
-        x_step = b.select(chosen, b.mul(x_pitch, _i64(s)), x_step)
+    # rows: as many blocks of the most as there are, then the rest
     done = _i64(0)
-    for n, height in enumerate(heights):
+    for height in (_MOST_ROWS, 2, 1):
         blocks = b.sdiv(b.sub(rows, done), _i64(height))
         call, after = b.append_basic_block("rows"), b.append_basic_block("rows_done")
         b.cbranch(b.icmp_signed(">", blocks, _i64(0)), call, after)
         b.position_at_end(call)
         arguments = [
-            b.gep(y, [b.add(b.mul(done, y_pitch), first)]), y_pitch, b.gep(x, [b.add(b.mul(done, x_step), first)]),
-            x_pitch, w, w_pitch, depth, offsets, blocks, width, flags, bias,
+            b.gep(y, [b.add(b.mul(done, y_pitch), first)]), y_pitch,
+            b.gep(x, [b.add(b.mul(b.mul(done, _i64(stride)), x_pitch), first)]), x_pitch, w, w_pitch, depth, offsets,
+            blocks, width, *end,
         ]  # fmt: skip
         cases = {
-            k * len(shapes) + m: _correlate_rows_function(module, element, t, taps, stride, height, *shape_)
-            for k, (taps, stride) in enumerate(SHARED_ROWS)
-            for m, shape_ in enumerate(shapes)
+            n: _correlate_rows_function(module, element, t, taps, stride, height, *one) for n, one in enumerate(shapes)
         }
-        _switch(b, b.add(b.mul(kind, _i64(len(shapes))), shape), cases, arguments)
+        _switch(b, shape, cases, arguments)
         b.branch(after)
         b.position_at_end(after)
         done = b.add(done, b.mul(blocks, _i64(height)))
@@ -1172,21 +1146,52 @@ def _correlate_rows_dispatcher(module: ir.Module, element: ir.Type, t: Tile) -> 
     return function
 
 
-@intrinsic
-def correlate_rows(typingctx, kind, y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, rows, columns, flags, bias):
-    """y[r, q] = sum over a < A, k < depth of w[a, k] * x[s * r + a, q + offsets[k]], for r < rows, q < columns.
+@intrinsic(prefer_literal=True)
+def correlate_rows(
+    typingctx, taps, stride, y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, rows, columns, add, bias, least
+):
+    """y[r, q] = sum over a < taps, k < depth of w[a, k] * x[stride * r + a, q + offsets[k]], r < rows, q < columns.
 
-    (A, s) = SHARED_ROWS[kind]; the pitches are those of the first index. depth, rows, columns >= 1. `flags` and `bias`
-    (one number) as for `contract`. The sum is one chain of multiply-adds in the order of k, then a, for every element,
-    whatever the rows and columns. Up to a vector of x beyond a row may be read, and is not used; nothing of y is
-    touched but y[r, q].
+    (taps, stride), one of SHARED_ROWS, are literals: the type of this function. The pitches are those of the first
+    index. The sum starts at what y held if `add` is not 0; then `bias` is added (-0.0 changes nothing), and what is
+    below `least` becomes that (-inf changes nothing). depth, rows, columns >= 1.
+    The sum is one chain of multiply-adds in the order of k, then a, for every element, whatever the rows and columns.
+    Up to a vector of x beyond a row may be read, and is not used; nothing of y is touched but y[r, q].
     """
+    i, table = types.int64, types.CPointer(types.int64)
+    signature = types.void(taps, stride, y, i, y, i, y, i, i, table, i, i, i, y.dtype, y.dtype)
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[2]), _tile_of(sig.args[2])
+        function = _correlate_rows_dispatcher(
+            builder.module, element, t, taps.literal_value, stride.literal_value
+        )
+        builder.call(function, args[2:])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def call_rows(typingctx, address, y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, rows, columns, flags, bias):
+    """Call the C function at `address`, compiled from `correlate_rows`; `flags` and `bias` as for `contract`."""
     i, table = types.int64, types.CPointer(types.int64)
     signature = types.void(i, y, i, y, i, y, i, i, table, i, i, i, y)
 
     def codegen(context, builder, sig, args):
-        element, t = _element(sig.args[1]), _tile_of(sig.args[1])
-        builder.call(_correlate_rows_dispatcher(builder.module, element, t), args)
+        element = _element(sig.args[1])
+        *between, flags, bias = args[1:]
+
+        def is_set(flag: int) -> ir.Value:
+            return builder.icmp_signed("!=", builder.and_(flags, _i64(flag)), _i64(0))
+
+        some_number = builder.select(is_set(BIAS), bias, args[5])  # there may be no memory at `bias`
+        bias = builder.select(is_set(BIAS), builder.load(some_number), ir.Constant(element, -0.0))
+        least = builder.select(is_set(RELU), ir.Constant(element, 0.0), ir.Constant(element, -math.inf))
+        # the literals have a place in the C function too
+        arguments = [_i64(0), _i64(0), *between, builder.and_(flags, _i64(ADD)), bias, least]
+        function = ir.FunctionType(ir.VoidType(), [a.type for a in arguments])
+        builder.call(builder.inttoptr(args[0], function.as_pointer()), arguments)
         return context.get_dummy_value()
 
     return signature, codegen
