@@ -270,10 +270,17 @@ def shape_of(function: str, argument: str, shape: Any) -> tuple[int, ...]:
     return tuple(_integer(function, argument, n, 0) for n in shape)
 
 
+_PLAIN = {int, str}
+_PLAIN_OR_TUPLE = {int, str, tuple}
+
+
 def _is_plain(value: Any) -> bool:
     """Whether a cache may remember the answer to `value`: 1, 1.0 and True are one key, but not one answer."""
     kind = type(value)
-    return kind is int or kind is str or (kind is tuple and all(map(_is_plain, value)))
+    if kind is tuple:
+        kinds = set(map(type, value))
+        return kinds <= _PLAIN or (kinds <= _PLAIN_OR_TUPLE and all(map(_is_plain, value)))
+    return kind in _PLAIN
 
 
 def convolution_plan(

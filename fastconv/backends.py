@@ -202,6 +202,10 @@ def _residence(function: str, argument: str, obj: object) -> str:
     )
 
 
+_operation = functools.cache(importlib.import_module)
+_NUMPY_OR_NOT_GIVEN = {np.ndarray, type(None)}
+
+
 def home_of(function: str, backend: str, **operands: object) -> Cpu | Cuda:
     """Return the home that `function` runs in, from the backend asked for and where its operands live.
 
@@ -209,7 +213,7 @@ def home_of(function: str, backend: str, **operands: object) -> Cpu | Cuda:
     """
     if _checked(function, backend) == "auto":
         backend = _default_backend(function)
-    if backend != "cuda" and all(type(obj) is np.ndarray or obj is None for obj in operands.values()):
+    if backend != "cuda" and _NUMPY_OR_NOT_GIVEN.issuperset(map(type, operands.values())):
         return CPU  # the common call, decided before anything slow
     residence = {name: _residence(function, name, obj) for name, obj in operands.items() if obj is not None}
     homes = set(residence.values())
@@ -273,7 +277,7 @@ class Cpu:
         return writeable and not _shares_elements(a.shape, a.strides, a.dtype.itemsize)
 
     def operation(self, name: str) -> Any:
-        return importlib.import_module(f"fastconv.cpu.{name}")
+        return _operation(f"fastconv.cpu.{name}")
 
 
 CPU = Cpu()
@@ -327,7 +331,7 @@ class Cuda:
         return CPU.is_writable(a) if a.host is None else CPU.is_writable(a.host)
 
     def operation(self, name: str) -> Any:
-        return importlib.import_module(f"fastconv.cuda_kernels.{name}")
+        return _operation(f"fastconv.cuda_kernels.{name}")
 
 
 def _shares_elements(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:

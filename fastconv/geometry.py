@@ -12,7 +12,7 @@ padded coordinate may be the same input element (reflect, replicate, circular).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -71,6 +71,13 @@ class ConvGeometry:
     pad_before: Size3
     pad_after: Size3
     padding_mode: str
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:  # computed once: a geometry is looked up in several caches at each call
+        return self._hash
 
     @cached_property
     def output_size(self) -> Size3:

@@ -840,26 +840,45 @@ def correlate(
     tasks.run(_correlate, x.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
 
 
-def pack_weights(
-    blocks: Blocks, w: np.ndarray, group_step: int, row_step: int, channel_step: int, tap_offset: np.ndarray,
-    packed: np.ndarray,
-) -> bool:  # fmt: skip
-    """Pack weights for `correlate` into `packed`; return whether all are finite.
+@dataclass(frozen=True)
+class Packing:
+    """How weights of one shape and memory layout are packed: `pack_weights` but for the addresses."""
 
-    Steps and offsets say, in elements of memory, where the weight of a group, row, channel and tap lies in `w`.
+    parameters: np.ndarray
+    offsets: np.ndarray  # whose address stands in the parameters
+    below: int  # bytes of the array before its first element (negative strides), and from there to its end
+    above: int
+
+
+def plan_packing(
+    blocks: Blocks, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, steps: tuple[int, int, int],
+    offsets: np.ndarray,
+) -> Packing:  # fmt: skip
+    """Plan the packing of an array of `shape` and `strides` (in elements).
+
+    Its weight of a group, row and channel is `steps` elements (each) from the first, that of a tap `offsets`.
     """
+    differences = set(np.diff(offsets).tolist()) or {1}
+    step = differences.pop() if len(differences) == 1 and differences <= {1, -1} else 0
     parameters = np.zeros(PACK_END, np.int64)
-    steps = set(np.diff(tap_offset).tolist()) or {1}
-    step = steps.pop() if len(steps) == 1 and steps <= {1, -1} else 0
-    begin, end = np.lib.array_utils.byte_bounds(w)
-    parameters[FROM:NOT_FINITE] = (
-        address(w), address(packed), begin, end, group_step, row_step, channel_step, address(tap_offset), step,
-        step == 1 and channel_step == blocks.taps, blocks.rows, blocks.channels, blocks.taps, blocks.block_channels,
-        blocks.block_taps, blocks.panels,
+    parameters[GROUP_STEP:NOT_FINITE] = (
+        *steps, address(offsets), step, step == 1 and steps[2] == blocks.taps, blocks.rows, blocks.channels,
+        blocks.taps, blocks.block_channels, blocks.block_taps, blocks.panels,
     )  # fmt: skip
+    ends = [(n - 1) * stride for n, stride in zip(shape, strides, strict=True)]
+    below = sum(end for end in ends if end < 0) * itemsize
+    above = (sum(end for end in ends if end > 0) + 1) * itemsize
+    return Packing(parameters, offsets, below, above)
+
+
+def pack_weights(packing: Packing, blocks: Blocks, w: np.ndarray, packed: np.ndarray) -> bool:
+    """Pack weights for `correlate` into `packed`; return whether all are finite."""
+    parameters = packing.parameters.copy()
+    first = address(w)
+    parameters[FROM:GROUP_STEP] = first, address(packed), first + packing.below, first + packing.above
     # counted as 16 operations an element, since reading and writing is most of the work
     tasks.run(_pack_weights, w.dtype, blocks.groups * blocks.panels, parameters, 64, 16 * packed.size)
-    return bool(parameters[NOT_FINITE] == 0)
+    return not parameters[NOT_FINITE]
 
 
 _UNIT_PIXELS = 448  # output pixels of a unit of the weight gradient

@@ -47,12 +47,13 @@ def _through_float32(operation: Callable[..., None]) -> Callable[..., None]:
 
 def _elements(array: np.ndarray) -> tuple[int, ...]:
     """Strides in elements."""
-    return tuple(step // array.itemsize for step in array.strides)
+    size = array.itemsize
+    return tuple([step // size for step in array.strides])
 
 
 def _readable(array: np.ndarray) -> np.ndarray:
     """The array itself, or a copy if its elements do not lie at multiples of their size (a field of a record)."""
-    if array.flags.aligned and not any(step % array.itemsize for step in array.strides):
+    if array.flags.aligned and not math.gcd(*array.strides) % array.itemsize:
         return array
     return np.ascontiguousarray(array)
 
@@ -105,13 +106,21 @@ def _depthwise_forward_plan(
     )
 
 
-def _pack_forward(blocks: contraction.Blocks, weight: np.ndarray, keep: bool = False) -> np.ndarray:
+@functools.lru_cache(maxsize=1024)
+def _forward_packing(
+    blocks: contraction.Blocks, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
+) -> contraction.Packing:
     """Rows are output channels, and the reduction is (input channel, tap)."""
-    row, channel, *steps = _elements(weight)
-    offsets = _offsets([range(n) for n in weight.shape[2:]], steps)
+    row, channel, *steps = strides
+    offsets = _offsets([range(n) for n in shape[2:]], steps)
+    return contraction.plan_packing(blocks, shape, strides, itemsize, (blocks.rows * row, row, channel), offsets)
+
+
+def _pack_forward(blocks: contraction.Blocks, weight: np.ndarray, keep: bool = False) -> np.ndarray:
     size = blocks.packed_size
     packed = np.empty(size, weight.dtype) if keep else tasks.workspace(size, weight.dtype)
-    contraction.pack_weights(blocks, weight, blocks.rows * row, row, channel, offsets, packed)
+    packing = _forward_packing(blocks, weight.shape, _elements(weight), weight.itemsize)
+    contraction.pack_weights(packing, blocks, weight, packed)
     return packed
 
 
@@ -284,11 +293,23 @@ def _input_grad_phases(
     return tuple(phases)
 
 
-def _pack_phase(phase: _Phase, weight: np.ndarray, out_per_group: int, packed: np.ndarray) -> bool:
+@functools.lru_cache(maxsize=1024)
+def _phase_packing(
+    blocks: contraction.Blocks, taps: tuple[tuple[int, ...], ...], out_per_group: int, shape: tuple[int, ...],
+    strides: tuple[int, ...], itemsize: int,
+) -> contraction.Packing:  # fmt: skip
     """Rows are input channels, and the reduction is (output channel, tap of the phase)."""
-    channel, row, *steps = _elements(weight)
-    offsets = _offsets(phase.taps, steps)
-    return contraction.pack_weights(phase.blocks, weight, out_per_group * channel, row, channel, offsets, packed)
+    channel, row, *steps = strides
+    offsets = _offsets(taps, steps)
+    steps = (out_per_group * channel, row, channel)
+    return contraction.plan_packing(blocks, shape, strides, itemsize, steps, offsets)
+
+
+def _pack_phase(phase: _Phase, weight: np.ndarray, out_per_group: int, packed: np.ndarray) -> bool:
+    packing = _phase_packing(
+        phase.blocks, phase.taps, out_per_group, weight.shape, _elements(weight), weight.itemsize
+    )
+    return contraction.pack_weights(packing, phase.blocks, weight, packed)
 
 
 @_through_float32
