@@ -27,6 +27,7 @@ from .conv import (
     conv_transpose2d,
     conv_transpose3d,
 )
+from .explain import explain
 from .loss import (
     log_softmax,
     softmax,

@@ -7,6 +7,7 @@ alone, never on the number of threads, the batch or what ran before, so that res
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 
@@ -15,13 +16,16 @@ from .geometry import ConvGeometry
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")
 
-# Operations a nanosecond of the direct algorithm on one core, in float32, by the channels of a group. Measured by
-# `python -m bench.crossover` on AVX2 (docs/algorithms.md has the tables). float64 and two threads change these and the
-# costs of the FFT (`fft.TRANSFORM_RATE` and its neighbours) alike.
-DIRECT_RATE = {"plane": 60.0, "matrix": 90.0}
+# Operations a nanosecond of the direct sum on one core, in float32, at its best. Measured by `python -m bench.crossover`
+# on AVX2 (the tables are in docs/algorithms.md), as the rates of the FFT in `cpu.fft` are. float64 halves all of them,
+# and threads raise all of them.
+DIRECT_RATE = 100.0
 
 # The FFT must promise to be this much faster: the estimates are right within a third, and its error is another kind.
 FFT_MARGIN = 1.5
+
+# Terms that the direct sum adds in one chain, about (`cpu.contraction.PANEL_BYTES`), unless there is one channel.
+LONGEST_CHAIN = 320
 
 # Winograd pays from this many channels on both sides, of at least this many output pixels: fewer leave its transforms
 # and its (m + 2)^2 small matrix products more time than the direct sum takes.
@@ -59,10 +63,20 @@ def why_slower(algorithm: str, operation: str, geometry: ConvGeometry) -> str | 
     return f"about {by_fft / 1e6:.3g} ms of one core for a sample, against {direct / 1e6:.3g} ms of the direct sum"
 
 
+def why(algorithm: str, operation: str, geometry: ConvGeometry) -> str:
+    """Why "auto" takes this one, which is not the direct sum."""
+    if algorithm == "winograd":
+        saved = geometry.flops / flops("winograd", operation, geometry)
+        return f"{saved:.3g} times fewer multiplications than the definition, of enough channels and pixels"
+    from .cpu import fft
+
+    by_fft, direct = fft.nanoseconds(operation, geometry), direct_nanoseconds(geometry)
+    return f"about {by_fft / 1e6:.3g} ms of one core for a sample, against {direct / 1e6:.3g} ms of the direct sum"
+
+
 def direct_nanoseconds(geometry: ConvGeometry) -> float:
     """What the direct sum costs for one sample on one core, roughly."""
-    kind = "plane" if geometry.in_channels_per_group == 1 else "matrix"
-    return geometry.flops / max(geometry.batch, 1) / DIRECT_RATE[kind]
+    return geometry.flops / max(geometry.batch, 1) / DIRECT_RATE
 
 
 @functools.lru_cache(maxsize=4096)
@@ -88,3 +102,52 @@ def choose(
     if reason is not None:
         raise ValueError(f"{function}: algorithm={algorithm!r} does not apply: {reason}")
     return algorithm
+
+
+def flops(algorithm: str, operation: str, geometry: ConvGeometry) -> int:
+    """Additions and multiplications, those of the transforms included where they are more than a small part."""
+    from .cpu import fft, winograd
+
+    if algorithm == "winograd":
+        m = winograd.tile_size(geometry, operation)
+        height, width = (geometry.output_size if operation == "forward" else geometry.input_size)[1:]
+        tiles = geometry.batch * -(-height // m) * -(-width // m)
+        return 2 * tiles * (m + 2) ** 2 * geometry.in_channels * geometry.out_channels
+    if algorithm == "fft":
+        return fft.flops(operation, geometry)
+    return geometry.flops
+
+
+def expected_error(algorithm: str, operation: str, geometry: ConvGeometry, dtype: np.dtype) -> float:
+    """The rms error for data of unit variance, relative to the rms result; docs/accuracy.md has what was measured.
+
+    A chain of n multiply-adds of random terms has an error of about eps * sqrt(n / 50): each rounds a partial sum that
+    has grown as a random walk. How long the chains are is the algorithm's; a transform of n points adds
+    eps**2 * 0.1 log2(n) to the square, three times (for the spectra of both operands, and back).
+    """
+    from .cpu import fft, winograd
+
+    eps = float(np.finfo(dtype).eps)
+    if operation == "weight_grad":
+        terms = geometry.batch * math.prod(geometry.output_size)
+    elif operation == "input_grad":
+        terms = geometry.out_channels_per_group * math.prod(geometry.kernel_size)
+    else:
+        terms = geometry.in_channels_per_group * math.prod(geometry.kernel_size)
+    if algorithm == "winograd":
+        # F(4x4, 3x3) has numbers of up to 4 where the sum has 1; the chain is one of all channels
+        channels = terms / 9
+        return eps * math.sqrt(6 + 0.57 * channels) / (1 if winograd.tile_size(geometry, operation) == 4 else 2)
+    if algorithm == "fft":
+        tiling = fft.make_tiling(operation, geometry)
+        added = terms / math.prod(geometry.kernel_size)
+        if operation == "weight_grad":
+            added = geometry.batch * math.prod(tiling.count)
+        return eps * math.sqrt(0.3 * math.log2(math.prod(tiling.tile)) + added / 50)
+    if operation == "weight_grad":
+        chain = terms / 4  # split over tasks, the fewer the more channels there are
+    elif geometry.in_channels_per_group == 1 or terms <= LONGEST_CHAIN:
+        chain = terms
+    else:
+        chain = LONGEST_CHAIN + terms / LONGEST_CHAIN
+    return eps * math.sqrt(max(chain, 1) / 50)

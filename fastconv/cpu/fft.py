@@ -47,6 +47,8 @@ from .threads import get_num_threads
 CHUNK_BYTES = 4 * 1024 * 1024
 SPECTRA_BYTES = 64 * 1024 * 1024
 
+_TILES, _PRODUCT = 1, 2  # the slots of `tasks.workspace` that are used
+
 LARGEST_TILE = 2**20  # points, unless the kernel needs more: larger ones have no advantage
 
 # What the parts cost on one core, for the choice of the tile and `algorithms.choose`: operations a nanosecond of the
@@ -68,7 +70,8 @@ class Tiling:
     span: Size3  # taps of the kernel and the gaps between them
     positions: Size3  # forward and weight gradient: the outputs; input gradient: the elements of the (padded) input
     tile: Size3
-    nanoseconds: float  # of one sample on one core, by the rates above
+    flops: float  # of one sample, and of the spectra of the weights
+    nanoseconds: float  # of the same on one core, by the rates above
 
     @property
     def step(self) -> Size3:
@@ -137,16 +140,16 @@ def make_tiling(operation: str, geometry: ConvGeometry) -> Tiling:
     tiles = 1.0
     for size, s, p in zip((d, h, w), span, positions, strict=True):
         tiles = tiles * np.ceil(p / (size - s + 1))
-    transform = 2.5 * points * np.log2(np.maximum(points, 2)) / TRANSFORM_RATE + points / COPY_RATE
+    transforms = (inputs + outputs) * tiles + pairs
+    of_transforms = transforms * 2.5 * points * np.log2(np.maximum(points, 2))
+    of_products = pairs * tiles * points / 2 * 8
     cost = (
-        CALL_NANOSECONDS
-        + ((inputs + outputs) * tiles + pairs) * transform
-        + pairs * tiles * points / 2 * 8 / PRODUCT_RATE
+        CALL_NANOSECONDS + of_transforms / TRANSFORM_RATE + of_products / PRODUCT_RATE + transforms * points / COPY_RATE
     )
     cost = np.where((points > LARGEST_TILE) & (points > points.min()), np.inf, cost)
     best = np.unravel_index(np.argmin(cost), cost.shape)
     tile = int(d[best]), int(h[best]), int(w[best])
-    return Tiling(span, positions, tile, float(cost[best]))
+    return Tiling(span, positions, tile, float(of_transforms[best] + of_products[best]), float(cost[best]))
 
 
 def _of_each(function: Any, *values: Any) -> Size3:
@@ -164,6 +167,11 @@ def why_not(operation: str, geometry: ConvGeometry) -> str | None:
 def nanoseconds(operation: str, geometry: ConvGeometry) -> float:
     """What one sample costs on one core, roughly."""
     return make_tiling(operation, geometry).nanoseconds
+
+
+def flops(operation: str, geometry: ConvGeometry) -> int:
+    """Additions and multiplications of a call."""
+    return round(make_tiling(operation, geometry).flops * max(geometry.batch, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,7 +415,8 @@ def _strides(array: np.ndarray) -> tuple[int, ...]:
 
 def _tiles(array: np.ndarray, source: _Source, tiling: Tiling, channels: range, chunk: range) -> np.ndarray:
     """[channel][tile][D][H][W]: the tiles `chunk`, numbered over all samples, of these channels."""
-    tiles = np.empty((len(channels), len(chunk), *tiling.tile), array.dtype)
+    shape = (len(channels), len(chunk), *tiling.tile)
+    tiles = tasks.workspace(math.prod(shape), array.dtype, _TILES).reshape(shape)
     parameters = np.zeros(GATHER_END, np.int64)
     parameters[ARRAY:] = (
         address(array), address(tiles), *_strides(array), channels.start, chunk.start, len(chunk), *tiling.count,
@@ -531,7 +540,8 @@ def _correlate(
         for chunk in _chunks(number, _tiles_of_chunk(len(block.rows) + len(block.terms), each)):
             right = _spectra(_tiles(array, source, tiling, block.terms, chunk), tiling)
             right = right.reshape(block.groups, terms, *right.shape[1:])
-            product = np.empty((len(block.rows), len(chunk), *tiling.spectrum), right.dtype)
+            shape = (len(block.rows), len(chunk), *tiling.spectrum)
+            product = tasks.workspace(math.prod(shape), right.dtype, _PRODUCT).reshape(shape)
             _product(left, right, product, block.groups, conjugate, False)
             results = _inverse(product, tiling, first, tiling.step)
             _store(
