@@ -267,6 +267,26 @@ def _phase_axis(
 
 
 @functools.lru_cache(maxsize=1024)
+def _depthwise_input_grad_plan(
+    geometry: ConvGeometry, dtype: np.dtype, dy: tuple[int, ...], dx: tuple[int, ...], workers: int
+) -> tuple[depthwise.Lines, contraction.Plan]:
+    lines = []
+    for size, taps, stride, dilation, before, positions in zip(
+        geometry.input_size, geometry.kernel_size, geometry.stride, geometry.dilation, geometry.pad_before,
+        geometry.output_size, strict=True,
+    ):  # fmt: skip
+        phases = [
+            _phase_axis(first, size, taps, stride, dilation, before, positions) for first in range(min(stride, size))
+        ]
+        lines.append(depthwise.backward_line(tuple(phases), stride, positions))
+    depth, height, width = lines
+    lines = (depth, height, width)
+    return lines, depthwise.plan_correlation(
+        dtype, geometry.batch, geometry.groups, 1, geometry.out_channels_per_group, lines, dy, dx, True, workers
+    )
+
+
+@functools.lru_cache(maxsize=1024)
 def _input_grad_phases(
     geometry: ConvGeometry, dtype: np.dtype, dy: tuple[int, ...], dx: tuple[int, ...], workers: int
 ) -> tuple[_Phase, ...]:
@@ -337,7 +357,16 @@ def input_grad(
             else:
                 input_grad(part, weight, grad_output[run], bias, relu, accumulate, "direct", out[run])
         return
-    phases = _input_grad_phases(geometry, out.dtype, _elements(grad_output), _elements(out), get_num_threads())
+    strides = _elements(grad_output), _elements(out)
+    if depthwise.applies(geometry):
+        if not np.isfinite(weight).all():  # as below
+            _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
+            return
+        lines, plan = _depthwise_input_grad_plan(geometry, out.dtype, *strides, get_num_threads())
+        weight = depthwise.order_weights(lines, weight)
+        depthwise.correlate(plan, grad_output, weight, out, bias, relu, accumulate)
+        return
+    phases = _input_grad_phases(geometry, out.dtype, *strides, get_num_threads())
     sizes = [0 if phase.blocks is None else phase.blocks.packed_size for phase in phases]
     packed = np.split(tasks.workspace(sum(sizes), out.dtype), np.cumsum(sizes[:-1]))
     for phase, weights in zip(phases, packed, strict=True):

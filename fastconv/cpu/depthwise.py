@@ -180,11 +180,14 @@ def _correlate_plane(p, y, slab, tile, w, bias, flags, first_d, last_d, first_h,
             straight = p[WIDTH + STEP] == 1 and p[Y_W] == 1 and taps > 0
             for d in range(first_d, min(last_d, in_depth[COUNT])):
                 for first in range(first_h, min(first_h + classes, min(last_h, in_height[COUNT]))):
-                    rows = (min(last_h, in_height[COUNT]) - first + classes - 1) // classes
-                    at_once = rows if straight else _TILE_ROWS
-                    for r in range(0, rows, at_once):
+                    rows = min(last_h, in_height[COUNT]) - first
+                    if classes > 1:
+                        rows = (rows + classes - 1) // classes
+                    r = 0
+                    while r < rows:
                         h = first + r * classes
-                        count = min(at_once, rows - r)
+                        count = rows if straight else min(_TILE_ROWS, rows - r)
+                        r += count
                         target = simd.offset(
                             y, (in_depth[FIRST] + d * p[DEPTH + STEP]) * p[Y_D]
                             + (in_height[FIRST] + h * p[HEIGHT + STEP]) * p[Y_H],

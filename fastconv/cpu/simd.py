@@ -1013,13 +1013,15 @@ def _store_lanes(b: ir.IRBuilder, module: ir.Module, value: ir.Value, pointer: i
 
 # (rows of the filter at once, stride between the output rows): output rows that share input rows share their loads
 SHARED_ROWS = ((1, 1), (2, 1), (3, 1), (5, 1), (7, 1), (3, 2), (5, 2), (7, 2))
-_MOST_ROWS = 4  # output rows at once
 
 
-def _row_shapes(t: Tile) -> list[tuple[int, int]]:
-    """(lanes, vectors) of the pieces of an output row: rows * vectors accumulators, a splat for each row of the filter."""
-    half = [(t.lanes // 2, 1)] if t.lanes >= 8 else []
-    return [*half, (t.lanes, 1), (t.lanes, 2), *([(t.lanes, 4)] if t.rows > 8 else [])]
+def _row_shapes(t: Tile) -> list[tuple[int, int, int]]:
+    """(lanes, vectors, rows) of blocks of the output, by width: an accumulator for each vector and row, and a splat for
+    each row of the filter. Seven rows, since the planes of so many networks have 7, 14, 28, 56 and 112."""
+    half = [(t.lanes // 2, 1, 7)] if t.lanes >= 8 else []
+    if t.rows > 8:  # 32 registers
+        return [*half, (t.lanes, 1, 7), (t.lanes, 2, 7), (t.lanes, 4, 4)]
+    return [*half, (t.lanes, 1, 7), (t.lanes, 2, 4)]
 
 
 def _correlate_rows_function(
@@ -1109,14 +1111,16 @@ def _correlate_rows_dispatcher(module: ir.Module, element: ir.Type, t: Tile, tap
     shapes = _row_shapes(t)
     b = ir.IRBuilder(function.append_basic_block("entry"))
 
-    # the widest shape, in columns, and how many pieces of it a row is cut into, as even as whole vectors allow
+    # as many vectors of a row at once as there are functions for, but two for the last ones, which may overlap
     most = shapes[-1][1]
-    vectors = b.sdiv(b.add(columns, _i64(t.lanes - 1)), _i64(t.lanes))
-    pieces = b.sdiv(b.add(vectors, _i64(most - 1)), _i64(most))
-    piece = _Loop(b, "pieces", pieces, [])
-    first = b.mul(b.sdiv(b.mul(piece.k, vectors), pieces), _i64(t.lanes))
-    last = b.mul(b.sdiv(b.mul(b.add(piece.k, _i64(1)), vectors), pieces), _i64(t.lanes))
-    width = b.sub(b.select(b.icmp_signed("<", last, columns), last, columns), first)
+    all_vectors = b.sdiv(b.add(columns, _i64(t.lanes - 1)), _i64(t.lanes))
+    pieces = b.sdiv(b.add(all_vectors, _i64(most - 1)), _i64(most))
+    piece = _Loop(b, "pieces", pieces, [_i64(0)])
+    first = piece.values[0]
+    left = b.sub(columns, first)
+    almost = b.icmp_signed("<=", left, _i64((most + 1) * t.lanes))
+    width = b.select(almost, _i64((most - 1) * t.lanes), _i64(most * t.lanes))
+    width = b.select(b.icmp_signed("<=", left, _i64(most * t.lanes)), left, width)
     shape = _i64(len(shapes) - 1)
     for n in reversed(range(len(shapes) - 1)):
         fits = b.icmp_signed("<=", width, _i64(shapes[n][0] * shapes[n][1]))
@@ -1124,8 +1128,15 @@ def _correlate_rows_dispatcher(module: ir.Module, element: ir.Type, t: Tile, tap
 
     # rows: as many blocks of the most as there are, then the rest
     done = _i64(0)
-    for height in (_MOST_ROWS, 2, 1):
-        blocks = b.sdiv(b.sub(rows, done), _i64(height))
+    for height in (None, 2, 1):
+        if height is None:
+            most_rows = _i64(shapes[-1][2])
+            for n in range(len(shapes) - 1):
+                most_rows = b.select(b.icmp_signed("==", shape, _i64(n)), _i64(shapes[n][2]), most_rows)
+            blocks = b.sdiv(rows, most_rows)
+        else:
+            most_rows = _i64(height)
+            blocks = b.sdiv(b.sub(rows, done), most_rows)
         call, after = b.append_basic_block("rows"), b.append_basic_block("rows_done")
         b.cbranch(b.icmp_signed(">", blocks, _i64(0)), call, after)
         b.position_at_end(call)
@@ -1135,13 +1146,14 @@ def _correlate_rows_dispatcher(module: ir.Module, element: ir.Type, t: Tile, tap
             blocks, width, *end,
         ]  # fmt: skip
         cases = {
-            n: _correlate_rows_function(module, element, t, taps, stride, height, *one) for n, one in enumerate(shapes)
+            n: _correlate_rows_function(module, element, t, taps, stride, height or most, lanes, vectors)
+            for n, (lanes, vectors, most) in enumerate(shapes)
         }
         _switch(b, shape, cases, arguments)
         b.branch(after)
         b.position_at_end(after)
-        done = b.add(done, b.mul(blocks, _i64(height)))
-    piece.close([])
+        done = b.add(done, b.mul(blocks, most_rows))
+    piece.close([b.add(first, width)])
     b.ret_void()
     return function
 
