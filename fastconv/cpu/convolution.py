@@ -207,6 +207,16 @@ def _winograd_input_grad(geometry, weight, grad_output, bias, relu, out):
 
 
 @functools.lru_cache(maxsize=1024)
+def _depthwise_weight_grad_plan(
+    geometry: ConvGeometry, dtype: np.dtype, x: tuple[int, ...], dy: tuple[int, ...]
+) -> contraction.Plan:
+    return depthwise.plan_weight_gradient(
+        dtype, geometry.batch, geometry.groups, geometry.out_channels_per_group,
+        tuple(map(depthwise.forward_line, _axes(geometry))), x, dy, geometry.padding_mode == "zeros",
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
 def _weight_grad_plan(
     geometry: ConvGeometry, dtype: np.dtype, x: tuple[int, ...], dy: tuple[int, ...], dw: tuple[int, ...]
 ) -> contraction.Plan:
@@ -233,7 +243,12 @@ def weight_grad(
     input, grad_output = _readable(input), _readable(grad_output)
     if algorithm == "fft" and fft.weight_grad(geometry, input, grad_output, accumulate, out):
         return
-    plan = _weight_grad_plan(geometry, out.dtype, _elements(input), _elements(grad_output), _elements(out))
+    strides = _elements(input), _elements(grad_output)
+    if depthwise.applies(geometry):
+        plan = _depthwise_weight_grad_plan(geometry, out.dtype, *strides)
+        depthwise.weight_gradient(plan, input, grad_output, out, accumulate)
+        return
+    plan = _weight_grad_plan(geometry, out.dtype, *strides, _elements(out))
     contraction.weight_gradient(plan, input, grad_output, out, accumulate)
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,16 +37,17 @@ from .jit import REAL, compiled
     X, W, Y, BIAS, RELU, ADD,
     X_N, X_C, X_D, X_H, X_W, Y_N, Y_O, Y_D, Y_H, Y_W,
     GROUPS, ROWS, CHANNELS, PLANES, PLANE_TASKS, ZEROS, TAPS, TAPS_H, TAPS_W, OFFSETS,
-    PHASE_PITCH, ROW_PITCH, PLANE_PITCH, SLAB_SIZE, TILE_PITCH, TILE_SIZE,
-    DEPTH, HEIGHT, WIDTH, END,
-) = (*range(tasks.FIRST, tasks.FIRST + 33), *(tasks.FIRST + 32 + 11 * n for n in range(1, 4)))  # fmt: skip
+    PHASE_PITCH, ROW_PITCH, PLANE_PITCH, SLAB_SIZE, TILE_ROWS, TILE_PITCH, TILE_SIZE,
+    UNITS, SPLITS, COPY, DEPTH, HEIGHT, WIDTH, END,
+) = (*range(tasks.FIRST, tasks.FIRST + 37), *(tasks.FIRST + 36 + 11 * n for n in range(1, 4)))  # fmt: skip
 # those of a dimension, from DEPTH, HEIGHT and WIDTH on, and
 SOURCE, BEFORE, SIZE, STRIDE, STEP, OUT, TILE, TILES, REACH, PHASES, TABLE = range(11)
 # those of a phase, in the table of its dimension.
 FIRST, COUNT, PHASE_TAPS, SHIFT, TAP_STEP, START, CLASSES, BLOCKS, PHASE_FIELDS = range(9)
 
 SLAB_BYTES = 192 * 1024
-_TILE_ROWS = 8  # rows that are put together before they are stored, where they cannot be stored at once
+_TILE_BYTES = 64 * 1024  # rows that are put together before they are stored, where they cannot be stored at once
+_GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the bits do not depend on the threads
 
 _jit = njit(error_model="numpy", nogil=True)
 
@@ -186,7 +188,7 @@ def _correlate_plane(p, y, slab, tile, w, bias, flags, first_d, last_d, first_h,
                     r = 0
                     while r < rows:
                         h = first + r * classes
-                        count = rows if straight else min(_TILE_ROWS, rows - r)
+                        count = rows if straight else min(p[TILE_ROWS], rows - r)
                         r += count
                         target = simd.offset(
                             y, (in_depth[FIRST] + d * p[DEPTH + STEP]) * p[Y_D]
@@ -249,6 +251,87 @@ def _correlate(task, worker, p, real):
                 _correlate_plane(
                     p, y, slab, tile, w, bias, flags, first_d, last_d, first_h, last_h, first_w, last_w
                 )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The weight gradient
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _accumulate_plane(p, sums, slab, copy, dy, first_d, last_d, first_h, last_h, first_w, last_w):
+    """Add what a tile of a plane of the output gradient contributes to the gradient of its filter."""
+    in_depth, in_height = simd.at(p, p[DEPTH + TABLE]), simd.at(p, p[HEIGHT + TABLE])
+    offsets = simd.at(p, p[OFFSETS])
+    blocks = simd.offset(in_height, in_height[BLOCKS])
+    classes, columns = in_height[CLASSES], last_w - first_w
+    row_step = classes * p[HEIGHT + STRIDE] * p[ROW_PITCH]
+    tap_step = in_height[TAP_STEP] * p[ROW_PITCH]
+    for d in range(first_d, last_d):
+        gradient = simd.offset(dy, d * p[Y_D] + first_h * p[Y_H] + first_w * p[Y_W])
+        pitch = p[Y_H]
+        if p[COPY]:  # rows whose elements do not follow one another
+            pitch = columns
+            for h in range(last_h - first_h):
+                for q in range(columns):
+                    copy[h * columns + q] = gradient[h * p[Y_H] + q * p[Y_W]]
+            gradient = copy
+        for first in range(min(classes, last_h - first_h)):
+            rows = last_h - first_h - first
+            if classes > 1:
+                rows = (rows + classes - 1) // classes
+            source = simd.offset(
+                slab, (d - first_d) * p[DEPTH + STRIDE] * p[PLANE_PITCH] + first * p[HEIGHT + STRIDE] * p[ROW_PITCH]
+            )
+            for a in range(in_depth[PHASE_TAPS]):
+                plane = simd.offset(source, a * in_depth[TAP_STEP] * p[PLANE_PITCH])
+                for block in range(blocks[0]):
+                    function, shared, i = blocks[3 * block + 1], blocks[3 * block + 2], blocks[3 * block + 3]
+                    simd.call_accumulate(
+                        function, simd.offset(sums, (a * p[TAPS_H] + i) * p[TAPS_W] * simd.lanes(sums)), p[TAPS_W],
+                        simd.offset(plane, i * tap_step), tap_step if shared else row_step, offsets, p[TAPS_W],
+                        simd.offset(gradient, first * pitch), classes * pitch, rows, columns,
+                    )  # fmt: skip
+
+
+@tasks.Body
+def _weight_gradient(task, worker, p, real):
+    """Task = a part of the units (tile, batch) of a range of groups."""
+    slab = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
+    copy = simd.offset(slab, p[SLAB_SIZE])
+    sums = simd.offset(copy, p[TILE_SIZE])
+    part, split = task % p[PLANE_TASKS], task // p[PLANE_TASKS]
+    batch = p[PLANES]
+    filters = p[ROWS] * p[TAPS]
+    zeroed = -1  # the tile whose border is in the slab
+    for group in range(part * p[GROUPS] // p[PLANE_TASKS], (part + 1) * p[GROUPS] // p[PLANE_TASKS]):
+        simd.fill_zero(sums, filters * simd.lanes(real))
+        for unit in range(split * p[UNITS] // p[SPLITS], (split + 1) * p[UNITS] // p[SPLITS]):
+            tile, n = unit // batch, unit % batch
+            first_w = tile % p[WIDTH + TILES] * p[WIDTH + TILE]
+            first_h = tile // p[WIDTH + TILES] % p[HEIGHT + TILES] * p[HEIGHT + TILE]
+            first_d = tile // p[WIDTH + TILES] // p[HEIGHT + TILES] * p[DEPTH + TILE]
+            last_d = min(first_d + p[DEPTH + TILE], p[DEPTH + OUT])
+            last_h = min(first_h + p[HEIGHT + TILE], p[HEIGHT + OUT])
+            last_w = min(first_w + p[WIDTH + TILE], p[WIDTH + OUT])
+            if p[ZEROS] and tile != zeroed:
+                simd.fill_zero(slab, p[SLAB_SIZE])
+                zeroed = tile
+            _fill_slab(
+                p, slab, simd.offset(simd.at(real, p[X]), n * p[X_N] + group * p[X_C]),
+                first_d * p[DEPTH + STRIDE], (last_d - 1 - first_d) * p[DEPTH + STRIDE] + p[DEPTH + REACH],
+                first_h * p[HEIGHT + STRIDE], (last_h - 1 - first_h) * p[HEIGHT + STRIDE] + p[HEIGHT + REACH],
+                first_w * p[WIDTH + STRIDE], (last_w - 1 - first_w) * p[WIDTH + STRIDE] + p[WIDTH + REACH],
+            )  # fmt: skip
+            for i in range(p[ROWS]):
+                _accumulate_plane(
+                    p, simd.offset(sums, i * p[TAPS] * simd.lanes(real)), slab, copy,
+                    simd.offset(simd.at(real, p[Y]), n * p[Y_N] + (group * p[ROWS] + i) * p[Y_O]),
+                    first_d, last_d, first_h, last_h, first_w, last_w,
+                )  # fmt: skip
+        simd.sum_lanes(
+            simd.offset(simd.at(real, p[W]), (split * p[GROUPS] + group) * filters), sums, filters
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,26 +419,32 @@ def _rows(taps, stride, y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, rows
     )
 
 
+def _accumulate(taps, stride, sums, pitch, x, x_pitch, offsets, depth, dy, dy_pitch, rows, columns):
+    simd.accumulate_rows(taps, stride, sums, pitch, x, x_pitch, offsets, depth, dy, dy_pitch, rows, columns)
+
+
 _functions: list[Any] = []  # they must outlive their addresses
 
 
 @functools.cache
-def _rows_address(taps: int, stride: int, dtype: np.dtype) -> int:
-    """Address of `simd.correlate_rows` for one of simd.SHARED_ROWS, compiled on first use.
+def _address_of(function: Callable[..., None], taps: int, stride: int, dtype: np.dtype) -> int:
+    """Address of `_rows` or `_accumulate` for one of simd.SHARED_ROWS, compiled on first use.
 
-    Not a part of the body, since Numba would compile every one of them with it, three times over.
+    Not a part of the bodies, since Numba would compile every one of them with each, three times over.
     """
     real, i = REAL[dtype], types.int64
     pointer, table = types.CPointer(real), types.CPointer(i)
-    signature = types.void(
-        types.literal(taps), types.literal(stride), pointer, i, pointer, i, pointer, i, i, table, i, i, i, real, real
-    )
-    _functions.append(compiled(numba.cfunc, signature, _rows))
+    arguments = {
+        _rows: (pointer, i, pointer, i, pointer, i, i, table, i, i, i, real, real),
+        _accumulate: (pointer, i, pointer, i, table, i, pointer, i, i, i),
+    }[function]
+    signature = types.void(types.literal(taps), types.literal(stride), *arguments)
+    _functions.append(compiled(numba.cfunc, signature, function))
     return _functions[-1].address
 
 
-def _phase_table(line: Line, dtype: np.dtype) -> np.ndarray:
-    """The table of the phases of a dimension, with the blocks of rows that `simd.correlate_rows` takes at once.
+def _phase_table(line: Line, function: Callable[..., None] | None, dtype: np.dtype) -> np.ndarray:
+    """The table of the phases of a dimension, with the blocks of rows of the filter that `function` takes at once.
 
     Output rows share the rows they read where a tap of one is another tap of the next: with a dilation, that is true of
     every tap_step-th row, a *class*.
@@ -368,13 +457,13 @@ def _phase_table(line: Line, dtype: np.dtype) -> np.ndarray:
         shared = [rows for rows, stride in simd.SHARED_ROWS if stride == ratio]
         if not shared or len(phase.taps) == 1:
             shared, classes = [1], 1
-        cuts = _cut(len(phase.taps), (1, *shared))
+        cuts = _cut(len(phase.taps), (1, *shared)) if function else ()
         at = len(line.phases) * PHASE_FIELDS + len(blocks) - n * PHASE_FIELDS
         table += [phase.first, phase.count, len(phase.taps), phase.shift, phase.tap_step, start, classes, at]
         blocks.append(len(cuts))
         i = 0
         for rows in cuts:
-            blocks += [_rows_address(rows, ratio if rows > 1 else 1, dtype), rows > 1, i]
+            blocks += [_address_of(function, rows, ratio if rows > 1 else 1, dtype), rows > 1, i]
             i += rows
         start += len(phase.taps)
     return np.array(table + blocks, np.int64)
@@ -393,7 +482,7 @@ def _tile(lines: Lines, lanes: int, budget: int) -> tuple[int, int, int]:
         return depth.length(d) * height.length(h) * _row_pitch(width, w, lanes)[1]
 
     h = min(height.out, 8)
-    while w > 8 * lanes and size() > budget:
+    while w > 8 * lanes and max(size(), len(width.phases) * w) > budget:
         w = _ceil(_ceil(w, 2), 4 * lanes) * 4 * lanes
     room = budget // (depth.length(1) * _row_pitch(width, w, lanes)[1])
     h = max(1, min(height.out, (room - height.reach) // height.stride + 1))
@@ -410,49 +499,72 @@ def _row_pitch(width: Line, out: int, lanes: int) -> tuple[int, int]:
     return phase, phase * width.stride
 
 
-_MOST_SLAB = 1024 * 1024
-
-
-def _line_parameters(line: Line, tile: int, table: np.ndarray) -> tuple[int, ...]:
-    return (
-        address(line.source), line.before, line.size, line.stride, line.step, line.out, tile, _ceil(line.out, tile),
-        line.reach, len(line.phases), address(table),
-    )  # fmt: skip
-
-
-def plan_correlation(
-    dtype: np.dtype, batch: int, groups: int, rows: int, channels: int, lines: Lines, x: Strides,
-    y: Strides, zeros: bool, workers: int,
-) -> contraction.Plan:  # fmt: skip
-    """Plan y[n, g, i] = sum over c, k of w[g, i, c, k] * x[n, g, c, u(k)], with strides of x and y in elements."""
-    t = simd.tile(dtype.itemsize * 8)
-    tile = _tile(lines, t.lanes, SLAB_BYTES // dtype.itemsize)
+def _parameters(
+    dtype: np.dtype, lines: Lines, function: Callable[..., None]
+) -> tuple[np.ndarray, tuple[np.ndarray, ...], int]:
+    """What both bodies need to know of the lines; the tables that hold it; the number of tiles of a plane."""
+    lanes = simd.tile(dtype.itemsize * 8).lanes
+    tile = _tile(lines, lanes, SLAB_BYTES // dtype.itemsize)
     depth, height, width = lines
-    phase_pitch, row_pitch = _row_pitch(width, tile[2], t.lanes)
+    phase_pitch, row_pitch = _row_pitch(width, tile[2], lanes)
     plane_pitch = height.length(tile[1]) * row_pitch
-    slab_size = _ceil(depth.length(tile[0]) * plane_pitch + t.lanes, 16) * 16
-    tile_pitch = _ceil(tile[2], t.lanes) * t.lanes
-    tile_size = _TILE_ROWS * tile_pitch
-    tiles = math.prod(_ceil(line.out, n) for line, n in zip(lines, tile, strict=True))
-    planes = batch * groups
-    plane_tasks = min(planes, _ceil(8 * workers, tiles))
+    slab_size = _ceil(depth.length(tile[0]) * plane_pitch + lanes, 16) * 16
 
-    tables = tuple(_phase_table(line, dtype) for line in lines)
+    # Only the height is walked by `function`. The tables of the others have no blocks.
+    tables = tuple(_phase_table(line, function if line is height else None, dtype) for line in lines)
     u = np.concatenate([np.arange(len(f.taps), dtype=np.int64) * f.tap_step + f.shift for f in width.phases])
     offsets = u % width.stride * phase_pitch + u // width.stride
     taps = tuple(len(line.taps) for line in lines)
     parameters = np.zeros(END, np.int64)
-    parameters[X_N:DEPTH] = (
-        *x, *y, groups, rows, channels, planes, plane_tasks, zeros, math.prod(taps), *taps[1:], address(offsets),
-        phase_pitch, row_pitch, plane_pitch, slab_size, tile_pitch, tile_size,
+    parameters[TAPS : SLAB_SIZE + 1] = (
+        math.prod(taps), *taps[1:], address(offsets), phase_pitch, row_pitch, plane_pitch, slab_size
     )  # fmt: skip
     for first, line, n, table in zip((DEPTH, HEIGHT, WIDTH), lines, tile, tables, strict=True):
-        parameters[first : first + TABLE + 1] = _line_parameters(line, n, table)
-    scratch = (slab_size + len(width.phases) * tile_size) * dtype.itemsize
-    sources = tuple(line.source for line in lines)
+        parameters[first : first + TABLE + 1] = (
+            address(line.source), line.before, line.size, line.stride, line.step, line.out, n, _ceil(line.out, n),
+            line.reach, len(line.phases), address(table),
+        )  # fmt: skip
+    tiles = math.prod(_ceil(line.out, n) for line, n in zip(lines, tile, strict=True))
+    return parameters, (*tables, offsets, *(line.source for line in lines)), tiles
+
+
+def plan_correlation(
+    dtype: np.dtype, batch: int, groups: int, rows: int, channels: int, lines: Lines, x: Strides, y: Strides,
+    zeros: bool, workers: int,
+) -> contraction.Plan:  # fmt: skip
+    """Plan y[n, g, i] = sum over c, k of w[g, i, c, k] * x[n, g, c, u(k)], with strides of x and y in elements."""
+    parameters, tables, tiles = _parameters(dtype, lines, _rows)
+    lanes, phases = simd.tile(dtype.itemsize * 8).lanes, len(lines[2].phases)
+    planes = batch * groups
+    plane_tasks = min(planes, _ceil(8 * workers, tiles))
+    tile_pitch = _ceil(int(parameters[WIDTH + TILE]), lanes) * lanes
+    most_rows = _TILE_BYTES // (phases * tile_pitch * dtype.itemsize)
+    tile_rows = max(1, min(most_rows, 8, int(parameters[HEIGHT + TILE])))
+    parameters[X_N:TAPS] = (*x, *y, groups, rows, channels, planes, plane_tasks, zeros)
+    parameters[TILE_ROWS : TILE_SIZE + 1] = tile_rows, tile_pitch, tile_rows * tile_pitch
+    scratch = int(parameters[SLAB_SIZE] + phases * parameters[TILE_SIZE]) * dtype.itemsize
     outputs = math.prod(sum(f.count * max(1, len(f.taps)) for f in line.phases) for line in lines)
-    flops = 2 * planes * rows * channels * outputs
-    return contraction.Plan(parameters, (*tables, offsets, *sources), tiles * plane_tasks, scratch, flops)
+    return contraction.Plan(
+        parameters, tables, tiles * plane_tasks, scratch, 2 * planes * rows * channels * outputs
+    )
+
+
+def plan_weight_gradient(
+    dtype: np.dtype, batch: int, groups: int, rows: int, lines: Lines, x: Strides, dy: Strides, zeros: bool
+) -> contraction.Plan:
+    """Plan dw[g, i, k] = sum over n, p of dy[n, g, i, p] * x[n, g, u(p, k)], with strides of x and dy in elements."""
+    parameters, tables, tiles = _parameters(dtype, lines, _accumulate)
+    units = batch * tiles
+    splits = min(units, _ceil(_GRADIENT_TASKS, groups))
+    group_tasks = min(groups, 4 * _GRADIENT_TASKS)
+    copy = dy[4] != 1
+    parameters[X_N:TAPS] = (*x, *dy, groups, rows, 1, batch, group_tasks, zeros)
+    parameters[TILE_SIZE] = copy * _ceil(int(parameters[HEIGHT + TILE] * parameters[WIDTH + TILE]), 16) * 16
+    parameters[UNITS : COPY + 1] = units, splits, copy
+    sums = rows * int(parameters[TAPS]) * simd.tile(dtype.itemsize * 8).lanes
+    scratch = int(parameters[SLAB_SIZE] + parameters[TILE_SIZE] + sums) * dtype.itemsize
+    flops = 2 * batch * groups * rows * math.prod(line.out * len(line.taps) for line in lines)
+    return contraction.Plan(parameters, tables, group_tasks * splits, scratch, flops)
 
 
 def order_weights(lines: Lines, w: np.ndarray) -> np.ndarray:
@@ -472,15 +584,37 @@ def correlate(
     tasks.run(_correlate, x.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
 
 
+def weight_gradient(plan: contraction.Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, add: bool) -> None:
+    """Run a plan on arrays of the strides it was made for; dw of any strides."""
+    parts = np.empty((int(plan.parameters[SPLITS]), *dw.shape), dw.dtype)
+    parameters = plan.parameters.copy()
+    parameters[[X, Y, W]] = address(x), address(dy), address(parts)
+    tasks.run(_weight_gradient, dw.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    if add:
+        dw += total
+    else:
+        dw[...] = total
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Where it pays
 # ---------------------------------------------------------------------------------------------------------------------
 
 _FEW_CHANNELS = 4
+_MOST_SLAB = 1024 * 1024  # bytes
+_MOST_SUMS = 512 * 1024
 
 
 def applies(geometry: ConvGeometry) -> bool:
     """Is this a convolution for the functions of this module?"""
-    if geometry.in_channels_per_group != 1:
+    if geometry.in_channels_per_group != 1 or geometry.groups == 1 and geometry.out_channels > _FEW_CHANNELS:
         return False
-    return geometry.groups > 1 or geometry.out_channels <= _FEW_CHANNELS
+    # what a worker needs at the least, for float64: the slab of one short row, and the sums of the weight gradient
+    depth, height, width = (
+        (k - 1) * dilation + 1 for k, dilation in zip(geometry.kernel_size, geometry.dilation, strict=True)
+    )
+    slab = 8 * depth * height * (width + 128 * geometry.stride[2])
+    return slab <= _MOST_SLAB and 64 * geometry.out_channels_per_group * math.prod(geometry.kernel_size) <= _MOST_SUMS

@@ -1184,6 +1184,13 @@ def correlate_rows(
     return signature, codegen
 
 
+def _call_compiled(builder: ir.IRBuilder, address: ir.Value, arguments: list[ir.Value]) -> None:
+    """Call a C function of this section: its first two arguments are literals, known by their types."""
+    arguments = [_i64(0), _i64(0), *arguments]
+    function = ir.FunctionType(ir.VoidType(), [a.type for a in arguments])
+    builder.call(builder.inttoptr(address, function.as_pointer()), arguments)
+
+
 @intrinsic
 def call_rows(typingctx, address, y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, rows, columns, flags, bias):
     """Call the C function at `address`, compiled from `correlate_rows`; `flags` and `bias` as for `contract`."""
@@ -1200,13 +1207,226 @@ def call_rows(typingctx, address, y, y_pitch, x, x_pitch, w, w_pitch, depth, off
         some_number = builder.select(is_set(BIAS), bias, args[5])  # there may be no memory at `bias`
         bias = builder.select(is_set(BIAS), builder.load(some_number), ir.Constant(element, -0.0))
         least = builder.select(is_set(RELU), ir.Constant(element, 0.0), ir.Constant(element, -math.inf))
-        # the literals have a place in the C function too
-        arguments = [_i64(0), _i64(0), *between, builder.and_(flags, _i64(ADD)), bias, least]
-        function = ir.FunctionType(ir.VoidType(), [a.type for a in arguments])
-        builder.call(builder.inttoptr(args[0], function.as_pointer()), arguments)
+        _call_compiled(builder, args[0], [*between, builder.and_(flags, _i64(ADD)), bias, least])
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def _where(b: ir.IRBuilder, condition: ir.Value, values: list[ir.Value], change) -> list[ir.Value]:
+    """`change(values)` if the condition holds, else the values."""
+    before, inside, after = b.block, b.append_basic_block("then"), b.append_basic_block("after")
+    b.cbranch(condition, inside, after)
+    b.position_at_end(inside)
+    changed = change(values)
+    inside = b.block
+    b.branch(after)
+    b.position_at_end(after)
+    result = []
+    for old, new in zip(values, changed, strict=True):
+        phi = b.phi(old.type)
+        phi.add_incoming(old, before)
+        phi.add_incoming(new, inside)
+        result.append(phi)
+    return result
+
+
+def _taps_at_once(t: Tile, taps: int) -> int:
+    """Columns of the filter whose gradients are summed at once: an accumulator for each, and for each of its rows."""
+    wanted = {1: 4, 7: 3}.get(taps, taps)
+    registers = 32 if t.rows > 8 else 16
+    return max(1, min(wanted, (registers - 2 - _GRADIENT_ROWS) // taps))
+
+
+_GRADIENT_ROWS = 4  # rows of the output gradient at once
+
+
+def _accumulate_rows_function(
+    module: ir.Module, element: ir.Type, t: Tile, taps: int, stride: int, many: int, rows: int, lanes: int
+) -> ir.Function:
+    pointer, table = element.as_pointer(), _I64.as_pointer()
+    function, new = _internal(
+        module, f"fastconv_accumulate_rows_{element}_{taps}_{stride}_{many}_{rows}_{lanes}",
+        [pointer, _I64, pointer, _I64, table, pointer, _I64, _I64, _I64],
+    )  # fmt: skip
+    if not new:
+        return function
+    sums, pitch, x, x_pitch, offsets, dy, dy_pitch, blocks, columns = function.args
+    for p in (sums, x, dy):
+        p.add_attribute("noalias")
+    vector = ir.VectorType(element, lanes)
+    zero = ir.Constant(vector, [0.0] * lanes)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    places = [
+        b.gep(sums, [b.mul(b.add(b.mul(pitch, _i64(a)), _i64(j)), _i64(t.lanes))])
+        for a in range(taps)
+        for j in range(many)
+    ]
+    shifts = [b.load(b.gep(offsets, [_i64(j)])) for j in range(many)]
+    full = b.sdiv(columns, _i64(lanes))
+    rest = b.srem(columns, _i64(lanes))
+    mask = _lane_mask(b, rest if lanes == t.lanes else columns, lanes)
+    block = _Loop(b, "blocks", blocks, [x, dy, *(_load(b, p, vector) for p in places)])
+    x_block, dy_block, *values = block.values
+    x_rows = [b.gep(x_block, [b.mul(x_pitch, _i64(i))]) for i in range(stride * (rows - 1) + taps)]
+    dy_rows = [b.gep(dy_block, [b.mul(dy_pitch, _i64(r))]) for r in range(rows)]
+
+    def add(values: list[ir.Value], column: ir.Value, masked: bool) -> list[ir.Value]:
+        values = list(values)
+        at = [b.gep(row, [column]) for row in dy_rows]
+        gradients = [_load_lanes(b, module, p, mask, vector) if masked else _load(b, p, vector) for p in at]
+        for i, row in enumerate(x_rows):
+            meeting = [(r, i - stride * r) for r in range(rows) if 0 <= i - stride * r < taps]
+            for j in range(many if meeting else 0):
+                value = _load(b, b.gep(row, [b.add(column, shifts[j])]), vector)
+                if masked:  # what lies beyond the row may be infinite, and times zero be nan
+                    value = b.select(mask, value, zero)
+                for r, a in meeting:
+                    n = a * many + j
+                    values[n] = _multiply_add(b, module, t.fma, gradients[r], value, values[n])
+        return values
+
+    def add_full(values: list[ir.Value]) -> list[ir.Value]:
+        loop = _Loop(b, "vectors", full, values)
+        values = add(loop.values, b.mul(loop.k, _i64(lanes)), False)
+        loop.close(values)
+        return values
+
+    if lanes == t.lanes:
+        values = _where(b, b.icmp_signed(">", full, _i64(0)), values, add_full)
+        values = _where(
+            b, b.icmp_signed(">", rest, _i64(0)), values, lambda vs: add(vs, b.mul(full, _i64(lanes)), True)
+        )
+    else:
+        values = add(values, _i64(0), True)
+    block.close([
+        b.gep(x_block, [b.mul(x_pitch, _i64(rows * stride))]), b.gep(dy_block, [b.mul(dy_pitch, _i64(rows))]), *values,
+    ])  # fmt: skip
+    for value, place in zip(values, places, strict=True):
+        _store(b, value, place)
+    b.ret_void()
+    return function
+
+
+def _accumulate_rows_dispatcher(module: ir.Module, element: ir.Type, t: Tile, taps: int, stride: int) -> ir.Function:
+    """Cuts rows and columns of the filter into what the generated functions take."""
+    pointer, table = element.as_pointer(), _I64.as_pointer()
+    function, new = _internal(
+        module, f"fastconv_accumulate_rows_{element}_{taps}_{stride}",
+        [pointer, _I64, pointer, _I64, table, _I64, pointer, _I64, _I64, _I64],
+    )  # fmt: skip
+    if not new:
+        return function
+    sums, pitch, x, x_pitch, offsets, depth, dy, dy_pitch, rows, columns = function.args
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    widths = [t.lanes // 2, t.lanes] if t.lanes >= 8 else [t.lanes]
+    narrow = b.zext(b.icmp_signed("<=", columns, _i64(widths[0])), _I64) if len(widths) > 1 else _i64(0)
+
+    def columns_from(first: ir.Value, many: int) -> None:
+        done = _i64(0)
+        for height in (_GRADIENT_ROWS, 2, 1):
+            blocks = b.sdiv(b.sub(rows, done), _i64(height))
+
+            def call(_: list[ir.Value], height=height, blocks=blocks, done=done) -> list[ir.Value]:
+                arguments = [
+                    b.gep(sums, [b.mul(first, _i64(t.lanes))]), pitch,
+                    b.gep(x, [b.mul(b.mul(done, _i64(stride)), x_pitch)]), x_pitch, b.gep(offsets, [first]),
+                    b.gep(dy, [b.mul(done, dy_pitch)]), dy_pitch, blocks, columns,
+                ]  # fmt: skip
+                cases = {
+                    n: _accumulate_rows_function(module, element, t, taps, stride, many, height, lanes)
+                    for n, lanes in enumerate(reversed(widths))
+                }
+                _switch(b, narrow, cases, arguments)
+                return []
+
+            _where(b, b.icmp_signed(">", blocks, _i64(0)), [], call)
+            done = b.add(done, b.mul(blocks, _i64(height)))
+
+    first = _i64(0)
+    for many in sorted({_taps_at_once(t, taps), 1}, reverse=True):
+        count = b.sdiv(b.sub(depth, first), _i64(many))
+
+        def every(_: list[ir.Value], many=many, count=count, first=first) -> list[ir.Value]:
+            loop = _Loop(b, "columns", count, [])
+            columns_from(b.add(first, b.mul(loop.k, _i64(many))), many)
+            loop.close([])
+            return []
+
+        _where(b, b.icmp_signed(">", count, _i64(0)), [], every)
+        first = b.add(first, b.mul(count, _i64(many)))
+    b.ret_void()
+    return function
+
+
+@intrinsic(prefer_literal=True)
+def accumulate_rows(
+    typingctx, taps, stride, sums, pitch, x, x_pitch, offsets, depth, dy, dy_pitch, rows, columns
+):
+    """sums[a, k] += sum over r < rows, q < columns of dy[r, q] * x[stride * r + a, q + offsets[k]], a < taps, k < depth.
+
+    (taps, stride), one of SHARED_ROWS, are literals. Each of the sums is a vector of partial sums, which
+    `sum_lanes` adds up, and `pitch` counts vectors. Up to a vector of x beyond a row may be read, and is not used;
+    of dy nothing is read but dy[r, q].
+    """
+    i, table = types.int64, types.CPointer(types.int64)
+    signature = types.void(taps, stride, sums, i, sums, i, table, i, sums, i, i, i)
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[2]), _tile_of(sig.args[2])
+        function = _accumulate_rows_dispatcher(
+            builder.module, element, t, taps.literal_value, stride.literal_value
+        )
+        builder.call(function, args[2:])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def call_accumulate(typingctx, address, sums, pitch, x, x_pitch, offsets, depth, dy, dy_pitch, rows, columns):
+    """Call the C function at `address`, compiled from `accumulate_rows`."""
+    i, table = types.int64, types.CPointer(types.int64)
+    signature = types.void(i, sums, i, sums, i, table, i, sums, i, i, i)
+
+    def codegen(context, builder, sig, args):
+        _call_compiled(builder, args[0], args[1:])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic
+def sum_lanes(typingctx, target, sums, count):
+    """target[k] = the sum of the lanes of vector k of `sums`, for k < count, count >= 1: always in the same order."""
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[0]), _tile_of(sig.args[0])
+        pointer = element.as_pointer()
+        function, new = _internal(builder.module, f"fastconv_sum_lanes_{element}", [pointer, pointer, _I64])
+        if new:
+            target, sums, count = function.args
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            loop = _Loop(b, "vectors", count, [])
+            value = _load(b, b.gep(sums, [b.mul(loop.k, _i64(t.lanes))]), ir.VectorType(element, t.lanes))
+            half = t.lanes // 2
+            while half:
+                low, high = (
+                    b.shuffle_vector(
+                        value, ir.Constant(value.type, ir.Undefined),
+                        ir.Constant(ir.VectorType(_I32, half), list(range(start, start + half))),
+                    )
+                    for start in (0, half)
+                )  # fmt: skip
+                value = b.fadd(low, high)
+                half //= 2
+            b.store(b.extract_element(value, ir.Constant(_I32, 0)), b.gep(target, [loop.k]))
+            loop.close([])
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    return types.void(target, target, types.int64), codegen
 
 
 def _copy_rows_function(module: ir.Module, element: ir.Type, t: Tile) -> ir.Function:
