@@ -171,7 +171,7 @@ def nanoseconds(operation: str, geometry: ConvGeometry) -> float:
 
 def flops(operation: str, geometry: ConvGeometry) -> int:
     """Additions and multiplications of a call."""
-    return round(make_tiling(operation, geometry).flops * max(geometry.batch, 1))
+    return round(make_tiling(operation, geometry).flops) * max(geometry.batch, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -547,6 +547,7 @@ def _correlate(
             _store(
                 results, out, tiling, stride, first[tiling.axes[-1]], block.rows, chunk, bias, relu, add
             )
+            del right, results  # before the next ones are made
 
 
 def _filters(weight: np.ndarray, dilation: Size3) -> np.ndarray:
@@ -654,6 +655,7 @@ def weight_grad(
             left = _spectra(_tiles(grad_output, of_grad, tiling, block.rows, chunk), tiling)
             by_group = right.reshape(block.groups, columns, *right.shape[1:]).swapaxes(1, 2)
             _product(left, by_group, total, block.groups, True, chunk.start > 0)
+            del left, right, by_group  # before the next ones are made
         taps = _inverse(total, tiling, (0, 0, 0), tiling.span)
         wanted = (slice(None, s, d) for s, d in zip(tiling.span, geometry.dilation, strict=True))
         gradient = taps[(..., *wanted)]

@@ -1,0 +1,214 @@
+"""The choice of an algorithm: what it depends on, what it may not, what it says, and the error of each algorithm."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+import fastconv as fc
+from fastconv import algorithms, arguments
+from helpers import LAYOUTS, functions, normal
+from shapes import CASES
+
+SINGLE = np.dtype(np.float32)
+
+
+def geometry(input, weight, stride=1, padding=0, dilation=1, groups=1, padding_mode="zeros"):
+    ndim = len(input) - 2
+    return arguments.convolution_plan(
+        "test", ndim, input, weight, stride, padding, dilation, groups, padding_mode, LAYOUTS[ndim][0]
+    ).geometry
+
+
+def fastest(operation, *shape, **options):
+    return algorithms.fastest(operation, geometry(*shape, **options), SINGLE, "cpu")
+
+
+# Clear cases on either side of each boundary.
+CHOICES = [
+    ("1x1", ((1, 256, 56, 56), (64, 256, 1, 1)), {}, "direct"),
+    ("3x3 of three channels", ((1, 3, 224, 224), (64, 3, 3, 3)), {"padding": 1}, "direct"),
+    ("3x3 stride 2", ((1, 128, 56, 56), (128, 128, 3, 3)), {"padding": 1, "stride": 2}, "direct"),
+    ("3x3 of many channels", ((1, 128, 56, 56), (128, 128, 3, 3)), {"padding": 1}, "winograd"),
+    ("5x5 depthwise", ((1, 96, 56, 56), (96, 1, 5, 5)), {"padding": 2, "groups": 96}, "direct"),
+    ("7x7 plane", ((1, 1, 512, 512), (1, 1, 7, 7)), {"padding": 3}, "direct"),
+    ("63x63 plane", ((1, 1, 512, 512), (1, 1, 63, 63)), {"padding": 31}, "fft"),
+    ("63x63 on few pixels", ((1, 1, 70, 70), (1, 1, 63, 63)), {}, "direct"),
+    ("63x63 with a stride that skips most of it", ((1, 1, 512, 512), (1, 1, 63, 63)), {"stride": 16}, "direct"),
+    ("15x15 of many channels", ((1, 32, 128, 128), (32, 32, 15, 15)), {"padding": 7}, "fft"),
+    ("4096 taps", ((1, 1, 200_000), (1, 1, 4096)), {}, "fft"),
+    ("16 taps", ((1, 1, 200_000), (1, 1, 16)), {}, "direct"),
+    ("9x9x9 of channels", ((1, 8, 40, 40, 40), (8, 8, 9, 9, 9)), {}, "fft"),
+    ("3x3x3", ((1, 8, 40, 40, 40), (8, 8, 3, 3, 3)), {}, "direct"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "options", "expected"), [c[1:] for c in CHOICES], ids=[c[0] for c in CHOICES])
+def test_choice(shape, options, expected):
+    assert fastest("forward", *shape, **options) == expected
+
+
+def test_every_algorithm_is_chosen_for_a_gradient():
+    plane = ((1, 1, 512, 512), (1, 1, 63, 63)), {"padding": 31}
+    layer = ((1, 128, 56, 56), (128, 128, 3, 3)), {"padding": 1}
+    assert [fastest(op, *plane[0], **plane[1]) for op in ("input_grad", "weight_grad")] == ["fft", "fft"]
+    assert [fastest(op, *layer[0], **layer[1]) for op in ("input_grad", "weight_grad")] == ["winograd", "direct"]
+
+
+@pytest.mark.parametrize("operation", algorithms.OPERATIONS)
+def test_the_choice_does_not_depend_on_batch_threads_or_history(operation):
+    before = fc.get_num_threads()
+    shapes = [(c[1], c[2]) for c in CHOICES]
+    expected = [fastest(operation, *shape, **options) for shape, options in shapes]
+    try:
+        for threads, batch in itertools.product((1, 7), (1, 64)):
+            fc.set_num_threads(threads)
+            algorithms.fastest.cache_clear()
+            chosen = [
+                fastest(operation, (batch, *shape[0][1:]), shape[1], **options)
+                for shape, options in reversed(shapes)
+            ]
+            assert chosen[::-1] == expected
+    finally:
+        fc.set_num_threads(before)
+
+
+def test_the_choice_is_what_runs(monkeypatch):
+    """For every pass of the public functions, asked once."""
+    asked = []
+    original = algorithms.fastest
+    monkeypatch.setattr(algorithms, "fastest", lambda op, *rest: asked.append(op) or original(op, *rest))
+    x, w = np.ones((1, 1, 9, 9), np.float32), np.ones((1, 1, 3, 3), np.float32)
+    y = fc.conv2d(x, w)
+    fc.conv2d_backward(x, w, y)
+    fc.conv_transpose2d(y, w)
+    assert asked == ["forward", "input_grad", "weight_grad", "input_grad"]
+    x, w = np.ones((1, 1, 200, 200), np.float32), np.ones((1, 1, 99, 99), np.float32)
+    assert original("forward", geometry(x.shape, w.shape), SINGLE, "cpu") == "fft"
+    np.testing.assert_array_equal(fc.conv2d(x, w), fc.conv2d(x, w, algorithm="fft"))
+
+
+REFUSED = [
+    ("winograd", "conv2d", (1, 8, 9, 9), (8, 8, 5, 5), {}),
+    ("winograd", "conv2d", (1, 8, 9, 9), (8, 8, 3, 3), {"stride": 2}),
+    ("winograd", "conv2d", (1, 8, 9, 9), (8, 8, 3, 3), {"dilation": 2}),
+    ("winograd", "conv2d", (1, 8, 9, 9), (8, 4, 3, 3), {"groups": 2}),
+    ("winograd", "conv1d", (1, 8, 9), (8, 8, 3), {}),
+    ("winograd", "conv3d", (1, 2, 5, 5, 5), (2, 2, 3, 3, 3), {}),
+    ("fft", "conv2d", (1, 8, 9, 9), (8, 8, 1, 1), {}),
+    ("fft", "conv1d", (1, 8, 9), (8, 8, 1), {}),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "function", "input", "weight", "options"), REFUSED, ids=lambda v: str(v))
+def test_forced_where_it_does_not_apply(algorithm, function, input, weight, options):
+    x, w = np.ones(input, np.float32), np.ones(weight, np.float32)
+    reason = algorithms.why_not(algorithm, "forward", geometry(input, weight, **options), SINGLE, "cpu")
+    with pytest.raises(ValueError) as error:
+        getattr(fc, function)(x, w, algorithm=algorithm, **options)
+    assert str(error.value) == f"{function}: algorithm={algorithm!r} does not apply: {reason}"
+
+
+def test_winograd_has_no_weight_gradient():
+    x, dy = np.ones((1, 8, 9, 9), np.float32), np.ones((1, 8, 7, 7), np.float32)
+    with pytest.raises(ValueError, match="conv2d_weight_grad: algorithm='winograd' does not apply: .*weight gradient"):
+        fc.conv2d_weight_grad(x, (8, 8, 3, 3), dy, algorithm="winograd")
+
+
+@pytest.mark.parametrize("algorithm", ["winograd", "fft"])
+def test_cuda_is_direct(algorithm):
+    x, w = np.ones((1, 2, 5, 5), np.float32), np.ones((2, 2, 3, 3), np.float32)
+    with pytest.raises(ValueError, match="conv2d: algorithm='.*' does not apply: the cuda backend has the direct"):
+        fc.conv2d(x, w, algorithm=algorithm, backend="cuda")
+    large = geometry((1, 1, 512, 512), (1, 1, 63, 63))
+    assert algorithms.fastest("forward", large, SINGLE, "cuda") == "direct"
+
+
+@pytest.mark.parametrize("operation", algorithms.OPERATIONS)
+def test_the_choice_always_applies(operation):
+    for case in CASES:
+        shape = geometry(case.input, case.weight, case.stride, case.padding, case.dilation, case.groups, case.padding_mode)
+        chosen = algorithms.fastest(operation, shape, SINGLE, "cpu")
+        assert algorithms.why_not(chosen, operation, shape, SINGLE, "cpu") is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The error of each algorithm, as docs/accuracy.md has it over whole networks
+# ---------------------------------------------------------------------------------------------------------------------
+
+LAYERS = [
+    ((1, 64, 28, 28), (64, 64, 3, 3), {"padding": 1}),
+    ((1, 512, 7, 7), (64, 512, 3, 3), {"padding": 1}),
+    ((2, 32, 40, 40), (32, 32, 7, 7), {"padding": 3}),
+    ((1, 1, 128, 128), (1, 1, 31, 31), {"padding": 15}),
+    ((1, 16, 40, 40), (16, 1, 7, 7), {"padding": 3, "groups": 16}),
+    ((1, 3, 64, 64), (32, 3, 7, 7), {"padding": 3, "stride": 2}),
+    ((2, 4, 4000), (4, 4, 257), {}),
+    ((1, 8, 12, 12, 12), (8, 8, 5, 5, 5), {"padding": 2}),
+]
+
+
+def errors(operation, shape, weight, options, dtype, offset, rng):
+    """{algorithm: (rms error, largest error, expected rms error)}, relative to the rms result, against float64."""
+    found = geometry(shape, weight, **options)
+    f = functions(len(shape) - 2)
+    out = (shape[0], weight[0], *found.output_size[3 - (len(shape) - 2) :])
+    x, w, dy = (normal(rng, s, dtype) for s in (shape, weight, out))
+    x, dy = x + x.dtype.type(offset), dy + x.dtype.type(offset)
+
+    def run(algorithm, change=lambda a: a):
+        a, b, c = map(change, (x, w, dy))
+        if operation == "forward":
+            return f.conv(a, b, algorithm=algorithm, **options)
+        if operation == "input_grad":
+            return f.input_grad(shape, b, c, algorithm=algorithm, **options)
+        return f.weight_grad(a, weight, c, algorithm=algorithm, **options)
+
+    exact = run("direct", lambda a: a.astype(np.float64))
+    unit = np.sqrt(np.mean(exact**2))
+    result = {}
+    for algorithm in ("direct", "winograd", "fft"):
+        if algorithms.why_not(algorithm, operation, found, SINGLE, "cpu") is None:
+            error = run(algorithm) - exact
+            expected = algorithms.expected_error(algorithm, operation, found, np.dtype(dtype))
+            result[algorithm] = np.sqrt(np.mean(error**2)) / unit, np.abs(error).max() / unit, expected
+    return result
+
+
+@pytest.mark.parametrize("operation", algorithms.OPERATIONS)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_expected_error(operation, layer, rng):
+    """What `explain` says is right within a factor of two above, and no more than six times too much."""
+    for algorithm, (rms, _, expected) in errors(operation, *layer, "float32", 0, rng).items():
+        assert expected / 6 < rms < 2 * expected, algorithm
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("operation", algorithms.OPERATIONS)
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if max(layer[1][2:]) >= 5], ids=str)
+def test_fft_against_the_direct_sum(operation, layer, offset, rng):
+    """rms within 3 times, largest error within 4 times, on kernels of 5 and more, offset data included."""
+    found = errors(operation, *layer, "float32", offset, rng)
+    assert found["fft"][0] < 3 * found["direct"][0]
+    assert found["fft"][1] < 4 * found["direct"][1]
+
+
+def test_expected_error_scales_with_the_precision():
+    shape = geometry((1, 32, 40, 40), (32, 32, 7, 7), padding=3)
+    for algorithm, operation in itertools.product(("direct", "fft"), algorithms.OPERATIONS):
+        single, double = (algorithms.expected_error(algorithm, operation, shape, np.dtype(d)) for d in ("f4", "f8"))
+        assert single / double == pytest.approx(2.0**29)
+
+
+def test_cost_is_that_of_one_sample():
+    one = geometry((1, 32, 128, 128), (32, 32, 15, 15), padding=7)
+    eight = dataclasses.replace(one, batch=8)
+    assert algorithms.direct_nanoseconds(one) == algorithms.direct_nanoseconds(eight)
+    for algorithm in ("direct", "fft"):
+        assert algorithms.flops(algorithm, "forward", eight) == pytest.approx(
+            8 * algorithms.flops(algorithm, "forward", one), rel=1e-9
+        )
+    assert algorithms.flops("fft", "forward", one) < algorithms.flops("direct", "forward", one) / 5
