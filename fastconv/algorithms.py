@@ -16,13 +16,14 @@ from .geometry import ConvGeometry
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")
 
-# Operations a nanosecond of the direct sum on one core, in float32, at its best. Measured by `python -m bench.crossover`
-# on AVX2 (the tables are in docs/algorithms.md), as the rates of the FFT in `cpu.fft` are. float64 halves all of them,
-# and threads raise all of them.
-DIRECT_RATE = 100.0
+# Operations a nanosecond of the direct sum on one core, in float32: with one channel in one dimension, and otherwise.
+# Measured by `python -m bench.crossover` on AVX2 (docs/algorithms.md has the table), as the rates of the FFT in
+# `cpu.fft` are. float64 halves all of them.
+DIRECT_RATE_OF_LINES, DIRECT_RATE = 60.0, 90.0
 
-# The FFT must promise to be this much faster: the estimates are right within a third, and its error is another kind.
-FFT_MARGIN = 1.5
+# The FFT must promise to be this much faster: the estimates are right within a third, its error is of another kind, and
+# a second thread makes it 1.1 to 1.8 times faster where the direct sum becomes 1.9 times faster.
+FFT_MARGIN = 1.6
 
 # Terms that the direct sum adds in one chain, about (`cpu.contraction.PANEL_BYTES`), unless there is one channel.
 LONGEST_CHAIN = 320
@@ -76,7 +77,8 @@ def why(algorithm: str, operation: str, geometry: ConvGeometry) -> str:
 
 def direct_nanoseconds(geometry: ConvGeometry) -> float:
     """What the direct sum costs for one sample on one core, roughly."""
-    return geometry.flops / max(geometry.batch, 1) / DIRECT_RATE
+    lines = geometry.in_channels_per_group == 1 and geometry.kernel_size[:2] == (1, 1)
+    return geometry.flops / max(geometry.batch, 1) / (DIRECT_RATE_OF_LINES if lines else DIRECT_RATE)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -85,9 +87,9 @@ def fastest(operation: str, geometry: ConvGeometry, dtype: np.dtype, backend: st
     if backend != "cpu" or max(geometry.kernel_size) < 3:
         return "direct"
     for algorithm in ("winograd", "fft"):
-        if why_not(algorithm, operation, geometry, dtype, backend) is None:
-            if why_slower(algorithm, operation, geometry) is None:
-                return algorithm
+        applies = why_not(algorithm, operation, geometry, dtype, backend) is None
+        if applies and why_slower(algorithm, operation, geometry) is None:
+            return algorithm
     return "direct"
 
 

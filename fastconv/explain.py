@@ -43,8 +43,8 @@ class Explanation:
             f"  algorithm  {self.algorithm}: {self.reason}",
             *(f"  not {name:<8} {reason}" for name, reason in self.others.items()),
             f"  arithmetic {self.flops / 1e9:.4g} GFLOP" + self._saving(),
-            f"  memory     {_readable_bytes(self.bytes)} of operands and result, {self.flops / self.bytes:.3g} FLOP for "
-            "each byte",
+            f"  memory     {_readable_bytes(self.bytes)} of operands and result, "
+            f"{self.flops / self.bytes:.3g} FLOP for each byte",
             f"  workspace  {_readable_bytes(self.workspace)}",
             f"  error      {self.error:.2g} rms, relative to the rms result, for data of unit variance",
         ]

@@ -1,4 +1,4 @@
-"""Convolution by FFT: every case of `shapes.CASES` with more than one tap, in one tile and in many, and what it promises.
+"""Convolution by FFT: every case of `shapes.CASES` with more than one tap, in one tile and in many; its promises.
 
 On small whole numbers the exact results are whole numbers, and a result is right if it rounds to them.
 """
@@ -26,8 +26,9 @@ BY_NAME = {case.name: case for case in WITH_TAPS}
 KINDS = [
     BY_NAME[name]
     for name in (
-        "1d_causal", "1d_long_kernel", "3x3_full", "3x3_stride2", "dilated_strided", "groups3_odd", "depthwise_multiplier2",
-        "reflect_uneven", "circular_once_around", "3x1", "1x5", "3d_strided", "primes_large", "plane_15x15",
+        "1d_causal", "1d_long_kernel", "3x3_full", "3x3_stride2", "dilated_strided", "groups3_odd",
+        "depthwise_multiplier2", "reflect_uneven", "circular_once_around", "3x1", "1x5", "3d_strided", "primes_large",
+        "plane_15x15",
     )
 ]  # fmt: skip
 PASSES = ("forward", "weight", "input")
@@ -121,7 +122,6 @@ def test_tiny_settings_make_many_tiles_chunks_and_blocks(tiny, monkeypatch, rng)
 @pytest.mark.parametrize("case", KINDS, ids=str)
 def test_bias_relu_accumulate_and_any_strides(case, rng):
     arrays = operands(case, rng)
-    x, w, b, dy = arrays
     assert_rounds_to(
         run(case, "forward", arrays, activation="relu"), np.maximum(exact(case, "forward", arrays), 0)
     )

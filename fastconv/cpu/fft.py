@@ -21,8 +21,9 @@ The transforms are pocketfft's: by way of SciPy if it is installed, which transf
 shares lines out to threads, and of NumPy otherwise, which does neither. A line is transformed by the same operations
 whatever lies beside it, so the bits depend neither on the threads nor on the batch.
 
-Rounding errors are relative to the largest results of a tile, not to each (docs/accuracy.md), and one nan would fill its
-tile. So operands are looked at first: a sample with a nan, an infinity or products that may overflow goes the direct way.
+Rounding errors are relative to the largest results of a tile, not to each (docs/accuracy.md), and one nan would fill
+its tile. So operands are looked at first: a sample with a nan, an infinity or products that may overflow is summed
+directly.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ LARGEST_TILE = 2**20  # points, unless the kernel needs more: larger ones have n
 
 # What the parts cost on one core, for the choice of the tile and `algorithms.choose`: operations a nanosecond of the
 # transforms (2.5 n log2 n for n points) and of the products of spectra (8 for each frequency), and points a nanosecond
-# that are copied. Measured by bench/bench_fft.py on AVX2 at 3.4 GHz, in float32.
-TRANSFORM_RATE, PRODUCT_RATE, COPY_RATE = 12.0, 30.0, 2.0
+# that are copied. Measured on AVX2 in float32, with SciPy; the table of docs/algorithms.md shows how well
+# they fit.
+TRANSFORM_RATE, PRODUCT_RATE, COPY_RATE = 14.0, 30.0, 2.0
 CALL_NANOSECONDS = 60_000  # Python's part
 
 
@@ -137,9 +139,9 @@ def make_tiling(operation: str, geometry: ConvGeometry) -> Tiling:
     each = [_candidates(s, p, most) for s, p in zip(span, positions, strict=True)]
     d, h, w = np.meshgrid(*each, indexing="ij")
     points = (d * h * w).astype(np.float64)
-    tiles = 1.0
+    tiles = np.ones_like(points)
     for size, s, p in zip((d, h, w), span, positions, strict=True):
-        tiles = tiles * np.ceil(p / (size - s + 1))
+        tiles *= np.ceil(p / (size - s + 1))
     transforms = (inputs + outputs) * tiles + pairs
     of_transforms = transforms * 2.5 * points * np.log2(np.maximum(points, 2))
     of_products = pairs * tiles * points / 2 * 8
@@ -390,7 +392,7 @@ def _multiply_one(p, a, b, c):
 class _Source:
     """Where the tiles of an array come from: per dimension the element at each position, -1 for a zero."""
 
-    tables: tuple[np.ndarray, np.ndarray, np.ndarray]
+    tables: tuple[np.ndarray, ...]
     used: Size3  # points of a tile that are filled
     run: tuple[int, int]  # positions in the last dimension whose elements follow one another
 
@@ -446,8 +448,8 @@ def _product(
 ) -> None:
     """out[row, column] (+)= sum over terms of left[row, term] * right[term, column], for each group and frequency.
 
-    left (groups * rows, terms, D, H, F), right (groups, terms, columns, ...), out (groups * rows, columns, ...), each of
-    contiguous spectra.
+    left (groups * rows, terms, D, H, F), right (groups, terms, columns, ...), out (groups * rows, columns, ...), of
+    spectra that are contiguous each.
     """
     frequencies = math.prod(out.shape[2:])
     rows, columns, terms = left.shape[0] // groups, out.shape[1], left.shape[1]
@@ -527,9 +529,10 @@ def _correlate(
     tiling: Tiling, groups: int, array: np.ndarray, source: _Source, filters: np.ndarray, conjugate: bool,
     first: Size3, stride: Size3, bias: np.ndarray | None, relu: bool, add: bool, out: np.ndarray,
 ) -> None:  # fmt: skip
-    """out[n, row] = sum over terms of filters[row, term] with array[n, term]; filters (rows, terms of a group, D, H, W).
+    """out[n, row] = sum over terms of filters[row, term] with array[n, term].
 
-    With `conjugate` their correlation, else their convolution; the results of a tile begin at its point `first`.
+    `filters` is (rows, terms of a group, D, H, W). With `conjugate` they are correlated, else convolved; the results of
+    a tile begin at its point `first`.
     """
     bias = np.zeros(out.shape[1], out.dtype) if bias is None else np.ascontiguousarray(bias)
     terms = filters.shape[1]
@@ -556,7 +559,8 @@ def _filters(weight: np.ndarray, dilation: Size3) -> np.ndarray:
         return weight
     span = (d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True))
     filters = np.zeros((*weight.shape[:2], *span), weight.dtype)
-    filters[(..., *(slice(None, None, d) for d in dilation))] = weight
+    d, h, w = dilation
+    filters[:, :, ::d, ::h, ::w] = weight
     return filters
 
 
@@ -598,7 +602,7 @@ def forward(
 
 @functools.lru_cache(maxsize=256)
 def _input_grad_source(geometry: ConvGeometry) -> _Source:
-    """Position u of tiles that begin span - 1 before their first result is output (u + before - (span - 1)) / stride."""
+    """The first tile begins span - 1 before its first result: position u is output (u + before - span + 1) / stride."""
     tiling = make_tiling("input_grad", geometry)
     tables = []
     for count, step, tile, before, span, stride, out in zip(
@@ -657,8 +661,8 @@ def weight_grad(
             _product(left, by_group, total, block.groups, True, chunk.start > 0)
             del left, right, by_group  # before the next ones are made
         taps = _inverse(total, tiling, (0, 0, 0), tiling.span)
-        wanted = (slice(None, s, d) for s, d in zip(tiling.span, geometry.dilation, strict=True))
-        gradient = taps[(..., *wanted)]
+        (span_d, d), (span_h, h), (span_w, w) = zip(tiling.span, geometry.dilation, strict=True)
+        gradient = taps[:, :, :span_d:d, :span_h:h, :span_w:w]
         part = out[block.rows.start : block.rows.stop]
         if accumulate:
             part += gradient
