@@ -30,7 +30,6 @@ from ..geometry import ConvGeometry
 from . import contraction, simd, tasks
 from .contraction import Axis, Strides, address
 from .jit import REAL, compiled
-from .jit import REAL, compiled
 
 # Parameters of the bodies (int64, in this order), and
 (
@@ -610,7 +609,7 @@ _MOST_SUMS = 512 * 1024
 
 def applies(geometry: ConvGeometry) -> bool:
     """Is this a convolution for the functions of this module?"""
-    if geometry.in_channels_per_group != 1 or geometry.groups == 1 and geometry.out_channels > _FEW_CHANNELS:
+    if geometry.in_channels_per_group != 1 or (geometry.groups == 1 and geometry.out_channels > _FEW_CHANNELS):
         return False
     # what a worker needs at the least, for float64: the slab of one short row, and the sums of the weight gradient
     depth, height, width = (

@@ -1363,7 +1363,9 @@ def _accumulate_rows_dispatcher(module: ir.Module, element: ir.Type, t: Tile, ta
 def accumulate_rows(
     typingctx, taps, stride, sums, pitch, x, x_pitch, offsets, depth, dy, dy_pitch, rows, columns
 ):
-    """sums[a, k] += sum over r < rows, q < columns of dy[r, q] * x[stride * r + a, q + offsets[k]], a < taps, k < depth.
+    """sums[a, k] += sum over r < rows, q < columns of dy[r, q] * x[stride * r + a, q + offsets[k]].
+
+    a < taps, k < depth.
 
     (taps, stride), one of SHARED_ROWS, are literals. Each of the sums is a vector of partial sums, which
     `sum_lanes` adds up, and `pitch` counts vectors. Up to a vector of x beyond a row may be read, and is not used;
@@ -1519,7 +1521,7 @@ def split_rows(typingctx, even, odd, target_pitch, source, source_pitch, rows, c
 
 @intrinsic
 def join_rows(typingctx, target, target_pitch, even, odd, source_pitch, rows, count):
-    """The reverse of `split_rows`: target[r, 2 * i] = even[r, i], target[r, 2 * i + 1] = odd[r, i], `count` elements."""
+    """The reverse of `split_rows`: target[r, 2i] = even[r, i], target[r, 2i + 1] = odd[r, i], `count` elements."""
 
     def codegen(context, builder, sig, args):
         element, t = _element(sig.args[0]), _tile_of(sig.args[0])

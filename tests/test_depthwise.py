@@ -1,0 +1,269 @@
+"""Convolutions of one input channel per group: shapes at the edges of the vectors, blocks and tiles of their kernels.
+
+The cases of `shapes.CASES` run on these kernels too, in test_convolution.py; here are those that only they care about.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastconv as fc
+import oracle
+from fastconv.cpu import convolution, depthwise, simd
+from fastconv.geometry import PADDING_MODES, ConvGeometry
+from helpers import LAYOUTS, VIEWS, channels_first, channels_last, functions, integers, normal, output_of, run_python
+from shapes import Case
+from tolerance import assert_accurate, assert_same_bits, expect
+
+
+def filters(name, channels, size, kernel, batch=2, multiplier=1, **options):
+    """A case of `channels` groups."""
+    return Case(
+        name, "", (batch, channels, *size), (channels * multiplier, 1, *kernel), groups=channels, **options
+    )
+
+
+CASES = [
+    # widths around the half, one, two and four vectors of every tile; heights around the seven, four, two and one rows
+    *(filters(f"width_{n}", 2, (5, n), (3, 3), padding=1) for n in (5, 6, 12, 13, 20, 24, 47, 48, 63, 64, 80, 97, 130)),
+    *(filters(f"height_{n}", 2, (n, 9), (5, 5), padding=2) for n in (1, 2, 3, 4, 6, 7, 8, 11, 13, 14, 15, 20)),
+    *(filters(f"height_{n}_wide", 1, (n, 60), (3, 3), padding=1) for n in (1, 2, 3, 4, 5, 6, 7, 8, 9)),
+    # every number of filter rows, whole and cut into several; of columns, around what the weight gradient takes at once
+    *(filters(f"rows_{n}", 2, (n + 5, 10), (n, 2), padding=(n // 2, 1)) for n in range(1, 17)),
+    *(filters(f"columns_{n}", 2, (6, n + 9), (3, n)) for n in (1, 2, 4, 5, 6, 7, 8, 9, 11, 13, 17)),
+    # stride 2: odd and even sizes, shared rows for three, five and seven rows of the filter
+    *(
+        filters(f"stride2_{k}x{k}_{h}x{w}", 3, (h, w), (k, k), stride=2, padding=k // 2)
+        for k in (2, 3, 4, 5, 7, 8)
+        for h, w in ((9, 17), (14, 32), (13, 70))
+    ),
+    filters("stride2_even_pair", 3, (16, 33), (3, 3), stride=2, padding=((0, 1), (0, 1))),
+    filters("stride2_height", 2, (15, 20), (5, 3), stride=(2, 1), padding=2),
+    filters("stride2_width", 2, (15, 41), (5, 3), stride=(1, 2), padding=2),
+    filters("stride3", 2, (17, 50), (5, 4), stride=3, padding=1),
+    filters("stride4_dilated", 2, (21, 43), (3, 3), stride=4, dilation=(2, 3), padding=2),
+    filters("stride_over_kernel", 2, (13, 40), (1, 1), stride=2),
+    filters("stride_over_size", 2, (2, 3), (2, 2), stride=5, padding=2),
+    # dilation: rows that share what they read are not neighbours
+    *(filters(f"dilated_{d}", 2, (19, 23), (3, 3), dilation=d, padding=d) for d in (2, 3, 4, 9)),
+    filters("dilated_stride2", 2, (19, 23), (3, 3), dilation=2, stride=2, padding=2),
+    filters("dilated_3_stride2", 2, (19, 23), (5, 3), dilation=(3, 1), stride=2, padding=(6, 1)),
+    # multipliers, single planes
+    *(filters(f"multiplier_{m}", 3, (9, 18), (3, 3), multiplier=m, padding=1) for m in (2, 3, 5)),
+    filters("multiplier_stride2", 3, (9, 18), (5, 5), multiplier=2, padding=2, stride=2),
+    *(filters(f"plane_{k}x{k}", 1, (40, 45), (k, k), batch=1, padding="same") for k in (9, 15, 31)),
+    filters("plane_to_4", 1, (20, 33), (3, 3), multiplier=4, padding=1),
+    # tiles: planes and rows beyond the slab
+    filters("tiles_of_rows", 1, (300, 290), (3, 3), batch=1, padding=1),
+    filters("tiles_of_rows_stride2", 1, (301, 401), (5, 3), batch=1, padding=2, stride=2),
+    filters("tiles_of_columns", 1, (3, 60_000), (2, 3), batch=1, padding=1),
+    # one dimension
+    filters("1d_k4", 5, (200,), (4,), padding=((3, 0),)),
+    filters("1d_long", 2, (70_001,), (4,), padding=((3, 0),)),
+    filters("1d_long_stride2", 1, (120_001,), (5,), stride=2, padding=2),
+    filters("1d_k400", 2, (3000,), (400,), stride=160),
+    filters("1d_k1000", 1, (2500,), (1000,), padding=300),
+    # three dimensions
+    filters("3d_3x3x3", 2, (5, 8, 17), (3, 3, 3), padding=1),
+    filters("3d_stride2", 2, (5, 9, 18), (3, 3, 3), padding=1, stride=2),
+    filters("3d_tiles", 1, (20, 60, 60), (3, 3, 3), batch=1, padding=1),
+    filters("3d_dilated_multiplier", 2, (9, 9, 10), (2, 3, 2), multiplier=2, dilation=(3, 2, 1), padding=1),
+    # other padding
+    *(filters(f"{mode}", 2, (11, 37), (5, 7), padding=3, padding_mode=mode) for mode in PADDING_MODES[1:]),
+    *(
+        filters(f"{mode}_stride2", 2, (11, 38), (5, 7), padding=((4, 1), (3, 2)), stride=2, padding_mode=mode)
+        for mode in PADDING_MODES[1:]
+    ),
+    filters("circular_tiles", 1, (260, 300), (3, 3), batch=1, padding=1, padding_mode="circular"),
+    filters("padding_over_input", 2, (2, 3), (3, 3), padding=7),
+]  # fmt: skip
+BY_NAME = {case.name: case for case in CASES}
+
+
+def test_the_cases_run_on_these_kernels(monkeypatch):
+    seen = []
+    monkeypatch.setattr(depthwise, "correlate", lambda *arguments: seen.append(arguments))
+    for case in CASES:
+        x, w = np.zeros(case.input, np.float32), np.zeros(case.weight, np.float32)
+        functions(case.ndim).conv(x, w, **case.options)
+    assert len(seen) == len(CASES)
+
+
+SOME = [
+    BY_NAME[name]
+    for name in (
+        "width_13", "height_11", "rows_12", "stride2_5x5_13x70", "stride2_4x4_9x17", "stride3", "dilated_3",
+        "multiplier_stride2", "plane_to_4", "1d_k4", "1d_k400", "3d_stride2", "reflect_stride2", "tiles_of_rows",
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*((case, "float32") for case in CASES), *((case, "float64") for case in SOME)], ids=str
+)
+def test_passes(case, dtype, rng):
+    """Forward with bias and both gradients against the oracle, in either layout."""
+    f, plain = functions(case.ndim), case.plain_options
+    x, w, b, dy = (normal(rng, shape, dtype) for shape in (case.input, case.weight, case.weight[:1], case.output))
+    y = expect(lambda x, w, b: oracle.convolution(x, w, b, **plain), x, w, b)
+    dw = expect(lambda x, dy: oracle.weight_grad(x, dy, weight_shape=case.weight, **plain), x, dy)
+    dx = expect(lambda w, dy: oracle.input_grad(w, dy, input_shape=case.input, **plain), w, dy)
+    assert_accurate(f.conv(x, w, b, **case.options), y)
+    assert_accurate(f.weight_grad(x, case.weight, dy, **case.options), dw)
+    assert_accurate(f.input_grad(case.input, w, dy, **case.options), dx)
+
+    x, dy = channels_last(x), channels_last(dy)
+    options = {**case.options, "layout": LAYOUTS[case.ndim][1]}
+    assert_accurate(channels_first(f.conv(x, w, b, **options)), y)
+    assert_accurate(f.weight_grad(x, case.weight, dy, **options), dw)
+    assert_accurate(channels_first(f.input_grad(x.shape, w, dy, **options)), dx)
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_bits(case, rng):
+    """The same for any number of threads, and for a sample in any batch."""
+    f = functions(case.ndim)
+    batch = (5, *case.input[1:])
+    x, w = normal(rng, batch, "float32"), normal(rng, case.weight, "float32")
+    dy = normal(rng, (5, *case.output[1:]), "float32")
+    before = fc.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 3, 7):
+            fc.set_num_threads(threads)
+            y = f.conv(x, w, activation="relu", **case.options)
+            results.append((y, *f.backward(x, w, dy, needs=("input", "weight"), **case.options)[:2]))
+    finally:
+        fc.set_num_threads(before)
+    for result in results[1:]:
+        for one, other in zip(result, results[0], strict=True):
+            assert_same_bits(one, other)
+    for n in range(5):
+        y = f.conv(x[n : n + 1], w, activation="relu", **case.options)
+        assert_same_bits(y[0], results[0][0][n])
+        dx = f.input_grad(x[n : n + 1].shape, w, dy[n : n + 1], **case.options)
+        assert_same_bits(dx[0], results[0][1][n])
+
+
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_views_and_accumulate(case, rng):
+    """On whole numbers: bias, relu, accumulate, and arrays of any strides in and out."""
+    f, plain = functions(case.ndim), case.plain_options
+    x, w, b, dy = (integers(rng, shape) for shape in (case.input, case.weight, case.weight[:1], case.output))
+    expected = (
+        np.maximum(oracle.convolution(x, w, b, **plain), 0),
+        oracle.weight_grad(x, dy, np.ones(case.weight), weight_shape=case.weight, **plain),
+        oracle.input_grad(w, dy, 1, input_shape=case.input, **plain),
+    )
+    for view in ("strided", "reversed", "transposed"):
+        see = VIEWS[view]
+        out = [see(np.ones(a.shape)) for a in expected]
+        f.conv(see(x), see(w), see(b), activation="relu", out=out[0], **case.options)
+        f.weight_grad(see(x), w.shape, see(dy), out=out[1], accumulate=True, **case.options)
+        f.input_grad(x.shape, see(w), see(dy), out=out[2], accumulate=True, **case.options)
+        for one, other in zip(out, expected, strict=True):
+            np.testing.assert_array_equal(one, other, view)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_special_values_stay_local(case, value, rng):
+    """Each of several places of one nan or infinity, in every operand."""
+    f, plain = functions(case.ndim), case.plain_options
+    for spoiled in range(3):
+        for _ in range(3):
+            x, w, dy = operands = [integers(rng, s) for s in (case.input, case.weight, case.output)]
+            operands[spoiled].flat[rng.integers(operands[spoiled].size)] = value
+            with np.errstate(invalid="ignore"):
+                if spoiled != 2:
+                    np.testing.assert_array_equal(f.conv(x, w, **case.options), oracle.convolution(x, w, **plain))
+                if spoiled != 1:
+                    exact = oracle.weight_grad(x, dy, weight_shape=case.weight, **plain)
+                    np.testing.assert_array_equal(f.weight_grad(x, w.shape, dy, **case.options), exact)
+                if spoiled != 0:
+                    exact = oracle.input_grad(w, dy, input_shape=case.input, **plain)
+                    np.testing.assert_array_equal(f.input_grad(x.shape, w, dy, **case.options), exact)
+
+
+def test_scratch_stays_small():
+    """Below 2 MiB for each worker, whatever the image and filter."""
+    shapes = [
+        ((1, 1, 1, 1, 10_000_000), (1, 1, 4), (1, 2, 160)),
+        ((1, 1, 1, 1, 1_000_000), (1, 1, 5000), (1, 2, 160)),
+        ((1, 1, 1, 9000, 9000), (1, 15, 15), (1, 2, 8)),
+        ((1, 1, 1, 64, 1_000_000), (1, 31, 31), (1, 2, 8)),
+        ((1, 1, 300, 300, 300), (3, 3, 3), (1, 2, 8)),
+    ]
+    for dtype in (np.dtype(np.float32), np.dtype(np.float64)):
+        for shape, kernel, strides in shapes:
+            for stride in strides:
+                plans = plans_of(shape, kernel, stride, dtype)
+                assert all(plan.scratch < 2**21 for plan in plans), (shape, kernel, stride, dtype)
+
+
+def plans_of(shape, kernel, stride, dtype):
+    one = (1, 1, 1)
+    geometry = ConvGeometry(
+        shape[0], shape[1], shape[1], shape[1], shape[2:], kernel, (1, 1, stride), one, (0, 0, 0), (0, 0, 0), "zeros"
+    )
+    assert depthwise.applies(geometry)
+    steps = [
+        tuple(int(np.prod(s[n + 1 :])) for n in range(5))
+        for s in (shape, (*shape[:2], *geometry.output_size))
+    ]
+    return (
+        convolution._depthwise_forward_plan(geometry, dtype, *steps, 2)[1],
+        convolution._depthwise_input_grad_plan(geometry, dtype, *steps[::-1], 2)[1],
+        convolution._depthwise_weight_grad_plan(geometry, dtype, *steps),
+    )
+
+
+def test_blocks_of_filter_rows():
+    """Every number of rows is cut into rows that there is a function for, as few as possible."""
+    allowed = {stride: (1, *(rows for rows, s in simd.SHARED_ROWS if s == stride)) for stride in (1, 2)}
+    for stride, rows in allowed.items():
+        for taps in range(1, 40):
+            cut = depthwise._cut(taps, rows)
+            assert sum(cut) == taps
+            assert set(cut) <= set(rows)
+            assert len(cut) <= -(-taps // 7) + 2, (stride, taps)
+
+
+SSE = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+cmov,+popcnt"
+
+
+@pytest.mark.skipif(simd._features()[0] != "x86_64", reason="names of x86 processors")
+@pytest.mark.parametrize(
+    ("name", "features", "dtype", "lanes"),
+    [("haswell", f"{SSE},+avx,+avx2,+fma", "float32", 8), ("nehalem", SSE, "float64", 2)],
+    ids=["avx2", "sse"],
+)
+def test_other_vectors(name, features, dtype, lanes, tmp_path):
+    """With the vectors of older processors, on whole numbers. Few cases, since each compiles functions of its own."""
+    code = """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import numpy as np
+        import oracle, test_depthwise
+        from helpers import functions, integers
+        rng = np.random.default_rng(0)
+        for name in ("width_13", "width_130", "stride2_3x3_13x70", "multiplier_3", "1d_k4"):
+            case = test_depthwise.BY_NAME[name]
+            f, plain = functions(case.ndim), case.plain_options
+            x, w, dy = (integers(rng, s, sys.argv[2]) for s in (case.input, case.weight, case.output))
+            y, dw = f.conv(x, w, **case.options), f.weight_grad(x, w.shape, dy, **case.options)
+            dx = f.input_grad(x.shape, w, dy, **case.options)
+            np.testing.assert_array_equal(y, oracle.convolution(x, w, **plain), case.name)
+            np.testing.assert_array_equal(dw, oracle.weight_grad(x, dy, weight_shape=w.shape, **plain), case.name)
+            np.testing.assert_array_equal(dx, oracle.input_grad(w, dy, input_shape=x.shape, **plain), case.name)
+        from fastconv.cpu import simd
+        print(simd.tile(8 * x.itemsize).lanes)
+    """
+    process = run_python(
+        code, str(Path(__file__).parent), dtype, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
+        NUMBA_CACHE_DIR=str(tmp_path),
+    )  # fmt: skip
+    assert output_of(process) == str(lanes)
