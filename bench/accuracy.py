@@ -24,7 +24,7 @@ from . import cases
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "accuracy.md"
 BEGIN, END = "<!-- table: python -m bench.accuracy --write -->", "<!-- end of table -->"
-MOST_FLOPS = 2e9
+MOST_FLOPS = 2e9  # larger layers take minutes, and have neighbours whose sums are as long
 OFFSET = 3.0  # added to inputs and output gradients of unit variance
 ALGORITHMS = ("direct", "winograd", "fft")
 NETWORKS = ("resnet50", "vgg16", "mobilenet_v2", "convnext_tiny", "audio", "medical", "planes")
