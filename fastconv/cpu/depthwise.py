@@ -412,14 +412,12 @@ def _cut(taps: int, allowed: tuple[int, ...]) -> tuple[int, ...]:
     return min(ways, key=len)
 
 
-def _rows(taps, stride, y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, rows, columns, add, bias, least):
-    simd.correlate_rows(
-        taps, stride, y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, rows, columns, add, bias, least
-    )
+def _rows(taps, stride, arguments, real):
+    simd.correlate_rows(taps, stride, arguments, real)
 
 
-def _accumulate(taps, stride, sums, pitch, x, x_pitch, offsets, depth, dy, dy_pitch, rows, columns):
-    simd.accumulate_rows(taps, stride, sums, pitch, x, x_pitch, offsets, depth, dy, dy_pitch, rows, columns)
+def _accumulate(taps, stride, arguments, real):
+    simd.accumulate_rows(taps, stride, arguments, real)
 
 
 _functions: list[Any] = []  # they must outlive their addresses
@@ -431,13 +429,9 @@ def _address_of(function: Callable[..., None], taps: int, stride: int, dtype: np
 
     Not a part of the bodies, since Numba would compile every one of them with each, three times over.
     """
-    real, i = REAL[dtype], types.int64
-    pointer, table = types.CPointer(real), types.CPointer(i)
-    arguments = {
-        _rows: (pointer, i, pointer, i, pointer, i, i, table, i, i, i, real, real),
-        _accumulate: (pointer, i, pointer, i, table, i, pointer, i, i, i),
-    }[function]
-    signature = types.void(types.literal(taps), types.literal(stride), *arguments)
+    signature = types.void(
+        types.literal(taps), types.literal(stride), types.CPointer(types.int64), types.CPointer(REAL[dtype])
+    )
     _functions.append(compiled(numba.cfunc, signature, function))
     return _functions[-1].address
 

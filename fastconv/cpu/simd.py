@@ -1130,10 +1130,12 @@ def _correlate_rows_dispatcher(module: ir.Module, element: ir.Type, t: Tile, tap
     done = _i64(0)
     for height in (None, 2, 1):
         if height is None:
-            most_rows = _i64(shapes[-1][2])
-            for n in range(len(shapes) - 1):
-                most_rows = b.select(b.icmp_signed("==", shape, _i64(n)), _i64(shapes[n][2]), most_rows)
+            *others, most_rows = (_i64(most) for _, _, most in shapes)
             blocks = b.sdiv(rows, most_rows)
+            for n, other in enumerate(others):
+                here = b.icmp_signed("==", shape, _i64(n))
+                most_rows = b.select(here, other, most_rows)
+                blocks = b.select(here, b.sdiv(rows, other), blocks)  # by a constant: no division
         else:
             most_rows = _i64(height)
             blocks = b.sdiv(b.sub(rows, done), most_rows)
@@ -1158,42 +1160,58 @@ def _correlate_rows_dispatcher(module: ir.Module, element: ir.Type, t: Tile, tap
     return function
 
 
-@intrinsic(prefer_literal=True)
-def correlate_rows(
-    typingctx, taps, stride, y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, rows, columns, add, bias, least
-):
-    """y[r, q] = sum over a < taps, k < depth of w[a, k] * x[stride * r + a, q + offsets[k]], r < rows, q < columns.
+def _literal_function(dispatcher, doc: str):
+    """An intrinsic (taps, stride, arguments, real) for a C function of its own.
 
-    (taps, stride), one of SHARED_ROWS, are literals: the type of this function. The pitches are those of the first
-    index. The sum starts at what y held if `add` is not 0; then `bias` is added (-0.0 changes nothing), and what is
-    below `least` becomes that (-inf changes nothing). depth, rows, columns >= 1.
-    The sum is one chain of multiply-adds in the order of k, then a, for every element, whatever the rows and columns.
-    Up to a vector of x beyond a row may be read, and is not used; nothing of y is touched but y[r, q].
+    (taps, stride), one of SHARED_ROWS, are literals; `arguments` points to the arguments, 8 bytes each, and the
+    null pointer `real` carries the element type. They are loaded one by one, which is what atomic loads are: LLVM would
+    load them as vectors, and such a load waits until the scalars just stored have left the store buffer. That was half
+    of the time for a plane of 7 x 7.
     """
-    i, table = types.int64, types.CPointer(types.int64)
-    signature = types.void(taps, stride, y, i, y, i, y, i, i, table, i, i, i, y.dtype, y.dtype)
 
-    def codegen(context, builder, sig, args):
-        element, t = _element(sig.args[2]), _tile_of(sig.args[2])
-        function = _correlate_rows_dispatcher(
-            builder.module, element, t, taps.literal_value, stride.literal_value
-        )
-        builder.call(function, args[2:])
-        return context.get_dummy_value()
+    @intrinsic(prefer_literal=True)
+    def function(typingctx, taps, stride, arguments, real):
+        def codegen(context, builder, sig, args):
+            element, t = _element(real), _tile_of(real)
+            inner = dispatcher(builder.module, element, t, taps.literal_value, stride.literal_value)
+            values = []
+            for n, kind in enumerate(inner.function_type.args):
+                place = builder.gep(args[2], [_i64(n)])
+                values.append(builder.load_atomic(builder.bitcast(place, kind.as_pointer()), "monotonic", 8))
+            builder.call(inner, values)
+            return context.get_dummy_value()
 
-    return signature, codegen
+        return types.void(taps, stride, arguments, real), codegen
+
+    function.__doc__ = doc
+    return function
 
 
-def _call_compiled(builder: ir.IRBuilder, address: ir.Value, arguments: list[ir.Value]) -> None:
-    """Call a C function of this section: its first two arguments are literals, known by their types."""
-    arguments = [_i64(0), _i64(0), *arguments]
-    function = ir.FunctionType(ir.VoidType(), [a.type for a in arguments])
-    builder.call(builder.inttoptr(address, function.as_pointer()), arguments)
+def _call_compiled(builder: ir.IRBuilder, address: ir.Value, arguments: list[ir.Value], pointer: ir.Type) -> None:
+    """Call a C function compiled from one of `_literal_function`."""
+    memory = cgutils.alloca_once(builder, ir.ArrayType(_I64, len(arguments)))
+    first = builder.bitcast(memory, _I64.as_pointer())
+    for n, value in enumerate(arguments):
+        builder.store(value, builder.bitcast(builder.gep(first, [_i64(n)]), value.type.as_pointer()))
+    kinds = [_I64, _I64, first.type, pointer]
+    function = ir.FunctionType(ir.VoidType(), kinds).as_pointer()
+    real = ir.Constant(pointer, None)
+    builder.call(builder.inttoptr(address, function), [_i64(0), _i64(0), first, real])
+
+
+correlate_rows = _literal_function(_correlate_rows_dispatcher, """What `call_rows` calls.""")
 
 
 @intrinsic
 def call_rows(typingctx, address, y, y_pitch, x, x_pitch, w, w_pitch, depth, offsets, rows, columns, flags, bias):
-    """Call the C function at `address`, compiled from `correlate_rows`; `flags` and `bias` as for `contract`."""
+    """y[r, q] = sum over a < taps, k < depth of w[a, k] * x[stride * r + a, q + offsets[k]], r < rows, q < columns.
+
+    `address` is that of a C function compiled from `correlate_rows` for this (taps, stride). The pitches are those of
+    the first index; `flags` and `bias` (one number) are as for `contract`. depth, rows, columns >= 1.
+    The sum, which begins with what y holds if ADD is set, is one chain of multiply-adds in the order of k, then a, for
+    every element, whatever the rows and columns. Up to a vector of x beyond a row may be read, and is not used; nothing
+    of y is touched but y[r, q].
+    """
     i, table = types.int64, types.CPointer(types.int64)
     signature = types.void(i, y, i, y, i, y, i, i, table, i, i, i, y)
 
@@ -1207,7 +1225,8 @@ def call_rows(typingctx, address, y, y_pitch, x, x_pitch, w, w_pitch, depth, off
         some_number = builder.select(is_set(BIAS), bias, args[5])  # there may be no memory at `bias`
         bias = builder.select(is_set(BIAS), builder.load(some_number), ir.Constant(element, -0.0))
         least = builder.select(is_set(RELU), ir.Constant(element, 0.0), ir.Constant(element, -math.inf))
-        _call_compiled(builder, args[0], [*between, builder.and_(flags, _i64(ADD)), bias, least])
+        arguments = [*between, builder.and_(flags, _i64(ADD)), bias, least]
+        _call_compiled(builder, args[0], arguments, element.as_pointer())
         return context.get_dummy_value()
 
     return signature, codegen
@@ -1359,40 +1378,22 @@ def _accumulate_rows_dispatcher(module: ir.Module, element: ir.Type, t: Tile, ta
     return function
 
 
-@intrinsic(prefer_literal=True)
-def accumulate_rows(
-    typingctx, taps, stride, sums, pitch, x, x_pitch, offsets, depth, dy, dy_pitch, rows, columns
-):
-    """sums[a, k] += sum over r < rows, q < columns of dy[r, q] * x[stride * r + a, q + offsets[k]].
-
-    a < taps, k < depth.
-
-    (taps, stride), one of SHARED_ROWS, are literals. Each of the sums is a vector of partial sums, which
-    `sum_lanes` adds up, and `pitch` counts vectors. Up to a vector of x beyond a row may be read, and is not used;
-    of dy nothing is read but dy[r, q].
-    """
-    i, table = types.int64, types.CPointer(types.int64)
-    signature = types.void(taps, stride, sums, i, sums, i, table, i, sums, i, i, i)
-
-    def codegen(context, builder, sig, args):
-        element, t = _element(sig.args[2]), _tile_of(sig.args[2])
-        function = _accumulate_rows_dispatcher(
-            builder.module, element, t, taps.literal_value, stride.literal_value
-        )
-        builder.call(function, args[2:])
-        return context.get_dummy_value()
-
-    return signature, codegen
+accumulate_rows = _literal_function(_accumulate_rows_dispatcher, """What `call_accumulate` calls.""")
 
 
 @intrinsic
 def call_accumulate(typingctx, address, sums, pitch, x, x_pitch, offsets, depth, dy, dy_pitch, rows, columns):
-    """Call the C function at `address`, compiled from `accumulate_rows`."""
+    """sums[a, k] += sum over r < rows, q < columns of dy[r, q] * x[stride * r + a, q + offsets[k]].
+
+    `address` is that of a C function compiled from `accumulate_rows` for this (taps, stride); a < taps, k < depth. Each
+    of the sums is a vector of partial sums, which `sum_lanes` adds up, and `pitch` counts vectors. Up to a vector of x
+    beyond a row may be read, and is not used; of dy nothing is read but dy[r, q].
+    """
     i, table = types.int64, types.CPointer(types.int64)
     signature = types.void(i, sums, i, sums, i, table, i, sums, i, i, i)
 
     def codegen(context, builder, sig, args):
-        _call_compiled(builder, args[0], args[1:])
+        _call_compiled(builder, args[0], args[1:], _element(sig.args[1]).as_pointer())
         return context.get_dummy_value()
 
     return signature, codegen
