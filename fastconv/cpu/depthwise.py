@@ -375,7 +375,7 @@ class Line:
     def reach(self) -> int:
         return max(phase.reach for phase in self.phases)
 
-    @property
+    @functools.cached_property
     def taps(self) -> tuple[int, ...]:
         return tuple(tap for phase in self.phases for tap in phase.taps)
 
@@ -442,7 +442,8 @@ def _phase_table(line: Line, function: Callable[..., None] | None, dtype: np.dty
     Output rows share the rows they read where a tap of one is another tap of the next: with a dilation, that is true of
     every tap_step-th row, a *class*.
     """
-    table, blocks = [], []
+    table: list[int] = []
+    blocks: list[int] = []
     start = 0
     for n, phase in enumerate(line.phases):
         divisor = math.gcd(line.stride, phase.tap_step)
@@ -562,10 +563,10 @@ def plan_weight_gradient(
 
 def order_weights(lines: Lines, w: np.ndarray) -> np.ndarray:
     """The weights (O, 1, KD, KH, KW) with the taps of each phase one after the other."""
-    order = tuple(np.array(line.taps, np.intp) for line in lines)
-    if all(np.array_equal(o, np.arange(n)) for o, n in zip(order, w.shape[2:], strict=True)):
-        return np.ascontiguousarray(w)
-    return np.ascontiguousarray(w[(slice(None), slice(None), *np.ix_(*order))])
+    for axis, line in enumerate(lines, start=2):
+        if line.taps != tuple(range(w.shape[axis])):
+            w = w.take(line.taps, axis)
+    return np.ascontiguousarray(w)
 
 
 def correlate(
