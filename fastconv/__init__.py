@@ -37,4 +37,40 @@ from .loss import (
 )
 from .prepared import Conv1d, Conv2d, Conv3d
 
+__all__ = [
+    "BackendUnavailableError",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvGrads",
+    "__version__",
+    "backends",
+    "conv1d",
+    "conv1d_backward",
+    "conv1d_input_grad",
+    "conv1d_weight_grad",
+    "conv2d",
+    "conv2d_backward",
+    "conv2d_input_grad",
+    "conv2d_weight_grad",
+    "conv3d",
+    "conv3d_backward",
+    "conv3d_input_grad",
+    "conv3d_weight_grad",
+    "conv_bias_grad",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "explain",
+    "get_num_threads",
+    "log_softmax",
+    "set_backend",
+    "set_num_threads",
+    "softmax",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_grad",
+    "softmax_cross_entropy_with_grad",
+    "use_backend",
+]
+
 __version__ = "0.1.0"

@@ -70,11 +70,12 @@ class _Prepared:
     def __repr__(self) -> str:
         options = ("stride", "padding", "dilation", "groups", "padding_mode", "activation", "layout", "algorithm")
         said = ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
-        return f"{type(self).__name__}(weight of shape {tuple(self.weight.shape)}, bias={self.bias is not None}, {said})"
+        weight = f"weight of shape {tuple(self.weight.shape)}"
+        return f"{type(self).__name__}({weight}, bias={self.bias is not None}, {said})"
 
 
 class Conv1d(_Prepared):
-    """`conv1d` with its weight packed once: ``Conv1d(weight, bias, ...)(input)`` has the bits of ``conv1d(input, ...)``.
+    """`conv1d` with its weight packed once: the same bits as ``conv1d(input, weight, bias, ...)``, call after call.
 
     The arguments are those of `conv1d`. NumPy weights and biases are copied. The weight is packed at the first call
     with an input of a new kind and kept. One object may be called by several threads at once; pickling it keeps the
@@ -90,7 +91,7 @@ class Conv1d(_Prepared):
 
 
 class Conv2d(_Prepared):
-    """`conv2d` with its weight packed once: ``Conv2d(weight, bias, ...)(input)`` has the bits of ``conv2d(input, ...)``.
+    """`conv2d` with its weight packed once: the same bits as ``conv2d(input, weight, bias, ...)``, call after call.
 
     The arguments are those of `conv2d`. NumPy weights and biases are copied. The weight is packed at the first call
     with an input of a new kind and kept. One object may be called by several threads at once; pickling it keeps the
@@ -106,7 +107,7 @@ class Conv2d(_Prepared):
 
 
 class Conv3d(_Prepared):
-    """`conv3d` with its weight packed once: ``Conv3d(weight, bias, ...)(input)`` has the bits of ``conv3d(input, ...)``.
+    """`conv3d` with its weight packed once: the same bits as ``conv3d(input, weight, bias, ...)``, call after call.
 
     The arguments are those of `conv3d`. NumPy weights and biases are copied. The weight is packed at the first call
     with an input of a new kind and kept. One object may be called by several threads at once; pickling it keeps the

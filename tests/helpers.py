@@ -117,7 +117,7 @@ def run_python(code: str, *arguments: str, cwd: Path | None = None, timeout: flo
         else:
             variables[name] = value
     return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments], env=variables, cwd=cwd, timeout=timeout,
+        [sys.executable, "-P", "-c", textwrap.dedent(code), *arguments], env=variables, cwd=cwd, timeout=timeout,
         capture_output=True, text=True, check=False,
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import fastconv as fc
+from fastconv.arguments import ALGORITHMS
 from helpers import DTYPES
 
 OUTPUTS = {
@@ -74,6 +75,7 @@ _AN_ARRAY = (
     "(expected an array: NumPy, or an object with __array_interface__, __cuda_array_interface__ or __dlpack__)"
 )
 _LAYOUT = "(expected one of 'NCHW', 'NHWC')"
+_ALGORITHMS = f"(expected one of {', '.join(map(repr, ALGORITHMS))})"
 _MODES = "(expected one of 'zeros', 'reflect', 'replicate', 'circular')"
 _PADDING = (
     "(expected an int, 2 ints or 2 (before, after) pairs, one per spatial dimension, or one of 'valid', 'same', 'full')"
@@ -229,16 +231,16 @@ ERRORS = [
      "layout is 'CHWN' (expected one of 'NCL', 'NLC', 'NCHW', 'NHWC', 'NCDHW', 'NDHWC')"),
     ("conv2d", {"activation": "gelu"}, ValueError, "activation is 'gelu' (expected one of None, 'relu')"),
     ("conv2d", {"activation": 1}, ValueError, "activation is 1 (expected one of None, 'relu')"),
-    ("conv2d", {"algorithm": "magic"}, ValueError, "algorithm is 'magic' (expected one of 'auto', 'direct')"),
-    ("conv2d", {"algorithm": None}, ValueError, "algorithm is None (expected one of 'auto', 'direct')"),
+    ("conv2d", {"algorithm": "magic"}, ValueError, f"algorithm is 'magic' {_ALGORITHMS}"),
+    ("conv2d", {"algorithm": None}, ValueError, f"algorithm is None {_ALGORITHMS}"),
     ("conv2d", {"algorithm": np.ones(2)}, ValueError,
-     "algorithm is array([1., 1.]) (expected one of 'auto', 'direct')"),
+     f"algorithm is array([1., 1.]) {_ALGORITHMS}"),
     ("conv2d_weight_grad", {"algorithm": "magic"}, ValueError,
-     "algorithm is 'magic' (expected one of 'auto', 'direct')"),
+     f"algorithm is 'magic' {_ALGORITHMS}"),
     ("conv2d_input_grad", {"algorithm": "magic"}, ValueError,
-     "algorithm is 'magic' (expected one of 'auto', 'direct')"),
+     f"algorithm is 'magic' {_ALGORITHMS}"),
     ("conv2d_backward", {"algorithm": "magic", "needs": "bias"}, ValueError,
-     "algorithm is 'magic' (expected one of 'auto', 'direct')"),
+     f"algorithm is 'magic' {_ALGORITHMS}"),
     ("conv2d_backward", {"needs": ("weights",)}, ValueError,
      "needs is 'weights' (expected one of 'input', 'weight', 'bias')"),
     ("conv2d_backward", {"needs": None}, TypeError,
@@ -295,7 +297,7 @@ ERRORS = [
      "padding of 4 reflects more than the 1 elements of the result in dimension H (expected padding < size)"),
     ("conv_transpose2d", {"out": ones(2, 6, 5, 5)}, ValueError, "out has shape (2, 6, 5, 5) (expected (2, 6, 5, 4))"),
     ("conv_transpose2d", {"activation": "tanh"}, ValueError, "activation is 'tanh' (expected one of None, 'relu')"),
-    ("conv_transpose2d", {"algorithm": "fft"}, ValueError, "algorithm is 'fft' (expected one of 'auto', 'direct')"),
+    ("conv_transpose2d", {"algorithm": "magic"}, ValueError, f"algorithm is 'magic' {_ALGORITHMS}"),
     # backend
     ("conv2d", {"backend": "gpu"}, ValueError, "backend is 'gpu' (expected one of 'auto', 'cpu', 'cuda')"),
     ("conv2d", {"backend": None}, ValueError, "backend is None (expected one of 'auto', 'cpu', 'cuda')"),

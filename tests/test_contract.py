@@ -50,7 +50,7 @@ FUNCTIONS = {
     "set_num_threads": Signature("n", ""),
     "get_num_threads": Signature("", ""),
 }
-CLASSES = {"ConvGrads", "BackendUnavailableError"}
+CLASSES = {"ConvGrads", "BackendUnavailableError", "Conv1d", "Conv2d", "Conv3d"}
 
 _LOSS = "ignore_index=-100, reduction='mean', label_smoothing=0.0, out=None, backend='auto'"
 # Of these the keyword-only options are promised, but there may be more.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numba
 import numpy as np
 import pytest
@@ -43,10 +45,10 @@ def number_of_threads():
     fc.set_num_threads(before)
 
 
-def results(case, arrays, last=False):
+def results(case, arrays, last=False, algorithm="auto"):
     """Every operation on the operands of a case."""
     x, w, b, dy = arrays
-    f, options = functions(case.ndim), {**case.options, "layout": LAYOUTS[case.ndim][last]}
+    f, options = functions(case.ndim), {**case.options, "layout": LAYOUTS[case.ndim][last], "algorithm": algorithm}
     if last:
         x, dy = channels_last(x), channels_last(dy)
     return {
@@ -76,29 +78,31 @@ def test_there_are_threads_to_share_out_to():
     assert all(2 * case.macs > 1_000_000 for case in LARGE), "too small to be shared out"
 
 
+@pytest.mark.parametrize("algorithm", ["direct", "auto"])
 @pytest.mark.parametrize("form", ["float32-first", "float32-last", "float64-first", "bfloat16-first"])
 @pytest.mark.parametrize("case", ALL, ids=str)
-def test_any_number_of_threads_and_any_run(case, form, rng):
+def test_any_number_of_threads_and_any_run(case, form, algorithm, rng):
     dtype, last = form.split("-")[0], form.endswith("last")
     arrays = operands(case, rng, dtype)
     fc.set_num_threads(THREADS[0])
-    expected = results(case, arrays, last)
+    expected = results(case, arrays, last, algorithm)
     for n in THREADS:
         fc.set_num_threads(n)
         for _ in range(2):
-            assert_all_same(results(case, arrays, last), expected)
+            assert_all_same(results(case, arrays, last, algorithm), expected)
 
 
+@pytest.mark.parametrize("algorithm", ["direct", "auto"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 @pytest.mark.parametrize("case", ALL, ids=str)
-def test_a_sample_in_any_batch(case, dtype, rng):
+def test_a_sample_in_any_batch(case, dtype, algorithm, rng):
     """Alone, in a batch of copies of others, first or last: what the samples before it add up to does not matter."""
     count = 5
-    case = Case("", "", (count, *case.input[1:]), case.weight, **case.options)
+    case = dataclasses.replace(case, input=(count, *case.input[1:]))
     x, w, b, dy = operands(case, rng, dtype)
-    whole = results(case, (x, w, b, dy))
+    whole = results(case, (x, w, b, dy), algorithm=algorithm)
     for part in (slice(0, 1), slice(2, 3), slice(4, 5), slice(1, 4)):
-        of_part = results(case, (x[part], w, b, dy[part]))
+        of_part = results(case, (x[part], w, b, dy[part]), algorithm=algorithm)
         for name in ("forward", "relu", "input"):
             assert_same_bits(of_part[name], whole[name][part])
 

@@ -20,18 +20,21 @@ MACHINERY = {
     cpu: {
         "__init__": "says what the folder is",
         "contraction": "the register-blocked sum of products that all passes of a convolution are made of",
+        "depthwise": "convolution with one input channel a group; CUDA has the direct sum only",
         "elementary": "exp, log and tanh in vectors; CUDA has its own",
         "fft": "convolution by Fourier transforms; CUDA has the direct sum only",
         "jit": "how kernels are compiled",
         "simd": "vector instructions",
         "tasks": "runs an operation as tasks on the threads",
         "threads": "the threading layer",
+        "winograd": "convolution by Winograd's transforms; CUDA has the direct sum only",
     },
     cuda_kernels: {
         "__init__": "says what the folder is",
         "_cuda": "device arrays and launches",
         "intrinsics": "instructions that Numba has no name for",
         "jit": "how kernels are compiled",
+        "softmax_rows": "the faster kernels of softmax_cross_entropy, for rows of classes",
     },
 }
 FLOORS = list(MACHINERY)

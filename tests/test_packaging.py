@@ -43,7 +43,7 @@ def wheel(tmp_path_factory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("fastconv", "cuda_kernels", "tests"):
+    for name in ("fastconv", "cuda_kernels", "bench", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     python("from setuptools import build_meta; build_meta.build_wheel('dist')", source)
     (built,) = (source / "dist").glob("*.whl")
@@ -53,6 +53,8 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     expected = {f"fastconv/{path.relative_to(ROOT / 'fastconv')}" for path in (ROOT / "fastconv").rglob("*.py")}
     expected |= {f"fastconv/{path.relative_to(ROOT)}" for path in (ROOT / "cuda_kernels").rglob("*.py")}
+    expected |= {f"fastconv/{path.relative_to(ROOT)}" for path in (ROOT / "bench").rglob("*.py")}
+    expected |= {f"fastconv/{path.relative_to(ROOT)}" for path in (ROOT / "bench" / "shapes").glob("*.csv")}
     expected |= {"fastconv/py.typed"}
     with zipfile.ZipFile(wheel) as archive:
         assert {name for name in archive.namelist() if ".dist-info/" not in name} == expected

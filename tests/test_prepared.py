@@ -69,7 +69,8 @@ def test_pickled(rng: np.random.Generator) -> None:
 
 
 def test_called_by_several_threads_at_once(rng: np.random.Generator) -> None:
-    x, w = rng.standard_normal((2, 16, 20, 20)).astype(np.float32), rng.standard_normal((24, 16, 3, 3)).astype(np.float32)
+    x = rng.standard_normal((2, 16, 20, 20)).astype(np.float32)
+    w = rng.standard_normal((24, 16, 3, 3)).astype(np.float32)
     expected = fc.conv2d(x, w)
     op, results = fc.Conv2d(w), {}
 

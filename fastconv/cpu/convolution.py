@@ -99,7 +99,8 @@ def _forward_plan(
 def _depthwise_forward_plan(
     geometry: ConvGeometry, dtype: np.dtype, x: tuple[int, ...], y: tuple[int, ...], workers: int
 ) -> tuple[depthwise.Lines, contraction.Plan]:
-    lines = tuple(map(depthwise.forward_line, _axes(geometry)))
+    depth, height, width = map(depthwise.forward_line, _axes(geometry))
+    lines = (depth, height, width)
     zeros = geometry.padding_mode == "zeros"
     return lines, depthwise.plan_correlation(
         dtype, geometry.batch, geometry.groups, geometry.out_channels_per_group, 1, lines, x, y, zeros, workers
@@ -149,11 +150,11 @@ def forward(
         _winograd_forward(geometry, input, weight, bias, relu, packed, out)
         return
     if algorithm == "fft":
-        for part, run, safe in _safe_runs("forward", geometry, input, weight):
+        for some, run, safe in _safe_runs("forward", geometry, input, weight):
             if safe:
-                fft.forward(part, input[run], weight, bias, relu, out[run])
+                fft.forward(some, input[run], weight, bias, relu, out[run])
             else:
-                forward(part, input[run], weight, bias, relu, "direct", packed, out[run])
+                forward(some, input[run], weight, bias, relu, "direct", packed, out[run])
         return
     if bias is not None:
         bias = np.ascontiguousarray(bias)
@@ -210,9 +211,10 @@ def _winograd_input_grad(geometry, weight, grad_output, bias, relu, out):
 def _depthwise_weight_grad_plan(
     geometry: ConvGeometry, dtype: np.dtype, x: tuple[int, ...], dy: tuple[int, ...]
 ) -> contraction.Plan:
+    depth, height, width = map(depthwise.forward_line, _axes(geometry))
     return depthwise.plan_weight_gradient(
-        dtype, geometry.batch, geometry.groups, geometry.out_channels_per_group,
-        tuple(map(depthwise.forward_line, _axes(geometry))), x, dy, geometry.padding_mode == "zeros",
+        dtype, geometry.batch, geometry.groups, geometry.out_channels_per_group, (depth, height, width), x, dy,
+        geometry.padding_mode == "zeros",
     )  # fmt: skip
 
 
@@ -285,7 +287,7 @@ def _phase_axis(
 def _depthwise_input_grad_plan(
     geometry: ConvGeometry, dtype: np.dtype, dy: tuple[int, ...], dx: tuple[int, ...], workers: int
 ) -> tuple[depthwise.Lines, contraction.Plan]:
-    lines = []
+    each = []
     for size, taps, stride, dilation, before, positions in zip(
         geometry.input_size, geometry.kernel_size, geometry.stride, geometry.dilation, geometry.pad_before,
         geometry.output_size, strict=True,
@@ -293,8 +295,8 @@ def _depthwise_input_grad_plan(
         phases = [
             _phase_axis(first, size, taps, stride, dilation, before, positions) for first in range(min(stride, size))
         ]
-        lines.append(depthwise.backward_line(tuple(phases), stride, positions))
-    depth, height, width = lines
+        each.append(depthwise.backward_line(tuple(phases), stride, positions))
+    depth, height, width = each
     lines = (depth, height, width)
     return lines, depthwise.plan_correlation(
         dtype, geometry.batch, geometry.groups, 1, geometry.out_channels_per_group, lines, dy, dx, True, workers
@@ -334,13 +336,15 @@ def _phase_packing(
     strides: tuple[int, ...], itemsize: int,
 ) -> contraction.Packing:  # fmt: skip
     """Rows are input channels, and the reduction is (output channel, tap of the phase)."""
-    channel, row, *steps = strides
-    offsets = _offsets(taps, steps)
+    channel, row, *tap_steps = strides
     steps = (out_per_group * channel, row, channel)
-    return contraction.plan_packing(blocks, shape, strides, itemsize, steps, offsets)
+    return contraction.plan_packing(blocks, shape, strides, itemsize, steps, _offsets(taps, tap_steps))
 
 
 def _pack_phase(phase: _Phase, weight: np.ndarray, out_per_group: int, packed: np.ndarray) -> bool:
+    """Pack the weights of the phase; return whether all are finite."""
+    if phase.blocks is None:
+        return True
     packing = _phase_packing(
         phase.blocks, phase.taps, out_per_group, weight.shape, _elements(weight), weight.itemsize
     )
@@ -359,18 +363,21 @@ def input_grad(
     weight, grad_output = _readable(weight), _readable(grad_output)
     if bias is not None:
         bias = np.ascontiguousarray(bias)
-    if algorithm == "winograd" and not accumulate:  # a sample may have to be computed twice
-        _winograd_input_grad(geometry, weight, grad_output, bias, relu, out)
+    if algorithm == "winograd":
+        result = np.empty_like(out) if accumulate else out  # a sample may have to be computed twice
+        _winograd_input_grad(geometry, weight, grad_output, bias, relu, result)
+        if accumulate:
+            np.add(out, result, out=out)
         return
     if geometry.padding_mode != "zeros":
         _folded_input_grad(geometry, weight, grad_output, bias, relu, accumulate, algorithm, out)
         return
     if algorithm == "fft":
-        for part, run, safe in _safe_runs("input_grad", geometry, grad_output, weight):
+        for some, run, safe in _safe_runs("input_grad", geometry, grad_output, weight):
             if safe:
-                fft.input_grad(part, weight, grad_output[run], bias, relu, accumulate, out[run])
+                fft.input_grad(some, weight, grad_output[run], bias, relu, accumulate, out[run])
             else:
-                input_grad(part, weight, grad_output[run], bias, relu, accumulate, "direct", out[run])
+                input_grad(some, weight, grad_output[run], bias, relu, accumulate, "direct", out[run])
         return
     strides = _elements(grad_output), _elements(out)
     if depthwise.applies(geometry):
@@ -385,7 +392,7 @@ def input_grad(
     sizes = [0 if phase.blocks is None else phase.blocks.packed_size for phase in phases]
     packed = np.split(tasks.workspace(sum(sizes), out.dtype), np.cumsum(sizes[:-1]))
     for phase, weights in zip(phases, packed, strict=True):
-        if phase.blocks and not _pack_phase(phase, weight, geometry.out_channels_per_group, weights):
+        if not _pack_phase(phase, weight, geometry.out_channels_per_group, weights):
             # The zeros around grad_output are no outputs: times an infinite weight they would make a nan where there
             # is no such product. The plain loops sum only what exists.
             _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
@@ -17,6 +18,7 @@ from typing import Any
 import numba
 import numpy as np
 from numba import types
+from numba.core.caching import FunctionCache
 
 from . import threads
 
@@ -60,13 +62,16 @@ def compiled(decorator: Callable[..., Any], signature: Any, function: Callable[.
         if "cannot cache" not in str(error):  # neither the package nor the user's cache folder can be written
             raise
         return decorator(signature, **options)(twin)
+    except (EOFError, IndexError, KeyError, ValueError, pickle.UnpicklingError):  # a cache file that was cut off
+        FunctionCache(twin).flush()
+        return decorator(signature, cache=True, **options)(twin)
 
 
 class Kernel:
     """A function of loops, compiled on first use for each floating-point type: ``kernel[dtype](...)``."""
 
     def __init__(self, function: Callable[..., None], signature: Callable[[Any], Any]) -> None:
-        functools.update_wrapper(self, function)
+        self.__doc__ = function.__doc__
         self.function = function
         self.signature = signature
 

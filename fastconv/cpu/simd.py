@@ -216,9 +216,7 @@ def _contract_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, 
             result.append(phi)
         return result
 
-    places = [
-        b.gep(c, [b.add(b.mul(pitch, _i64(i)), _i64(j * t.lanes))]) for i in range(rows) for j in range(vectors)
-    ]
+    places = [b.gep(c, [b.add(b.mul(pitch, _i64(i)), _i64(j * t.lanes))]) for i in range(rows) for j in range(vectors)]
     sums = step(ADD, sums, lambda vs: [b.fadd(v, _load(b, p, vector)) for v, p in zip(vs, places, strict=True)])
 
     def add_bias(values: list[ir.Value]) -> list[ir.Value]:
@@ -417,7 +415,9 @@ def _copier(vectors_of):
 copy_vector = _copier(lambda t: (1, t.lanes))
 
 
-def _masked_load(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, bits: ir.Value, otherwise: ir.Value) -> ir.Value:
+def _masked_load(
+    b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, bits: ir.Value, otherwise: ir.Value
+) -> ir.Value:
     """Load the lanes whose bit is set; the others keep their value, and their memory is not touched."""
     vector = otherwise.type
     n, kind = vector.count, "f32" if isinstance(vector.element, ir.FloatType) else "f64"
@@ -436,9 +436,7 @@ def piece_stride(t: Tile) -> int:
 
 def _pack_function(module: ir.Module, element: ir.Type, t: Tile) -> ir.Function:
     pointer, table = element.as_pointer(), _I64.as_pointer()
-    function, new = _internal(
-        module, f"fastconv_pack_{element}", [pointer, pointer, _I64, _I64, _I64, table, table]
-    )
+    function, new = _internal(module, f"fastconv_pack_{element}", [pointer, pointer, _I64, _I64, _I64, table, table])
     if not new:
         return function
     panel, source, channels, channel_pitch, taps, tap_offset, pieces = function.args
@@ -512,7 +510,9 @@ def pack_panel(typingctx, panel, source, channels, channel_pitch, taps, tap_offs
     return types.void(panel, panel, i, i, i, table, table), codegen
 
 
-def _load_up_to(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, vector: ir.VectorType, count: ir.Value) -> ir.Value:
+def _load_up_to(
+    b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, vector: ir.VectorType, count: ir.Value
+) -> ir.Value:
     """The first `count` elements of a vector (none if negative), zeros after; no other memory is read."""
     n = vector.count
     none, every = b.icmp_signed("<=", count, _i64(0)), b.icmp_signed(">=", count, _i64(n))
@@ -551,7 +551,9 @@ def _write_separate(module: ir.Module, function: ir.Function, vector: ir.VectorT
     loop = _Loop(b, "blocks", blocks, [])
     start = b.mul(loop.k, _i64(n * phases))
     values = [
-        _load_up_to(b, module, b.gep(source, [b.add(start, _i64(j * n))]), vector, b.sub(count, b.add(start, _i64(j * n))))
+        _load_up_to(
+            b, module, b.gep(source, [b.add(start, _i64(j * n))]), vector, b.sub(count, b.add(start, _i64(j * n)))
+        )
         for j in range(phases)
     ]
     for r, value in enumerate(_unweave(b, values)):
@@ -709,12 +711,14 @@ transpose_back = _transposer(False, True, "The same with target row k for k -> l
 
 @intrinsic
 def count_not_finite(typingctx, values, count):
-    """A number that is not 0 if there is an infinity or a nan among `count` values; whole vectors only are looked at."""
+    """A number that is not 0 if an infinity or nan is among the `count` vectors at `values`."""
 
     def codegen(context, builder, sig, args):
         element, t = _element(sig.args[0]), _tile_of(sig.args[0])
         vector = ir.VectorType(element, t.lanes)
-        function, new = _internal(builder.module, f"fastconv_finite_{element}", [element.as_pointer(), _I64, _I64.as_pointer()])
+        function, new = _internal(
+            builder.module, f"fastconv_finite_{element}", [element.as_pointer(), _I64, _I64.as_pointer()]
+        )
         if new:
             b = ir.IRBuilder(function.append_basic_block("entry"))
             zero = ir.Constant(vector, [0.0] * t.lanes)
@@ -942,7 +946,11 @@ def _weave(b: ir.IRBuilder, vectors: list[ir.Value]) -> list[ir.Value]:
     """2 or 4 vectors, so that their elements at the same place lie side by side."""
     if len(vectors) == 1:
         return vectors
-    return [v for pair in zip(_weave(b, vectors[0::2]), _weave(b, vectors[1::2]), strict=True) for v in _interleave(b, *pair)]
+    return [
+        v
+        for pair in zip(_weave(b, vectors[0::2]), _weave(b, vectors[1::2]), strict=True)
+        for v in _interleave(b, *pair)
+    ]
 
 
 def _winograd(kind: str, meaning: str):
@@ -971,12 +979,14 @@ def _winograd(kind: str, meaning: str):
 
 
 winograd_input = _winograd("input", """`lanes` tiles: target[xi * target_pitch] = (B^T d B)[xi], d at source_pitch.""")
-winograd_weight = _winograd("weight", """`lanes` kernels: target[xi * target_pitch] = (G w G^T)[xi], w at source_pitch.""")
+winograd_weight = _winograd(
+    "weight", """`lanes` kernels: target[xi * target_pitch] = (G w G^T)[xi], w at source_pitch."""
+)
 winograd_output = _winograd("output", """`lanes` tiles: their m x m outputs A^T M A + bias, through max(0, .) if relu.
 
 M[xi] is read at ``source + xi * source_pitch``; row i of the outputs of all tiles, m values for each tile side by side,
-is written at ``target + i * target_pitch``. `suspect` (one vector) becomes nan in the lane of a tile that has an infinite
-or nan output.
+is written at ``target + i * target_pitch``. `suspect` (one vector) becomes nan in the lane of a tile that has an
+infinite or nan output.
 """)  # fmt: skip
 
 
@@ -991,11 +1001,15 @@ def _lane_mask(b: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
     return b.icmp_signed("<", numbers, _splat(b, count, lanes))
 
 
-def _load_lanes(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, mask: ir.Value, vector: ir.VectorType) -> ir.Value:
+def _load_lanes(
+    b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, mask: ir.Value, vector: ir.VectorType
+) -> ir.Value:
     """The lanes of the mask; zeros in the others, whose memory is not touched."""
     n, kind = vector.count, "f32" if isinstance(vector.element, ir.FloatType) else "f64"
     function = cgutils.get_or_insert_function(
-        module, ir.FunctionType(vector, [vector.as_pointer(), _I32, mask.type, vector]), f"llvm.masked.load.v{n}{kind}.p0"
+        module,
+        ir.FunctionType(vector, [vector.as_pointer(), _I32, mask.type, vector]),
+        f"llvm.masked.load.v{n}{kind}.p0",
     )
     zero = ir.Constant(vector, [0.0] * n)
     return b.call(function, [b.bitcast(pointer, vector.as_pointer()), ir.Constant(_I32, 4), mask, zero])
@@ -1434,9 +1448,7 @@ def sum_lanes(typingctx, target, sums, count):
 
 def _copy_rows_function(module: ir.Module, element: ir.Type, t: Tile) -> ir.Function:
     pointer = element.as_pointer()
-    function, new = _internal(
-        module, f"fastconv_copy_rows_{element}", [pointer, _I64, pointer, _I64, _I64, _I64]
-    )
+    function, new = _internal(module, f"fastconv_copy_rows_{element}", [pointer, _I64, pointer, _I64, _I64, _I64])
     if not new:
         return function
     target, target_pitch, source, source_pitch, rows, count = function.args

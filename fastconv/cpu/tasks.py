@@ -75,7 +75,7 @@ class Body:
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
-        functools.update_wrapper(self, function)
+        self.__doc__ = function.__doc__
         self.function = function
 
     @functools.cache  # noqa: B019 - bodies live as long as the module
