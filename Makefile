@@ -5,16 +5,20 @@
 #   make test-slow   the tests marked slow
 #   make test-cuda   compile the CUDA kernels and inspect their machine code (no GPU needed)
 #   make lint        ruff and mypy
+#   make bench       measure fastconv beside the peers that are installed; BENCH=quick: in under 5 minutes
+#   make bench-growth  how time and memory grow with the sizes of a layer
+#   make bench-report  the README's tables and the plots, from bench/results/
 #   make clean       remove the virtual environments and caches
 #
-# PYTHON=python3.12 chooses the interpreter; ARGS="..." goes to the demo or to pytest.
+# PYTHON=python3.12 chooses the interpreter; ARGS="..." goes to the demo, to pytest or to the benchmarks.
 
 PYTHON ?= python3
 ARGS ?=
+BENCH ?= full
 VENV := .venv
 VENV_CUDA := .venv-cuda
 
-.PHONY: demo test test-slow test-cuda lint clean
+.PHONY: demo test test-slow test-cuda lint bench bench-growth bench-report clean
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/python -m fastconv demo $(ARGS)
@@ -27,11 +31,21 @@ test-slow: $(VENV)/.installed-test
 
 # FASTCONV_TEST_GPU=1 takes CUDA's own compiler in the place of the simulator; to compile needs no GPU.
 test-cuda: $(VENV_CUDA)/.installed-cuda
-	FASTCONV_TEST_GPU=1 $(VENV_CUDA)/bin/python -m pytest -m "codegen and not slow" tests/test_cuda_codegen.py $(ARGS)
+	FASTCONV_TEST_GPU=1 $(VENV_CUDA)/bin/python -m pytest -m "codegen and not slow" tests/test_cuda_*codegen.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check
 	$(VENV)/bin/python -m mypy
+
+# The peers are whatever is installed beside fastconv, for example by `.venv/bin/pip install torch onnxruntime onnx`.
+bench: $(VENV)/.installed-bench
+	$(VENV)/bin/python -m fastconv bench $(if $(filter quick,$(BENCH)),--quick) --output bench/results $(ARGS)
+
+bench-growth: $(VENV)/.installed-bench
+	$(VENV)/bin/python -m fastconv bench --growth all --peer torch --output bench/results $(ARGS)
+
+bench-report: $(VENV)/.installed-bench
+	$(VENV)/bin/python -m fastconv.bench.report
 
 clean:
 	rm -rf $(VENV) $(VENV_CUDA) build fastconv.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
@@ -40,6 +54,7 @@ clean:
 # A stamp per set of extras, older than pyproject.toml when that has changed: a second run installs nothing.
 EXTRAS_demo := demo
 EXTRAS_test := demo,test
+EXTRAS_bench := bench
 EXTRAS_dev := dev
 EXTRAS_cuda := cuda-dev
 

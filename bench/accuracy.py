@@ -81,9 +81,7 @@ def measure(networks: tuple[str, ...], offset: float, progress: Callable[[str], 
                 if geometry.flops > MOST_FLOPS:
                     continue
                 single = np.dtype(np.float32)
-                names = [
-                    a for a in ALGORITHMS if algorithms.why_not(a, operation, geometry, single, "cpu") is None
-                ]
+                names = [a for a in ALGORITHMS if algorithms.why_not(a, operation, geometry, single, "cpu") is None]
                 operands = case.operands(single)
                 values = [operands["input"] + np.float32(offset), operands["weight"],
                           operands["grad_output"] + np.float32(offset)]  # fmt: skip

@@ -1,8 +1,9 @@
-"""The `fastconv` command: ``fastconv info`` and ``fastconv demo``."""
+"""The `fastconv` command: ``fastconv info``, ``fastconv demo`` and ``fastconv bench``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -76,6 +77,15 @@ def _parser() -> argparse.ArgumentParser:
         help="the picture to write (default: fastconv-demo-IMAGES.png)",
     )  # fmt: skip
     demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure fastconv beside its peers",
+        description="Measure fastconv beside its peers (torch, onnxruntime, OpenVINO, JAX, SciPy, NumPy: those that "
+        "are installed) on the layers of published networks or on your own.",
+    )
+    importlib.import_module("fastconv.bench.command").add_options(bench)
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -111,6 +121,23 @@ def _demo(options: argparse.Namespace) -> int:
         options.images, picture, backend=options.backend, seed=options.seed, epochs=options.epochs
     )  # fmt: skip
     return 0 if result.gradients_agree else 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fastconv bench
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _bench(options: argparse.Namespace) -> int:
+    if importlib.util.find_spec("rich") is None:
+        raise CommandError(
+            'the benchmarks also need rich. Install what they need with `pip install "fastconv[bench]"`.'
+        )
+    command = importlib.import_module("fastconv.bench.command")
+    try:
+        return command.main(options)
+    except command.UsageError as error:
+        raise CommandError(str(error)) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,106 @@
+"""What this machine can do at most, measured: multiply-adds from the L1 cache, and bytes through memory.
+
+The arithmetic peak is the rate of fastconv's own microkernel on panels that stay in the L1 cache: no packing, no
+memory. It is an upper bound for every convolution by multiplication here, and it moves with the clock of the machine,
+so it is measured in the same minute as each layer.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from fastconv.cpu import simd, tasks, threads
+
+# Half of the smallest L1 data cache in use (32 KiB), so that both panels and the tile of results stay.
+PANEL_BYTES = 16 * 1024
+# Long enough that a task (about 50 us) dwarfs the driver's 2 to 3 us, short enough to share evenly.
+REPEATS = 200
+# Four times the largest L3 of a desktop; a server with more shows its cache, not its memory.
+COPY_BYTES = 256 << 20
+
+ROWS, VECTORS, DEPTH, COLUMNS = range(tasks.FIRST, tasks.FIRST + 4)
+SOURCE, TARGET, LENGTH = range(tasks.FIRST, tasks.FIRST + 3)
+
+
+@tasks.Body
+def _contract_panels(task, worker, p, real):
+    rows, vectors, depth, columns = p[ROWS], p[VECTORS], p[DEPTH], p[COLUMNS]
+    a = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
+    panel = simd.offset(a, depth * rows)
+    c = simd.offset(panel, depth * columns)
+    for k in range(depth * rows):  # not zeros: on them a processor may draw less power and clock higher
+        a[k] = 0.5 + 0.001 * k
+    for k in range(depth * columns):
+        panel[k] = 1.5 - 0.001 * k
+    for _ in range(REPEATS):
+        simd.contract(rows, vectors, depth, a, panel, c, columns, 0, a)
+
+
+@tasks.Body
+def _copy(task, worker, p, real):
+    begin = task * p[LENGTH]
+    source = simd.offset(simd.at(real, p[SOURCE]), begin)
+    target = simd.offset(simd.at(real, p[TARGET]), begin)
+    for i in range(p[LENGTH]):
+        target[i] = source[i]
+
+
+def microkernel_rate(dtype: np.dtype | type = np.float32, seconds: float = 0.1) -> float:
+    """GFLOP/s of the microkernel on all threads of `fastconv.get_num_threads()`: the best of some 10 ms runs.
+
+    `dtype` is float32 or float64.
+
+    >>> microkernel_rate(np.float32, seconds=0.01) > 1
+    True
+    """
+    dtype = np.dtype(dtype)
+    tile = simd.tile(8 * dtype.itemsize)
+    depth = PANEL_BYTES // (dtype.itemsize * (tile.rows + tile.columns))
+    scratch = dtype.itemsize * (depth * (tile.rows + tile.columns) + tile.rows * tile.columns)
+    flops = 2 * REPEATS * depth * tile.rows * tile.columns
+    workers = threads.get_num_threads()
+
+    def run(count: int) -> float:
+        parameters = np.array([0] * tasks.FIRST + [tile.rows, tile.vectors, depth, tile.columns], np.int64)
+        begin = time.perf_counter()
+        tasks.run(_contract_panels, dtype, count, parameters, scratch, count * flops)
+        return count * flops / (time.perf_counter() - begin)
+
+    count = 16 * workers
+    run(count)  # compiles, and wakes the threads
+    count = max(count, int(0.01 * run(count) / flops))
+    return _best(lambda: run(count), seconds) / 1e9
+
+
+def copy_rate(seconds: float = 0.1) -> float:
+    """GB/s of copying an array far larger than the caches on all threads, read and written bytes counted."""
+    values = np.ones(COPY_BYTES // 4, np.float32)
+    target = np.zeros_like(values)
+    length = 1 << 16
+
+    def run() -> float:
+        addresses = [a.__array_interface__["data"][0] for a in (values, target)]
+        parameters = np.array([0] * tasks.FIRST + [*addresses, length], np.int64)
+        begin = time.perf_counter()
+        tasks.run(_copy, values.dtype, values.size // length, parameters, 64, values.size)
+        return 2 * values.nbytes / (time.perf_counter() - begin)
+
+    run()
+    return _best(run, seconds) / 1e9
+
+
+def _best(run, seconds: float) -> float:
+    """The best of at least three runs, and as many as `seconds` allow."""
+    rates = []
+    end = time.perf_counter() + seconds
+    while len(rates) < 3 or time.perf_counter() < end:
+        rates.append(run())
+    return max(rates)
+
+
+if __name__ == "__main__":
+    for name in ("float32", "float64"):
+        print(f"{name}: {microkernel_rate(name, 1.0):.1f} GFLOP/s on {threads.get_num_threads()} threads")
+    print(f"copy: {copy_rate(1.0):.1f} GB/s")
