@@ -10,11 +10,12 @@ waits for the device, except `to_host` and the first use of a geometry (`upload`
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,7 +34,10 @@ __all__ = [
     "current_stream",
     "deliver",
     "empty",
+    "has_engine",
     "launch",
+    "launch_blocks",
+    "multiprocessors",
     "overlap",
     "to_device",
     "to_host",
@@ -210,6 +214,18 @@ class DeviceArray:
             axis += count
         return self._view((*shape, *self.shape[axis:]), (*strides, *self.strides[axis:]))
 
+    def flat(self, dtype: DTypeLike | None = None) -> FlatArray:
+        """The memory from the first element to the last as one run, gaps included, in elements of `dtype`.
+
+        The strides must not be negative. A part of an element of `dtype` at the end is left out.
+        """
+        stored = self.stored_dtype if dtype is None else np.dtype(dtype)
+        if any(s < 0 and n > 1 for n, s in zip(self.shape, self.strides, strict=True)):
+            raise ValueError(f"DeviceArray.flat: the strides are {self.strides} (expected none below zero)")
+        extent = sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True)) + self.dtype.itemsize
+        count = extent // stored.itemsize if self.size else 0
+        return FlatArray(self.pointer, (count,), None, stored, self.owner, self.stream, self.writeable)
+
     # -- as a kernel's argument
 
     @property
@@ -245,6 +261,16 @@ class DeviceArray:
             "version": 3,
         }
         return np.asarray(SimpleNamespace(__array_interface__=interface, owner=self.owner))
+
+
+class FlatArray(DeviceArray):
+    """One run of device memory, for kernels that compute offsets themselves."""
+
+    __slots__ = ()
+
+    @property
+    def _numba_type_(self) -> types.Array:
+        return types.Array(numba.from_dtype(self.stored_dtype), 1, "C")
 
 
 def overlap(a: DeviceArray, b: DeviceArray) -> bool:
@@ -461,12 +487,34 @@ def launch(kernel: Any, elements: int, *arguments: Any) -> None:
     if SIMULATOR:
         _simulate(kernel, arguments)
         return
+    with _ordered(arguments) as stream:
+        kernel[_blocks(elements), THREADS, stream](*arguments)
+
+
+def has_engine() -> bool:
+    """Can the kernels run here that need a block's shared memory, asynchronous copies and the like (sm_80)?"""
+    return not SIMULATOR and cuda.get_current_device().compute_capability >= (8, 0)
+
+
+def multiprocessors() -> int:
+    return 0 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
+
+
+def launch_blocks(kernel: Any, grid: int | tuple[int, ...], *arguments: Any) -> None:
+    """Run a `jit.BlockKernel` as a grid of blocks of its own size, with streams as in `launch`."""
+    with _ordered(arguments) as stream:
+        kernel.compiled[grid, kernel.threads, stream](*arguments)
+
+
+@contextlib.contextmanager
+def _ordered(arguments: Sequence[Any]) -> Iterator[Any]:
+    """The stream to launch on; the streams of the other arguments come before, and after."""
     streams = [a.stream for a in arguments if isinstance(a, DeviceArray) and a.stream >= 0]
     stream = streams[0] if streams else 0
     others = sorted(set(streams) - {stream})
     for other in others:
         _order(other, stream)
-    kernel[_blocks(elements), THREADS, _stream(stream)](*arguments)
+    yield _stream(stream)
     for other in others:
         _order(stream, other)
 

@@ -9,6 +9,7 @@ call there than the simulator's wrapper.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,12 +20,17 @@ from numpy.typing import DTypeLike
 
 from ._cuda import SIMULATOR, cuda
 
-__all__ = ["ELEMENTS", "Element", "Kernel", "array_of", "device_function", "kernel"]
+__all__ = ["ELEMENTS", "BlockKernel", "Element", "Kernel", "array_of", "device_function", "flat", "inlined", "kernel"]
 
 
 def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make `function`, scalars in and scalars out, callable from kernels; it is inlined."""
     return function if SIMULATOR else cuda.jit(device=True, inline="always")(function)
+
+
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Like `device_function`, for longer ones that also take arrays: the compiler inlines them later, and sooner."""
+    return function if SIMULATOR else cuda.jit(device=True, forceinline=True)(function)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,3 +124,24 @@ class Kernel:
 def kernel(signature: Callable[[Element], tuple[types.Type, ...]]) -> Callable[[Callable[[Element], Any]], Kernel]:
     """Make a `Kernel` of a factory."""
     return lambda factory: Kernel(factory, signature)
+
+
+def flat(element: types.Type) -> types.Array:
+    """One run of memory (`_cuda.FlatArray`)."""
+    return types.Array(element, 1, "C")
+
+
+class BlockKernel:
+    """A kernel whose threads work together, in blocks of `threads`; to be given to `_cuda.launch_blocks`.
+
+    `function` is its Python source, `signature` the types of its arguments.
+    """
+
+    def __init__(self, function: Callable[..., None], threads: int, signature: tuple[types.Type, ...]) -> None:
+        self.__name__ = function.__name__
+        self.function, self.threads, self.signature = function, threads, signature
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        # the bound lets the compiler give a thread as many registers as fit a block of this size
+        return cuda.jit(launch_bounds=self.threads)(self.function)

@@ -8,6 +8,9 @@ arguments in the same order, on `DeviceArray`s. The equations, for one position,
     loss = sum_c q_c * (lse - z_c) + z_loss * lse**2
     dloss/dz_c = p_c * (sum q + 2*z_loss*lse) - q_c
 
+The kernels here take any strides. Where the classes of a position lie next to each other, those of `softmax_rows` are
+used instead, if the device has what they need.
+
 A thread reads its row three times: for the maximum, for the sum of exponentials, and for loss and gradient. In the last
 it has read an element before it writes the same one, so the gradient may overwrite the logits. Sums over positions are
 split by their number alone and added in a fixed order. Labels that came from the host are judged there; the loss and
@@ -25,8 +28,9 @@ import numba
 import numpy as np
 from numba import types
 
-from ._cuda import DeviceArray, cuda, empty, launch
+from ._cuda import DeviceArray, cuda, empty, has_engine, launch
 from .jit import ELEMENTS, Element, array_of, device_function, kernel
+from .softmax_rows import cross_entropy_rows, softmax_rows
 
 __all__ = ["cross_entropy", "softmax", "softmax_cross_entropy_row"]
 
@@ -135,13 +139,15 @@ def cross_entropy(
             divisor = positions
     row_loss = empty((positions,), real, logits)[1] if reduced else _nothing(real, 1)
     nowhere = _nothing(logits.dtype, 4)
-    launch(
-        cross_entropy_kernel[logits.dtype], positions, arrays["logits"], labels,
-        _nothing(logits.dtype, 5) if hard else arrays["target"], weight, arrays.get("grad_output", nowhere),
-        ignore_index, real(scale / divisor if divisor else scale), denominator, real(1 - label_smoothing),
-        real(label_smoothing / classes), real(z_loss), real(logit_softcap), arrays.get("loss", nowhere), row_loss,
-        arrays.get("grad", _nothing(logits.dtype, 5)), arrays.get("lse", nowhere),
+    arguments = (
+        arrays["logits"], labels, _nothing(logits.dtype, 5) if hard else arrays["target"], weight,
+        arrays.get("grad_output", nowhere), ignore_index, real(scale / divisor if divisor else scale), denominator,
+        real(1 - label_smoothing), real(label_smoothing / classes), real(z_loss), real(logit_softcap),
+        arrays.get("loss", nowhere), row_loss, arrays.get("grad", _nothing(logits.dtype, 5)),
+        arrays.get("lse", nowhere),
     )  # fmt: skip
+    if not (has_engine() and cross_entropy_rows(*arguments)):
+        launch(cross_entropy_kernel[logits.dtype], positions, *arguments)
     if loss is not None and reduced:
         _sum(row_loss, denominator, divisor, loss[None])
     return None
@@ -335,7 +341,8 @@ def softmax(logits: DeviceArray, log: bool, out: DeviceArray) -> None:
     arrays = _three_space_axes({"logits": (logits, 2), "out": (out, 2)})
     shape = arrays["logits"].shape
     positions = shape[0] * shape[2] * shape[3] * shape[4]
-    launch(softmax_kernel[logits.dtype], positions, arrays["logits"], log, arrays["out"])
+    if not (has_engine() and softmax_rows(arrays["logits"], log, arrays["out"])):
+        launch(softmax_kernel[logits.dtype], positions, arrays["logits"], log, arrays["out"])
 
 
 @kernel(lambda element: (array_of(element.stored, 5), types.boolean, array_of(element.stored, 5)))

@@ -15,8 +15,10 @@ simulator it needs no environment variable: a process can simulate a kernel and 
 
 from __future__ import annotations
 
+import itertools
 import random
 import types
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -103,8 +105,8 @@ class Memory:
 class SharedMemory(Memory):
     """Shared memory that knows who touched each element since the last barrier.
 
-    The clock of a thread counts the barriers of its block and those of its warp. What another warp did is ordered before
-    by a barrier of the block, what another lane of the same warp did also by a barrier or a collective of the warp.
+    A clock counts the barriers of the block and those of each warp. A barrier of the block orders what another warp
+    did; what another lane of the same warp did is also ordered by a barrier or a collective of the warp.
     """
 
     __slots__ = ("block", "readers", "under_way", "writers")
@@ -216,10 +218,8 @@ class Block:
         self.shared: list[SharedMemory] = []
         size = simulator.block_size
         self.main = greenlet.getcurrent()
-        self.threads = [
-            Thread(lambda: kernel(*arguments), rank, Dim3((rank % size.x, rank // size.x % size.y, rank // size.x // size.y)))
-            for rank in range(size.x * size.y * size.z)
-        ]  # fmt: skip
+        indices = ((x, y, z) for z in range(size.z) for y in range(size.y) for x in range(size.x))
+        self.threads = [Thread(lambda: kernel(*arguments), rank, Dim3(i)) for rank, i in enumerate(indices)]
         self.warp_barriers = [0] * -(-len(self.threads) // WARP)
 
     def wait(self, *what: Any) -> Any:
@@ -296,11 +296,12 @@ class BlockSimulator:
         function = self._bound(_python_function(kernel), {})
         memory = tuple(Memory(a) if isinstance(a, np.ndarray) else a for a in arguments)
         self.grid_size, self.block_size = Dim3(grid), Dim3(block)
-        for z in range(self.grid_size.z):
-            for y in range(self.grid_size.y):
-                for x in range(self.grid_size.x):
-                    self.block = Block(self, function, Dim3((x, y, z)), memory)
-                    self.block.run()
+        blocks = itertools.product(*map(range, (self.grid_size.z, self.grid_size.y, self.grid_size.x)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of NumPy scalars: a GPU does not warn of inf - inf either
+            for z, y, x in blocks:
+                self.block = Block(self, function, Dim3((x, y, z)), memory)
+                self.block.run()
 
     def turn_order(self, ready: list[Thread]) -> list[Thread]:
         if self.order == "reverse":

@@ -36,6 +36,12 @@ class MachineCode:
     shared: int
     local: int
     opcodes: collections.Counter[str]
+    blocks: list[collections.Counter[str]]  # the same by basic block
+
+    def share(self, pattern: str) -> tuple[int, int]:
+        """Instructions whose opcode begins with `pattern`, and all instructions, of the block that has most of them."""
+        counts = [(sum(n for op, n in b.items() if op.startswith(pattern)), sum(b.values())) for b in self.blocks]
+        return max(counts)
 
     def count(self, pattern: re.Pattern[str]) -> int:
         return sum(n for opcode, n in self.opcodes.items() if pattern.match(opcode))
@@ -97,13 +103,20 @@ def inspect_code(cubin: bytes) -> MachineCode:
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", _run("cuobjdump", "-res-usage", cubin))
     if usage is None:
         raise RuntimeError("cuobjdump -res-usage says nothing of the kernel's resources")
-    return MachineCode(*map(int, usage.groups()), opcodes(_run("nvdisasm", "-c", cubin)))
+    sass = _run("nvdisasm", "-c", cubin)
+    return MachineCode(*map(int, usage.groups()), opcodes(sass), basic_blocks(sass))
 
 
 def opcodes(sass: str) -> collections.Counter[str]:
     """Count the opcodes of a disassembly, leaving out predicates and operands."""
     instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
     return collections.Counter(match[1] for match in map(instruction.search, sass.splitlines()) if match)
+
+
+def basic_blocks(sass: str) -> list[collections.Counter[str]]:
+    """The opcodes between one label or branch and the next."""
+    parts = re.split(r"^\.L_\w+:.*$|^.*\b(?:BRA|EXIT|RET)\b.*$", sass, flags=re.MULTILINE)
+    return [counted for counted in map(opcodes, parts) if counted]
 
 
 def _run(tool: str, option: str, cubin: bytes) -> str:
