@@ -824,6 +824,8 @@ def plan_correlation(
         pixel_tasks = _ceil(all_panels, per_task)
         if blocks.groups * pixel_tasks < 4 * workers:  # smaller tasks, as long as packing stays a small part of them
             pixel_tasks = max(pixel_tasks, min(_ceil(4 * workers, blocks.groups), all_panels // 8))
+        if blocks.groups == 1 and 1 < pixel_tasks < 8 * workers:  # as many for each worker: 3 for 2 are as slow as 4
+            pixel_tasks = min(_ceil(pixel_tasks, workers) * workers, all_panels)
     row_tasks = 1
     if blocks.groups * pixel_tasks < workers:
         row_tasks = min(blocks.panels, _ceil(workers, blocks.groups * pixel_tasks))
