@@ -23,10 +23,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 # How many of the layers on which fastconv loses are listed; the CSV file has them all.
 MOST_LOSSES = 12
 
-NOTHING = (
-    "No measurements are recorded yet. `make bench` takes them on your machine, `make bench-report` puts them here;\n"
-    "[bench/README.md](bench/README.md) says how they are taken.\n"
-)
+NOTHING = "No results are committed yet.\n"
 
 
 class Results:
@@ -288,7 +285,7 @@ def _ratio_bars(pyplot: Any, rows: list[Row], title: str) -> Any:
             at = [n for n, layer in enumerate(layers) if layer in found]
             # bars begin at 1: to the right fastconv is faster
             axes.barh([n + index * thickness for n in at], [found[layers[n]] - 1 for n in at], thickness, left=1,
-                      label=name)  # fmt: skip
+                      color=f"C{index}", label=name)  # fmt: skip
         axes.axvline(1, color="black", linewidth=1)
         axes.set(xscale="log", title=which, xlabel="fastconv is ... times as fast")
         axes.grid(True, axis="x", which="both", alpha=0.2)

@@ -1,0 +1,285 @@
+"""The benchmarks: shapes files, the check of peers against the reference, results files, and the README's section."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastconv import reference
+from fastconv.bench import cases, checks, command, peers, report, results, run, worker
+
+HEADER = "name,batch,in_channels,size,out_channels,kernel,stride,padding,dilation,groups,count\n"
+SMALL = [
+    cases.ConvolutionCase("test", "grouped", 2, 4, (6, 5), 6, (3, 2), (2, 1), (1, 0), (1, 2), 2),
+    cases.ConvolutionCase("test", "depthwise", 2, 3, (9,), 3, (4,), (1,), (2,), (2,), 3),
+    cases.ConvolutionCase("test", "volume", 1, 2, (4, 5, 3), 3, (2, 3, 1), (1, 2, 1), (1, 1, 0), (1, 1, 1), 1),
+]
+INDEX = cases.CrossEntropyCase("test", "index", 5, 7, (2,), "index")
+SOFT = cases.CrossEntropyCase("test", "soft", 5, 7, (), "probabilities")
+
+
+def exact(case, which, operands):
+    """The reference's result of one pass, as a tuple."""
+    if isinstance(case, cases.CrossEntropyCase):
+        loss, gradient = reference.softmax_cross_entropy(operands["logits"], operands["target"])
+        return (loss,) if which == "forward" else (loss, gradient)
+    x, w, dy = (operands[name] for name in ("input", "weight", "grad_output"))
+    options = (case.stride, tuple((p, p) for p in case.padding), case.dilation, case.groups)
+    if which == "forward":
+        return (reference.convolution(x, w, None, *options),)
+    if which == "weight_grad":
+        return (reference.convolution_weight_grad(x, case.weight_shape, dy, *options),)
+    return (reference.convolution_input_grad(case.input_shape, w, dy, *options),)
+
+
+EVERY_PASS = [
+    pytest.param(case, which, id=f"{case.name}-{which}") for case in [*SMALL, INDEX, SOFT] for which in case.passes
+]
+
+
+# Shapes files
+
+
+@pytest.mark.parametrize("name", cases.NETWORKS)
+def test_the_tables_of_layers_can_be_read(name):
+    assert cases.network(name)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("resnet50", 53), ("vgg16", 13), ("mobilenet_v2", 52), ("unet", 19)])
+def test_the_networks_have_all_their_layers(name, layers):
+    assert sum(case.count for case in cases.network(name)) == layers
+
+
+def test_the_quick_selection_names_rows_that_exist():
+    assert len(cases.quick()) == sum(map(len, cases.QUICK.values()))
+
+
+def test_a_case_survives_the_pipe():
+    for case in (*SMALL, INDEX):
+        assert cases.from_message(cases.as_message(case)) == case
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no header"),
+        ("name,batch\na,1\n", "line 1: no column in_channels"),
+        (HEADER, "no rows after the header"),
+        (HEADER + "a,1,3,8x8,4,3x3,1,1,1,1\n", "line 2, column count: 10 values (expected 11"),
+        (HEADER + "# comment\na,1,3,8x8,4,3x3,1,1,1,1,1\nb,one,3,8x8,4,3x3,1,1,1,1,1\n",
+         "line 4, column batch: 'one' (expected a whole number)"),
+        (HEADER + "a,0,3,8x8,4,3x3,1,1,1,1,1\n", "line 2, column batch: '0' (expected at least 1)"),
+        (HEADER + "a,1,3,8x8,4,3,1,1,1,1,1\n", "line 2, column kernel: '3' has 1 dimensions, but size has 2"),
+        (HEADER + "a,1,3,8x8,4,3x3,1x1x1,1,1,1,1\n", "line 2, column stride: '1x1x1' has 3 numbers (expected 1 or 2)"),
+        (HEADER + "a,1,3,8x8,4,3x3,1,1,1,2,1\n", "line 2, column groups: 2 does not divide in_channels=3"),
+        (HEADER + "a,1,3,2x2,4,5x5,1,0,1,1,1\n", "line 2, column kernel: '5x5' is larger than the padded input 2x2"),
+        (HEADER + "a,1,3,8x8,4,3x3,1,1,1,1,1\n" * 2, "line 3, column name: 'a' is already the name of line 2"),
+        ("name,batch,classes,size,target\na,8,10,-,labels\n", "line 2, column target: 'labels'"),
+    ],
+)  # fmt: skip
+def test_a_malformed_shapes_file_names_line_and_column(tmp_path, text, said):
+    path = tmp_path / "mine.csv"
+    path.write_text(text)
+    with pytest.raises(cases.ShapesError) as error:
+        cases.read(path)
+    assert str(path) in str(error.value)
+    assert said in str(error.value)
+
+
+# The check of a peer's result
+
+
+@pytest.mark.parametrize(("case", "which"), EVERY_PASS)
+def test_the_reference_passes_the_check_and_a_wrong_element_does_not(case, which, tmp_path):
+    operands = case.operands(np.dtype(np.float32))
+    result = exact(case, which, operands)
+    checks.check(case, which, operands, result, tmp_path)
+    for at in (0, -1):
+        wrong = [np.array(array, order="C") for array in result]
+        flat = wrong[-1].reshape(-1)
+        flat[at] += 0.01 * max(1.0, np.abs(flat).max())
+        with pytest.raises(checks.Disagreement):
+            checks.check(case, which, operands, wrong, tmp_path)
+    with pytest.raises(checks.Disagreement):
+        checks.check(case, which, operands, [np.full_like(array, np.nan) for array in result], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["fastconv", "fastconv channels-last", "fastconv prepared", "numpy", "reference",
+                                  "torch", "torch channels-last"])  # fmt: skip
+@pytest.mark.parametrize(("case", "which"), EVERY_PASS)
+def test_peers_agree_with_the_reference(name, case, which, tmp_path):
+    peer = peers.PEERS[name, "cpu"]
+    if peer.missing():
+        pytest.skip(f"{name}: {peer.missing()}")
+    problem = peers.Problem(case, which, case.operands(np.dtype(np.float32)), 1, False)
+    try:
+        prepared = peer.prepare(problem)
+    except peers.Unsupported as reason:
+        pytest.skip(f"{name} {reason}")
+    with prepared.context():
+        checks.check(case, which, problem.operands, prepared.fetch(prepared.call()), tmp_path)
+
+
+def test_samples_take_turns():
+    called = []
+    samples = worker.sample([(lambda n=n: called.append(n), None) for n in range(2)], 0.001)
+    assert len(samples) == 2
+    assert min(map(len, samples)) >= worker.LEAST_SAMPLES
+    assert {0, 1} == set(called)
+
+
+# Results
+
+
+def row(peer="torch", ratio=None, **other):
+    fields = {
+        "machine": "test-machine", "backend": "cpu", "protocol": "alone", "network": "resnet50", "case": "conv1",
+        "op": "conv2d", "which": "forward", "dtype": "float32", "batch": 4, "threads": 2, "flops": 10**9, "bytes": 10**8,
+        "peak_gflops": 200.0, "copy_gbs": 20.0, "date": "2000-01-01", "commit": "0000000000", "version": f"{peer} 1.0",
+    }  # fmt: skip
+    return results.Row(peer=peer, ratio=ratio, **(fields | other))
+
+
+def measured(peer, seconds, **other):
+    return results.with_samples(row(peer, **other), [seconds, 1.5 * seconds, 2 * seconds], "GFLOP/s")
+
+
+def example() -> list[results.Row]:
+    """Made up: no machine measured this."""
+    rows = []
+    for case, ours, theirs, last in (("conv1", 0.01, 0.02, 0.015), ("conv2", 0.02, 0.01, 0.04)):
+        rows += results.with_ratios([
+            measured("fastconv", ours, case=case), measured("torch", theirs, case=case),
+            measured("torch channels-last", last, case=case), row("onnxruntime", case=case, note="ended"),
+        ])  # fmt: skip
+    return rows
+
+
+def test_what_follows_from_the_samples():
+    this = measured("fastconv", 0.01)
+    assert (this.best_ms, this.median_ms, this.samples) == (10.0, 15.0, 3)
+    assert this.rate == pytest.approx(100.0)
+    assert this.percent_of_peak == pytest.approx(50.0)
+    ratios = {r.peer: r.ratio for r in example() if r.case == "conv1"}
+    assert ratios == {"fastconv": 1.0, "torch": 2.0, "torch channels-last": 1.5, "onnxruntime": None}
+
+
+def test_a_results_file_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / "results.csv"
+    results.write(path, example())
+    again = results.read(path)
+    assert [r.key for r in again] == [r.key for r in example()]
+    assert [r.ratio for r in again] == [r.ratio for r in example()]
+    path.write_text(path.read_text().replace(",4,2,torch,", ",4,two,torch,", 1))
+    with pytest.raises(results.ResultsError, match=r"results\.csv, line 3, column threads: 'two' is no number"):
+        results.read(path)
+
+
+def test_a_new_measurement_replaces_the_old_one():
+    merged = results.merge(example(), [measured("torch", 0.5, case="conv2")])
+    assert len(merged) == len(example())
+    assert [r.best_ms for r in merged if (r.peer, r.case) == ("torch", "conv2")] == [500.0]
+
+
+@pytest.mark.parametrize(("now", "worse"), [(1.0, 0), (0.91, 0), (0.89, 1)])
+def test_a_ratio_that_fell_by_more_than_a_tenth_is_a_regression(now, worse):
+    assert len(results.regressions([row(ratio=1.0)], [row(ratio=now, machine="other")])) == worse
+
+
+# The report
+
+
+def test_the_section_of_an_example(tmp_path):
+    results.write(tmp_path / "example.csv", example())
+    text = report.section(tmp_path)
+    assert "| resnet50 | forward | 2 | 75.0 | 38 % | 1.00 (0.50 to 2.00) | 0.87 (0.50 to 1.50) | n/a |" in text
+    assert "loses to the fastest of its peers: 1 of 2 cases" in text
+    assert "| resnet50 conv2 | forward | torch | 0.50 |" in text
+    assert "onnxruntime on resnet50 conv1 forward (ended)" in text
+    assert "CUDA: n/a" in text
+
+
+def test_plots_of_an_example(tmp_path):
+    pytest.importorskip("matplotlib", reason="the bench extra is not installed")
+    growth = [measured("torch", 0.01 * n, network="growth_batch", case=f"batch={n}") for n in (1, 2, 4)]
+    results.write(tmp_path / "example.csv", example() + growth)
+    drawn = {path.name for path in report.plots(report.Results(tmp_path / "example.csv"), tmp_path, ["svg"])}
+    tag = "cpu-float32-2threads"
+    assert drawn == {f"example-{n}.svg" for n in (f"roofline-{tag}", f"ratios-resnet50-{tag}", "growth-batch-forward")}
+    assert "slope 1.00" in (tmp_path / "example-growth-batch-forward.svg").read_text()
+
+
+def test_slope_of_a_power_law():
+    assert report.slope([1, 2, 4, 8], [5, 20, 80, 320]) == pytest.approx(2)
+
+
+def test_the_section_of_the_readme_is_that_of_the_results():
+    text = report.README.read_text()
+    assert report.with_section(text, report.section()) == text, "run `make bench-report`"
+
+
+def test_a_changed_section_is_seen():
+    text = f"a\n{report.BEGIN}\nold\n{report.END}\nb\n"
+    assert report.with_section(text, "new\n") == f"a\n{report.BEGIN}\nnew\n{report.END}\nb\n"
+    with pytest.raises(ValueError, match="once each"):
+        report.with_section("no markers", "new")
+
+
+# The command, and what becomes of failures
+
+
+def test_unknown_peers_are_refused():
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    command.add_options(parser)
+    with pytest.raises(command.UsageError, match="'tensorflow' is none of fastconv"):
+        command._peers(parser.parse_args(["--peer", "tensorflow"]))
+    assert command._peers(parser.parse_args(["--peer", "numpy"])) == ["fastconv", "numpy"]
+
+
+def test_what_does_not_run_the_workers_simulator(monkeypatch):
+    monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "1")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    passive, default = run.environment(2, passive=True), run.environment(2, passive=False)
+    assert passive["OMP_WAIT_POLICY"] == "passive"
+    assert passive["OMP_NUM_THREADS"] == default["OMP_NUM_THREADS"] == "2"
+    assert "OMP_WAIT_POLICY" not in default
+    assert "NUMBA_ENABLE_CUDASIM" not in default
+
+
+def test_a_process_that_dies_or_hangs_is_reported_and_another_one_started(tmp_path, monkeypatch):
+    process = run.Process(run.Settings(timeout=60), tmp_path)
+    assert process.ask("forget") == {}
+    assert process.ask("measure", names=["nobody"], seconds=1)["failed"].startswith("KeyError")
+    process._process.kill()
+    with pytest.raises(run.WorkerDied, match="signal SIGKILL"):
+        process.ask("forget")
+    assert process.ask("forget") == {}
+    process.close()
+    monkeypatch.setattr(sys, "executable", "/bin/sleep")  # never answers: it knows no -m, and ends
+    with pytest.raises(run.WorkerDied):
+        process.ask("forget")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("protocol", results.PROTOCOLS)
+def test_a_run_measures_every_peer(protocol):
+    case = dataclasses.replace(SMALL[0], network="test")
+    with run.Session(run.Settings(protocol=protocol, rounds=1, seconds=0.01)) as session:
+        rows = session.measure(case, "forward", ["fastconv", "numpy", "scipy correlate"])
+    assert [r.peer for r in rows] == ["fastconv", "numpy"]
+    assert [r.note for r in rows] == ["", ""]
+    assert all(r.ratio and r.peak_gflops and r.samples >= 1 for r in rows)
+
+
+def test_every_operation_has_its_suite():
+    folder = Path(report.FOLDER)
+    operations = {path.stem for path in (folder.parent / "tests").glob("test_*.py")}
+    suites = {path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py")}
+    assert suites == {"convolution", "softmax_cross_entropy"}
+    assert {f"test_{name}" for name in suites} <= operations
