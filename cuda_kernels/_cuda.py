@@ -214,6 +214,12 @@ class DeviceArray:
             axis += count
         return self._view((*shape, *self.shape[axis:]), (*strides, *self.strides[axis:]))
 
+    def samples(self, first: int, count: int) -> DeviceArray:
+        """`count` elements of the first axis, from `first` on."""
+        view = self._view((count, *self.shape[1:]), self.strides)
+        view.pointer += first * self.strides[0]
+        return view
+
     def flat(self, dtype: DTypeLike | None = None) -> FlatArray:
         """The memory from the first element to the last as one run, gaps included, in elements of `dtype`.
 

@@ -3,9 +3,10 @@
 The entry functions and the kernels are those of `fastconv.cpu.convolution`, with the same arguments in the same order,
 on `DeviceArray`s in the canonical form (N, C, D, H, W), weights (O, C/groups, KD, KH, KW), of any strides.
 
-One thread computes one element of the result, from the first term of its sum to the last: no thread depends on another,
-so the result depends neither on the grid nor on the batch around a sample. A thread steps by the size of the grid, and
-all indices are 64-bit: arrays may have more than 2**31 elements.
+Where the device has what they need, the kernels of `implicit_gemm` do what they apply to. Those here take any strides,
+types and paddings. One thread computes one element of the result, from the first term of its sum to the last: no thread
+depends on another, so the result depends neither on the grid nor on the batch around a sample. A thread steps by the
+size of the grid, and all indices are 64-bit: arrays may have more than 2**31 elements.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy as np
 from numba import types
 
 from ..geometry import ConvGeometry
-from ._cuda import DeviceArray, cuda, current_device, launch, upload
+from . import implicit_gemm
+from ._cuda import DeviceArray, cuda, current_device, has_engine, launch, upload
 from .jit import array_of, device_function, kernel
 
 if TYPE_CHECKING:
@@ -61,8 +63,11 @@ def forward(
     algorithm: str, packed: PackedWeights | None, out: DeviceArray,
 ) -> None:  # fmt: skip
     """out = input convolved with weight, plus bias, through max(0, .) if relu."""
+    bias = _none(out.dtype) if bias is None else bias
+    if has_engine() and implicit_gemm.forward(geometry, input, weight, bias, relu, out):
+        return
     launch(
-        forward_kernel[out.dtype], out.size, input, weight, _none(out.dtype) if bias is None else bias, relu,
+        forward_kernel[out.dtype], out.size, input, weight, bias, relu,
         *_input_coordinates(geometry, current_device()), geometry.stride, geometry.dilation, out,
     )  # fmt: skip
 
@@ -107,6 +112,8 @@ def weight_grad(
     out: DeviceArray,
 ) -> None:  # fmt: skip
     """out (+)= gradient of the weight, shape (O, C/groups, KD, KH, KW)."""
+    if has_engine() and implicit_gemm.weight_grad(geometry, input, grad_output, accumulate, out):
+        return
     launch(
         weight_grad_kernel[out.dtype], out.size, input, grad_output, accumulate,
         *_input_coordinates(geometry, current_device()), geometry.stride, geometry.dilation, out,
@@ -157,10 +164,13 @@ def input_grad(
     accumulate: bool, algorithm: str, out: DeviceArray,
 ) -> None:  # fmt: skip
     """out (+)= gradient of the input, plus bias, through max(0, .) if relu (both for the transposed convolution)."""
+    bias = _none(out.dtype) if bias is None else bias
+    if has_engine() and implicit_gemm.input_grad(geometry, weight, grad_output, bias, relu, accumulate, out):
+        return
     firsts, wheres = _padded_coordinates(geometry, current_device())
     launch(
-        input_grad_kernel[out.dtype], out.size, weight, grad_output, _none(out.dtype) if bias is None else bias, relu,
-        accumulate, firsts, wheres, geometry.stride, geometry.dilation, out,
+        input_grad_kernel[out.dtype], out.size, weight, grad_output, bias, relu, accumulate, firsts, wheres,
+        geometry.stride, geometry.dilation, out,
     )  # fmt: skip
 
 

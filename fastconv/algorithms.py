@@ -25,8 +25,9 @@ DIRECT_RATE_OF_LINES, DIRECT_RATE = 60.0, 90.0
 # a second thread makes it 1.1 to 1.8 times faster where the direct sum becomes 1.9 times faster.
 FFT_MARGIN = 1.6
 
-# Terms that the direct sum adds in one chain, about (`cpu.contraction.PANEL_BYTES`), unless there is one channel.
-LONGEST_CHAIN = 320
+# Terms that the direct sum adds in one chain on AVX-512 (`cpu.contraction.PANEL_BYTES`; twice as many on AVX2),
+# unless there is one channel.
+LONGEST_CHAIN = 384
 
 # Winograd pays from this many channels on both sides, of at least this many output pixels: fewer leave its transforms
 # and its (m + 2)^2 small matrix products more time than the direct sum takes.
@@ -137,9 +138,10 @@ def expected_error(algorithm: str, operation: str, geometry: ConvGeometry, dtype
     else:
         terms = geometry.in_channels_per_group * math.prod(geometry.kernel_size)
     if algorithm == "winograd":
-        # F(4x4, 3x3) has numbers of up to 4 where the sum has 1; the chain is one of all channels
+        # F(4x4, 3x3) has numbers of up to 4 where the sum has 1; chains of channels, and a chain of those
         channels = terms / 9
-        return eps * math.sqrt(6 + 0.57 * channels) / (1 if winograd.tile_size(geometry, operation) == 4 else 2)
+        growth = math.sqrt(6 + 0.49 * min(channels, winograd.CHAIN) + 0.023 * channels)
+        return eps * growth / (1 if winograd.tile_size(geometry, operation) == 4 else 2)
     if algorithm == "fft":
         tiling = fft.make_tiling(operation, geometry)
         added = terms / math.prod(geometry.kernel_size)

@@ -25,6 +25,7 @@ from typing import Any
 
 import greenlet
 import numpy as np
+
 from fastconv.cuda_kernels import intrinsics
 from fastconv.cuda_kernels._cuda import cuda
 

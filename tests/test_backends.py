@@ -7,13 +7,13 @@ import threading
 
 import numpy as np
 import pytest
-from fastconv.cuda_kernels import convolution as on_cuda
-from fastconv.cuda_kernels._cuda import cuda
 
 import fastconv as fc
 from conftest import ON_GPU
 from fastconv.backends import _chosen
 from fastconv.cpu import convolution as on_cpu
+from fastconv.cuda_kernels import convolution as on_cuda
+from fastconv.cuda_kernels._cuda import cuda
 from helpers import DTYPES, integers, output_of, run_python
 
 X, W = np.ones((1, 1, 3), np.float32), np.ones((1, 1, 2), np.float32)

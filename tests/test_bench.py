@@ -138,8 +138,9 @@ def test_samples_take_turns():
 def row(peer="torch", ratio=None, **other):
     fields = {
         "machine": "test-machine", "backend": "cpu", "protocol": "alone", "network": "resnet50", "case": "conv1",
-        "op": "conv2d", "which": "forward", "dtype": "float32", "batch": 4, "threads": 2, "flops": 10**9, "bytes": 10**8,
-        "peak_gflops": 200.0, "copy_gbs": 20.0, "date": "2000-01-01", "commit": "0000000000", "version": f"{peer} 1.0",
+        "op": "conv2d", "which": "forward", "dtype": "float32", "batch": 4, "threads": 2, "flops": 10**9,
+        "bytes": 10**8, "peak_gflops": 200.0, "copy_gbs": 20.0, "date": "2000-01-01", "commit": "0000000000",
+        "version": f"{peer} 1.0",
     }  # fmt: skip
     return results.Row(peer=peer, ratio=ratio, **(fields | other))
 

@@ -7,6 +7,9 @@ import textwrap
 
 import numpy as np
 import pytest
+from numba import types
+
+from block_simulator import SCHEDULES, BlockSimulator, SimulationError
 from fastconv.cuda_kernels._cuda import cuda
 from fastconv.cuda_kernels.intrinsics import (
     copy16_async,
@@ -26,9 +29,6 @@ from fastconv.cuda_kernels.intrinsics import (
     unpack_bfloat16,
     unpack_float16,
 )
-from numba import types
-
-from block_simulator import SCHEDULES, BlockSimulator, SimulationError
 
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids="-".join)
 

@@ -11,6 +11,7 @@ from types import ModuleType, SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
+
 from fastconv.cuda_kernels import _cuda, jit
 from fastconv.cuda_kernels._cuda import DeviceArray, cuda
 

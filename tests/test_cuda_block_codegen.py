@@ -10,11 +10,11 @@ import re
 from typing import NamedTuple
 
 import pytest
-from fastconv.cuda_kernels import _cuda, softmax_rows
-from fastconv.cuda_kernels._cuda import cuda
-from fastconv.cuda_kernels.jit import BlockKernel
 
 import codegen
+from fastconv.cuda_kernels import _cuda, implicit_gemm, softmax_rows, tiles
+from fastconv.cuda_kernels._cuda import cuda
+from fastconv.cuda_kernels.jit import ELEMENTS, BlockKernel
 from test_cuda_codegen import compiler, device_array, expected_parameters, name_of, parameters  # noqa: F401
 
 pytestmark = pytest.mark.codegen
@@ -56,7 +56,22 @@ def row_budgets():
     yield "softmax-float32-twice", Budget(kernel, 64, twice)
 
 
-BUDGETS = dict(row_budgets())
+def product_budgets():
+    """Registers: what fits two blocks of the largest tile into a multiprocessor, three of the next."""
+    registers = {(8, 8, 256): 128, (8, 8, 128): 168, (4, 8, 128): 128, (4, 4, 256): 64, (4, 4, 128): 80}
+    for tile in tiles.TILES:
+        budget = registers[tile.thread_rows, tile.thread_columns, tile.threads]
+        terms = tile.thread_rows * tile.thread_columns * tiles.DEPTH
+        required = {"LDS.128": 2 * (tile.thread_rows + tile.thread_columns), "FFMA": terms, "STG.E.128": 1}
+        hot = ("FFMA", {512: 0.80, 256: 0.75, 128: 0.66}[terms])
+        name = f"{tile.rows}x{tile.columns}"
+        yield f"gather-{name}", Budget(implicit_gemm.gather_kernel(tile, True), budget, required, hot)
+        yield f"gather-unchecked-{name}", Budget(implicit_gemm.gather_kernel(tile, False), budget, required, hot)
+        del required["STG.E.128"]
+        yield f"weight-{name}", Budget(implicit_gemm.weight_kernel(tile), budget, required, hot)
+
+
+BUDGETS = dict([*row_budgets(), *product_budgets()])
 
 
 def check(budget: Budget, architecture) -> codegen.MachineCode:
@@ -98,6 +113,43 @@ def test_launches_of_rows_pass_what_was_compiled(dtype, monkeypatch):
     for kernel, _, *arguments in launches:
         assert tuple(cuda.jit(kernel.function).typeof_pyval(a) for a in arguments) == kernel.signature
         assert parameters(kernel.signature, arguments) == expected_parameters(arguments)
+
+
+def test_launches_of_products_pass_what_was_compiled(monkeypatch):
+
+    from fastconv.arguments import convolution_plan
+
+    launches, sums = [], []
+    monkeypatch.setattr(implicit_gemm, "launch_blocks", lambda *launch: launches.append(launch))
+    monkeypatch.setattr(implicit_gemm, "launch", lambda *launch: sums.append(launch))
+    monkeypatch.setattr(implicit_gemm, "current_device", lambda: 0)
+    monkeypatch.setattr(implicit_gemm, "upload", lambda *t: tuple(device_array(len(a), dtype=a.dtype) for a in t))
+    monkeypatch.setattr(implicit_gemm, "empty", lambda shape, dtype, like: (None, device_array(*shape, dtype=dtype)))
+    implicit_gemm._plans.cache_clear()
+    implicit_gemm._weight_plan.cache_clear()
+    x, w, y, b = (device_array(*s) for s in [(2, 8, 1, 5, 6), (16, 4, 1, 3, 3), (2, 16, 1, 3, 2), (16,)])
+    geometry = convolution_plan("conv2d", 2, (2, 8, 5, 6), (16, 4, 3, 3), (1, 2), 0, 1, 2, "zeros", "NCHW").geometry
+    assert implicit_gemm.forward(geometry, x, w, b, True, y)
+    assert implicit_gemm.input_grad(geometry, w, y, b, False, True, x)
+    assert implicit_gemm.weight_grad(geometry, x, y, True, w)
+    implicit_gemm._plans.cache_clear()
+    implicit_gemm._weight_plan.cache_clear()
+    assert len(launches) == 4
+    for kernel, _, *arguments in launches:
+        assert tuple(cuda.jit(kernel.function).typeof_pyval(a) for a in arguments) == kernel.signature
+        made = [getattr(p, "value", p) for p in parameters(kernel.signature, arguments)]
+        assert made == expected_parameters(arguments)
+    ((kernel, elements, *arguments),) = sums
+    assert elements == w.size
+    signature = implicit_gemm.add_parts_kernel.signature(ELEMENTS["float32"])
+    assert tuple(kernel.typeof_pyval(a) for a in arguments) == signature
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=name_of)
+def test_machine_code_of_the_sum_of_parts(architecture):
+    kernel = implicit_gemm.add_parts_kernel
+    _, cubin = codegen.compile_for_launch(kernel["float32"], kernel.signature(ELEMENTS["float32"]), architecture)
+    assert codegen.inspect_code(cubin).complaints(registers=80, float64=False) == []
 
 
 def test_the_gate_finds_a_missing_instruction():

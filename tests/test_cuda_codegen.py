@@ -7,13 +7,13 @@ unless it computes in float64, 64-bit indices, and a budget of registers.
 
 import numpy as np
 import pytest
-from fastconv.cuda_kernels import _cuda, convolution, softmax_cross_entropy
-from fastconv.cuda_kernels._cuda import DeviceArray, cuda
-from fastconv.cuda_kernels.jit import ELEMENTS, Kernel, array_of
 from numba import types
 
 import codegen
 from fastconv.arguments import convolution_plan
+from fastconv.cuda_kernels import _cuda, convolution, softmax_cross_entropy
+from fastconv.cuda_kernels._cuda import DeviceArray, cuda
+from fastconv.cuda_kernels.jit import ELEMENTS, Kernel, array_of
 
 pytestmark = pytest.mark.codegen
 
@@ -113,7 +113,8 @@ def launches(monkeypatch):
     for module in (convolution, softmax_cross_entropy):
         monkeypatch.setattr(module, "launch", lambda *launch: recorded.append(launch))
     monkeypatch.setattr(convolution, "current_device", lambda: 0)
-    monkeypatch.setattr(softmax_cross_entropy, "has_engine", lambda: False)
+    for module in (convolution, softmax_cross_entropy):
+        monkeypatch.setattr(module, "has_engine", lambda: False)
     monkeypatch.setattr(
         convolution, "upload", lambda *tables: tuple(device_array(len(t), dtype=t.dtype) for t in tables)
     )

@@ -5,11 +5,11 @@ What both backends do is tested once for both, in the tests that take the `backe
 
 import numpy as np
 import pytest
-from fastconv.cuda_kernels import _cuda, convolution, softmax_cross_entropy
-from fastconv.cuda_kernels._cuda import admit, cuda, to_device, to_host
 
 from fastconv import reference
 from fastconv.arguments import convolution_plan
+from fastconv.cuda_kernels import _cuda, convolution, softmax_cross_entropy
+from fastconv.cuda_kernels._cuda import admit, cuda, to_device, to_host
 
 needs_gpu = pytest.mark.skipif(
     _cuda.SIMULATOR or not _cuda.available()[0], reason="needs a GPU: the simulator takes hours for so many elements"

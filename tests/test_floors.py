@@ -32,9 +32,11 @@ MACHINERY = {
     cuda_kernels: {
         "__init__": "says what the folder is",
         "_cuda": "device arrays and launches",
+        "implicit_gemm": "the faster kernels of convolution, as matrix products",
         "intrinsics": "instructions that Numba has no name for",
         "jit": "how kernels are compiled",
         "softmax_rows": "the faster kernels of softmax_cross_entropy, for rows of classes",
+        "tiles": "matrix products in registers and shared memory",
     },
 }
 FLOORS = list(MACHINERY)

@@ -7,33 +7,19 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
+
+from block_simulator import SCHEDULES
+from fastconv import reference
 from fastconv.cuda_kernels import _cuda, softmax_rows
 from fastconv.cuda_kernels import softmax_cross_entropy as operation
 from fastconv.cuda_kernels._cuda import DeviceArray
-
-from block_simulator import SCHEDULES, BlockSimulator
-from fastconv import reference
+from simulation import device, simulated
 
 DTYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
-
-
-def simulated(schedule=("forward", "late")):
-    """A `launch_blocks` that runs the kernel in the block simulator, on arrays of the host."""
-
-    def launch_blocks(kernel, grid, *arguments):
-        memory = [a.as_numpy() if isinstance(a, DeviceArray) else a for a in arguments]
-        BlockSimulator(*schedule).launch(kernel.function, grid, kernel.threads, *memory)
-
-    return launch_blocks
-
-
-def device(array):
-    """A host array passed off as one of the device."""
-    return DeviceArray(array.ctypes.data, array.shape, array.strides, array.dtype, array)
 
 
 def aligned(shape, dtype, row=None, start=0):

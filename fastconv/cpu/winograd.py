@@ -67,7 +67,7 @@ from .contraction import (
 
 # Channels added in one chain: the sums here are larger than the results, and round accordingly. 16 to 24 give the
 # least error from 64 to 512 channels; 24 costs 3 % over 32.
-_CHAIN = 24
+CHAIN = 24
 _SLACK = 32  # elements after each V[xi], where whole-vector stores may end
 _U_BYTES = 1024 * 1024  # transformed inputs of a block of tiles, if more than one panel of them
 _M_BYTES = 192 * 1024
@@ -189,9 +189,9 @@ def _winograd(task, worker, p, real):
                         place = simd.offset(
                             products, ((i - group) * points * simd.tile_rows(real) + xi * rows) * columns
                         )
-                        for c in range(0, p[CHANNELS], _CHAIN):
+                        for c in range(0, p[CHANNELS], CHAIN):
                             simd.contract(
-                                rows, vectors, min(_CHAIN, p[CHANNELS] - c), simd.offset(a, c * rows),
+                                rows, vectors, min(CHAIN, p[CHANNELS] - c), simd.offset(a, c * rows),
                                 simd.offset(panel, c * columns), place, columns, simd.ADD if c else 0, bias,
                             )  # fmt: skip
                 for i in range(group, group_end):
