@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from numba import njit
 
-from fastconv.cpu import elementary
+from fastconv.cpu import elementary, simd
+from fastconv.cpu.softmax_cross_entropy import _pointer
 
 FUNCTIONS = ("exp", "log", "tanh")
 # What is promised, in units in the last place of the exact result.
@@ -141,3 +142,83 @@ def test_loops_are_vectorised(name, dtype):
     element = "float" if dtype == np.float32 else "double"
     assert re.search(rf"<\d+ x {element}> @llvm\.(fmuladd|fma)\.", code), "no vector multiply-add in the loop"
     assert not re.search(r"call .*@(exp|log|tanh)f?\(", code), "a call of the C library is left"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The vector loops of softmax, `simd.span_...`
+# ---------------------------------------------------------------------------------------------------------------------
+
+SPANS = (1, 5, 16, 63, 64, 65, 130, 1000, 4097)
+
+
+@njit
+def maximum(x, like):
+    return simd.span_maximum(_pointer(x.ctypes.data, like), x.size)
+
+
+@njit
+def exponentials(x, base, y):
+    x_pointer, y_pointer = _pointer(x.ctypes.data, base), _pointer(y.ctypes.data, base)
+    return simd.span_exponentials(y_pointer, x_pointer, x.size, base, np.int64(2048))
+
+
+@njit
+def scale(x, factor, y, past_cache):
+    simd.span_scale(_pointer(y.ctypes.data, factor), _pointer(x.ctypes.data, factor), x.size, factor, past_cache)
+    simd.drain_stores()
+
+
+@njit
+def products(q, x, base, sums):
+    q_pointer, x_pointer = _pointer(q.ctypes.data, base), _pointer(x.ctypes.data, base)
+    simd.span_products(q_pointer, x_pointer, x.size, base, _pointer(sums.ctypes.data, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exponentials_of_a_span_are_those_of_exp(dtype):
+    if dtype == np.float32:
+        x = np.arange(2**31, 2**32, STRIDE, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    else:
+        x = -np.abs(sweep("exp"))
+    y = np.empty_like(x)
+    exponentials(x, dtype(0), y)
+    np.testing.assert_array_equal(y, evaluate("exp", x))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", SPANS)
+def test_spans(n, dtype):
+    rng = np.random.default_rng(n)
+    x = rng.standard_normal(n).astype(dtype)
+    assert maximum(x, dtype(0)) == x.max()
+    y = np.full(n + 1, 7, dtype)
+    total = exponentials(x, x.max(), y)
+    assert y[n] == 7, "beyond the end"
+    np.testing.assert_array_equal(y[:n], evaluate("exp", x - x.max()))
+    assert total == pytest.approx(y[:n].sum(dtype=np.float64), rel=float(64 * np.finfo(dtype).eps))
+    q = rng.random(n).astype(dtype)
+    q[::2] = 0
+    x[::2] = -np.inf  # where q is 0
+    sums = np.array([1.0, 2.0])
+    products(q, x, dtype(0.5), sums)
+    terms = q[1::2].astype(np.float64) * (x[1::2].astype(np.float64) - 0.5)
+    np.testing.assert_allclose(sums, [1 + terms.sum(), 2 + q.sum(dtype=np.float64)], rtol=1e-13, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", SPANS)
+@pytest.mark.parametrize("start", [0, 1, 7])
+@pytest.mark.parametrize("past_cache", [False, True])
+def test_scaling_a_span(n, dtype, start, past_cache):
+    x = np.random.default_rng(n).standard_normal(n).astype(dtype)
+    y = np.full(start + n + 3, 7, dtype)
+    scale(x, dtype(3), y[start : start + n], past_cache)
+    np.testing.assert_array_equal(y[start : start + n], x * dtype(3))
+    assert (np.delete(y, np.s_[start : start + n]) == 7).all(), "outside the span"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_maximum_of_a_span_passes_over_nan(dtype):
+    x = np.array([np.nan, -np.inf, 3, np.nan, 2] + 70 * [np.nan], dtype)
+    assert maximum(x, dtype(0)) == 3
+    assert maximum(x[3:4], dtype(0)) == -np.inf

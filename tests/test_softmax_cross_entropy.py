@@ -12,7 +12,8 @@ from fastconv import reference
 from helpers import DTYPES, VIEWS, normal
 from tolerance import assert_same_bits
 
-# Shapes and what each is there for. Tiles have 64 lanes, pieces 4096 elements; the simulator runs the small ones.
+# Shapes and what each is there for. Groups of vectors have 64 lanes, pieces 2048 elements, 1 MiB of exponentials is
+# kept; the simulator runs the small ones.
 SHAPES = {
     "one class": (3, 1),
     "two classes": (5, 2),
@@ -23,14 +24,16 @@ SHAPES = {
     "tail of a tile by class": (3, 65),
     "image net": (2, 1000),
     "several pieces": (2, 9001),
-    "longer than the tile": (2, 70_001),
+    "many pieces": (2, 70_001),
+    "more exponentials than are kept": (1, 270_001),
     "no batch": (11,),
     "one sample": (1, 130),
     "class axis in the middle": (2, 5, 7),
     "segmentation": (2, 3, 9, 11),
     "volume": (2, 3, 2, 3, 5),
     "middle axis, runs shorter than a tile": (3, 100, 49),
-    "middle axis, longer than the tile": (2, 1100, 70),
+    "middle axis, two units": (2, 1100, 70),
+    "middle axis, more exponentials than are kept": (1, 5000, 3),
 }
 ON_SIMULATOR = 3000  # elements
 
@@ -345,8 +348,8 @@ def test_views(rng, backend, view, shape, kind):
     assert_same_bits(grad_out, gradient)
 
 
-@cases("few classes, one tile by position", "tail of a tile by class", "segmentation", "longer than the tile",
-       "middle axis, longer than the tile")  # fmt: skip
+@cases("few classes, one tile by position", "tail of a tile by class", "segmentation",
+       "more exponentials than are kept", "middle axis, more exponentials than are kept")  # fmt: skip
 @pytest.mark.parametrize("kind", ["index", "probability"])
 @pytest.mark.parametrize("cap", [None, 5.0])
 def test_gradient_over_the_logits(rng, backend, shape, kind, cap):
@@ -488,6 +491,22 @@ def test_same_bits_for_a_sample_in_any_batch(rng, shape):
         alone = fc.softmax_cross_entropy_with_grad(logits[n : n + 1], target[n : n + 1], weight, **options)
         for a, b in zip(together, alone, strict=True):
             assert_same_bits(a[n : n + 1], b)
+
+
+@pytest.mark.parametrize("shape", [(70, 60_001), (3, 21, 66_701)], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_gradient_larger_than_the_caches(rng, shape, smoothing):
+    """It is stored past them; alone, each sample is stored as usual. Odd sizes: rows begin anywhere in a cache line."""
+    logits = rng.standard_normal(shape, np.float32)
+    target = rng.integers(0, shape[1], positions_of(shape))
+    options = {"reduction": "sum", "label_smoothing": smoothing}
+    together = fc.softmax_cross_entropy_grad(logits, target, **options)
+    assert together.nbytes >= 16 * 2**20
+    for n in range(shape[0]):
+        alone = fc.softmax_cross_entropy_grad(logits[n : n + 1], target[n : n + 1], **options)
+        assert_same_bits(together[n : n + 1], alone)
+    fc.softmax_cross_entropy_grad(logits, target, out=logits, **options)
+    assert_same_bits(logits, together)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ in libm, and a scalar and a vector evaluation give the same bits.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -61,17 +61,27 @@ def _times_power_of_two(typingctx, p, shifted):
     """p * 2**n, given n + `_shift`. Two factors, so that subnormal results round once and overflow gives inf."""
 
     def codegen(context, builder, signature, args):
-        integer, mantissa_bits, bias, _ = _FORMATS[signature.args[0]]
-        significand, shifted = args
-        magic = ir.Constant(integer, _bits(_shift(mantissa_bits, bias) - 2 * bias, signature.args[0]))
-        k = builder.sub(builder.bitcast(shifted, integer), magic)  # n + 2*bias: both halves are biased exponents
-        low = builder.lshr(k, ir.Constant(integer, 1))
-        for half in (low, builder.sub(k, low)):
-            factor = builder.bitcast(builder.shl(half, ir.Constant(integer, mantissa_bits)), significand.type)
-            significand = builder.fmul(significand, factor)
-        return significand
+        return times_power_of_two(builder, signature.args[0], *args)
 
     return (p(p, p), codegen) if p in _FORMATS else None
+
+
+def times_power_of_two(builder: ir.IRBuilder, kind: Any, significand: ir.Value, shifted: ir.Value) -> ir.Value:
+    """The instructions of `_times_power_of_two`, for a number of type `kind` or a vector of them."""
+    integer, mantissa_bits, bias, _ = _FORMATS[kind]
+    lanes = getattr(significand.type, "count", 0)
+    integers = ir.VectorType(integer, lanes) if lanes else integer
+
+    def constant(value: int) -> ir.Constant:
+        return ir.Constant(integers, [value] * lanes if lanes else value)
+
+    magic = constant(_bits(_shift(mantissa_bits, bias) - 2 * bias, kind))
+    k = builder.sub(builder.bitcast(shifted, integers), magic)  # n + 2*bias: both halves are biased exponents
+    low = builder.lshr(k, constant(1))
+    for half in (low, builder.sub(k, low)):
+        factor = builder.bitcast(builder.shl(half, constant(mantissa_bits)), significand.type)
+        significand = builder.fmul(significand, factor)
+    return significand
 
 
 @intrinsic
@@ -115,8 +125,8 @@ _TANH_END_32 = _f32(10)
 
 
 @njit(inline="always")
-def _reduced_exp_32(x):
-    """(expm1(r), n + shift) for x = n*log(2) + r."""
+def _reduced_32(x):
+    """(r, (exp(r) - 1 - r) / r**2, n + shift) for x = n*log(2) + r."""
     shifted = multiply_add(x, _LOG2E_32, _SHIFT_32)
     n = shifted - _SHIFT_32
     r = multiply_add(n, -_LN2_HIGH_32, x)
@@ -124,15 +134,14 @@ def _reduced_exp_32(x):
     q = multiply_add(_E4_32, r, _E3_32)
     q = multiply_add(q, r, _E2_32)
     q = multiply_add(q, r, _E1_32)
-    q = multiply_add(q, r, _E0_32)
-    return multiply_add(q, r * r, r), shifted
+    return r, multiply_add(q, r, _E0_32), shifted
 
 
 def _exp_32(x):
     x = _LOW_32 if x < _LOW_32 else x  # nan fails both comparisons and passes through
     x = _HIGH_32 if x > _HIGH_32 else x
-    expm1, shifted = _reduced_exp_32(x)
-    return _times_power_of_two(expm1 + _ONE_32, shifted)
+    r, q, shifted = _reduced_32(x)
+    return _times_power_of_two(multiply_add(multiply_add(q, r, _ONE_32), r, _ONE_32), shifted)
 
 
 def _log_32(x):
@@ -154,7 +163,8 @@ def _log_32(x):
 def _tanh_32(x):
     x = -_TANH_END_32 if x < -_TANH_END_32 else x
     x = _TANH_END_32 if x > _TANH_END_32 else x
-    expm1, shifted = _reduced_exp_32(x + x)
+    r, q, shifted = _reduced_32(x + x)
+    expm1 = multiply_add(q, r * r, r)
     power = _times_power_of_two(_ONE_32, shifted)
     e = multiply_add(power, expm1, power - _ONE_32)
     return e / (e + _TWO_32)
@@ -168,33 +178,36 @@ _LOW_64, _HIGH_64 = -746.0, 710.0
 _SHIFT_64 = _shift(52, 1023)
 _LOG2E_64 = 1.4426950408889634074
 _LN2_HIGH_64, _LN2_LOW_64 = 6.93145751953125e-1, 1.42860682030941723212e-6
+_E0_64, _E1_64, _E2_64 = 0.50000000000000106, 1.6666666666666413e-01, 4.1666666666530157e-02
+_E3_64, _E4_64, _E5_64 = 8.3333333334944637e-03, 1.3888888943630380e-03, 1.9841269506575747e-04
+_E6_64, _E7_64 = 2.4801493098635330e-05, 2.7557586375678646e-06
+_E8_64, _E9_64 = 2.7630248473168031e-07, 2.5000061183251387e-08
 _TINY_64, _LIFT_64 = 2.0**-1022, 2.0**54
 _LOG_HIGH_64, _LOG_LOW_64 = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 
 
 @njit(inline="always")
-def _reduced_exp_64(x):
+def _reduced_64(x):
     shifted = multiply_add(x, _LOG2E_64, _SHIFT_64)
     n = shifted - _SHIFT_64
     r = multiply_add(n, -_LN2_HIGH_64, x)
     r = multiply_add(n, -_LN2_LOW_64, r)
-    q = multiply_add(2.5000061183251387e-08, r, 2.7630248473168031e-07)
-    q = multiply_add(q, r, 2.7557586375678646e-06)
-    q = multiply_add(q, r, 2.4801493098635330e-05)
-    q = multiply_add(q, r, 1.9841269506575747e-04)
-    q = multiply_add(q, r, 1.3888888943630380e-03)
-    q = multiply_add(q, r, 8.3333333334944637e-03)
-    q = multiply_add(q, r, 4.1666666666530157e-02)
-    q = multiply_add(q, r, 1.6666666666666413e-01)
-    q = multiply_add(q, r, 0.50000000000000106)
-    return multiply_add(q, r * r, r), shifted
+    q = multiply_add(_E9_64, r, _E8_64)
+    q = multiply_add(q, r, _E7_64)
+    q = multiply_add(q, r, _E6_64)
+    q = multiply_add(q, r, _E5_64)
+    q = multiply_add(q, r, _E4_64)
+    q = multiply_add(q, r, _E3_64)
+    q = multiply_add(q, r, _E2_64)
+    q = multiply_add(q, r, _E1_64)
+    return r, multiply_add(q, r, _E0_64), shifted
 
 
 def _exp_64(x):
     x = _LOW_64 if x < _LOW_64 else x
     x = _HIGH_64 if x > _HIGH_64 else x
-    expm1, shifted = _reduced_exp_64(x)
-    return _times_power_of_two(expm1 + 1.0, shifted)
+    r, q, shifted = _reduced_64(x)
+    return _times_power_of_two(multiply_add(multiply_add(q, r, 1.0), r, 1.0), shifted)
 
 
 def _log_64(x):
@@ -219,10 +232,33 @@ def _log_64(x):
 def _tanh_64(x):
     x = -20.0 if x < -20.0 else x
     x = 20.0 if x > 20.0 else x
-    expm1, shifted = _reduced_exp_64(x + x)
+    r, q, shifted = _reduced_64(x + x)
+    expm1 = multiply_add(q, r * r, r)
     power = _times_power_of_two(1.0, shifted)
     e = multiply_add(power, expm1, power - 1.0)
     return e / (e + 2.0)
+
+
+class ExpConstants(NamedTuple):
+    """What exp is made of, for `simd`, which emits the same operations in the same order as vectors."""
+
+    low: Any
+    log2e: Any
+    shift: Any
+    ln2_high: Any
+    ln2_low: Any
+    polynomial: tuple[Any, ...]  # of (exp(r) - 1 - r) / r**2, the highest power first
+
+
+EXP_CONSTANTS = {
+    types.float32: ExpConstants(
+        _LOW_32, _LOG2E_32, _SHIFT_32, _LN2_HIGH_32, _LN2_LOW_32, (_E4_32, _E3_32, _E2_32, _E1_32, _E0_32)
+    ),
+    types.float64: ExpConstants(
+        _LOW_64, _LOG2E_64, _SHIFT_64, _LN2_HIGH_64, _LN2_LOW_64,
+        (_E9_64, _E8_64, _E7_64, _E6_64, _E5_64, _E4_64, _E3_64, _E2_64, _E1_64, _E0_64),
+    ),
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .elementary import EXP_CONSTANTS, times_power_of_two
+
 _I1, _I8, _I32, _I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
 
 
@@ -1002,17 +1004,17 @@ def _lane_mask(b: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
 
 
 def _load_lanes(
-    b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, mask: ir.Value, vector: ir.VectorType
+    b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, mask: ir.Value, vector: ir.VectorType, otherwise: float = 0.0
 ) -> ir.Value:
-    """The lanes of the mask; zeros in the others, whose memory is not touched."""
+    """The lanes of the mask; `otherwise` in the others, whose memory is not touched."""
     n, kind = vector.count, "f32" if isinstance(vector.element, ir.FloatType) else "f64"
     function = cgutils.get_or_insert_function(
         module,
         ir.FunctionType(vector, [vector.as_pointer(), _I32, mask.type, vector]),
         f"llvm.masked.load.v{n}{kind}.p0",
     )
-    zero = ir.Constant(vector, [0.0] * n)
-    return b.call(function, [b.bitcast(pointer, vector.as_pointer()), ir.Constant(_I32, 4), mask, zero])
+    rest = ir.Constant(vector, [otherwise] * n)
+    return b.call(function, [b.bitcast(pointer, vector.as_pointer()), ir.Constant(_I32, 4), mask, rest])
 
 
 def _store_lanes(b: ir.IRBuilder, module: ir.Module, value: ir.Value, pointer: ir.Value, mask: ir.Value) -> None:
@@ -1579,3 +1581,430 @@ def join_rows(typingctx, target, target_pitch, even, odd, source_pitch, rows, co
 
     i = types.int64
     return types.void(target, i, target, target, i, i, i), codegen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Softmax: spans of numbers side by side, and columns of a tile
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Vectors in flight: an exponential is a chain of 12 operations of 4 cycles each, so that one alone would use a fifth of
+# the multiply-add units.
+_GROUP = 4
+
+
+def _constant_vector(vector: ir.VectorType, value: float) -> ir.Constant:
+    return ir.Constant(vector, [float(value)] * vector.count)
+
+
+def _exp_vector(b: ir.IRBuilder, module: ir.Module, t: Tile, x: ir.Value) -> ir.Value:
+    """exp(x) for x <= 0 or nan: the operations of `elementary.exp`, and its bits, without the test for overflow."""
+    kind = types.float32 if isinstance(x.type.element, ir.FloatType) else types.float64
+    constants = EXP_CONSTANTS[kind]
+
+    def constant(value: float) -> ir.Constant:
+        return _constant_vector(x.type, value)
+
+    def multiply_add(x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+        return _multiply_add(b, module, t.fma, x, y, z)
+
+    low = constant(constants.low)
+    x = b.select(b.fcmp_ordered("<", x, low), low, x)  # nan passes
+    shifted = multiply_add(x, constant(constants.log2e), constant(constants.shift))
+    n = b.fsub(shifted, constant(constants.shift))
+    r = multiply_add(n, constant(-constants.ln2_high), x)
+    r = multiply_add(n, constant(-constants.ln2_low), r)
+    value = constant(constants.polynomial[0])
+    for coefficient in (*constants.polynomial[1:], 1.0, 1.0):
+        value = multiply_add(value, r, constant(coefficient))
+    if x.type.count * kind.bitwidth != 512:
+        return times_power_of_two(b, kind, value, shifted)
+    # One instruction of AVX-512 in the place of seven.
+    name, mask = ("ps", ir.IntType(16)) if kind == types.float32 else ("pd", ir.IntType(8))
+    function = cgutils.get_or_insert_function(
+        module, ir.FunctionType(x.type, [x.type, x.type, x.type, mask, _I32]), f"llvm.x86.avx512.mask.scalef.{name}.512"
+    )
+    return b.call(function, [value, n, n, ir.Constant(mask, -1), ir.Constant(_I32, 4)])
+
+
+def _span(b: ir.IRBuilder, count: ir.Value, lanes: int, carried: list[ir.Value], step) -> list[ir.Value]:
+    """Walk `count` elements in groups of vectors: `step(place, masks, values)`, with masks for the last group alone."""
+    size = _GROUP * lanes
+    groups, rest = b.sdiv(count, _i64(size)), b.srem(count, _i64(size))
+
+    def whole(values: list[ir.Value]) -> list[ir.Value]:
+        loop = _Loop(b, "groups", groups, values)
+        values = step(b.mul(loop.k, _i64(size)), None, loop.values)
+        loop.close(values)
+        return values
+
+    def last(values: list[ir.Value]) -> list[ir.Value]:
+        masks = [_lane_mask(b, b.sub(rest, _i64(v * lanes)), lanes) for v in range(_GROUP)]
+        return step(b.mul(groups, _i64(size)), masks, values)
+
+    carried = _where(b, b.icmp_signed(">", groups, _i64(0)), carried, whole)
+    return _where(b, b.icmp_signed(">", rest, _i64(0)), carried, last)
+
+
+def _widened(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """A vector in float64."""
+    wide = ir.VectorType(ir.DoubleType(), value.type.count)
+    return value if value.type == wide else b.fpext(value, wide)
+
+
+def _larger(b: ir.IRBuilder, value: ir.Value, most: ir.Value) -> ir.Value:
+    """The larger of two vectors: `most` where `value` is nan."""
+    return b.select(b.fcmp_ordered(">", value, most), value, most)
+
+
+def _tree(b: ir.IRBuilder, values: list[ir.Value], combine) -> ir.Value:
+    """All lanes of a power of two of vectors combined into one number, always in the same order."""
+    while len(values) > 1:
+        values = [combine(x, y) for x, y in zip(values[::2], values[1::2], strict=True)]
+    value = values[0]
+    half = value.type.count // 2
+    while half:
+        low, high = (
+            b.shuffle_vector(
+                value, ir.Constant(value.type, ir.Undefined),
+                ir.Constant(ir.VectorType(_I32, half), list(range(start, start + half))),
+            )
+            for start in (0, half)
+        )  # fmt: skip
+        value = combine(low, high)
+        half //= 2
+    return b.extract_element(value, ir.Constant(_I32, 0))
+
+
+@intrinsic
+def span_maximum(typingctx, source, count):
+    """The largest of `count` numbers: nan is passed over, and -inf is the result when nothing else is there."""
+
+    def codegen(context, builder, sig, args):
+        element, t, module = _element(sig.args[0]), _tile_of(sig.args[0]), builder.module
+        pointer, vector = element.as_pointer(), ir.VectorType(element, t.lanes)
+        function, new = _internal(module, f"fastconv_span_maximum_{element}", [pointer, _I64, pointer])
+        if new:
+            source, count, result = function.args
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+
+            def step(place: ir.Value, masks: list[ir.Value] | None, values: list[ir.Value]) -> list[ir.Value]:
+                for v in range(_GROUP):
+                    at = b.gep(source, [b.add(place, _i64(v * t.lanes))])
+                    value = _load_lanes(b, module, at, masks[v], vector, -math.inf) if masks else _load(b, at, vector)
+                    values = [*values[:v], _larger(b, value, values[v]), *values[v + 1 :]]
+                return values
+
+            values = _span(b, count, t.lanes, [_constant_vector(vector, -math.inf)] * _GROUP, step)
+            b.store(_tree(b, values, lambda x, y: _larger(b, x, y)), result)
+            b.ret_void()
+        result = cgutils.alloca_once(builder, element)
+        builder.call(function, [*args, result])
+        return builder.load(result)
+
+    return source.dtype(source, types.int64), codegen
+
+
+@intrinsic
+def span_exponentials(typingctx, target, source, count, base, ahead):
+    """target = exp(source - base), where no number is larger than base; return the sum, in float64.
+
+    `ahead` elements further on, the source is fetched into the cache.
+    """
+
+    def codegen(context, builder, sig, args):
+        element, t, module = _element(sig.args[0]), _tile_of(sig.args[0]), builder.module
+        pointer, vector, wide = element.as_pointer(), ir.VectorType(element, t.lanes), ir.DoubleType()
+        function, new = _internal(
+            module, f"fastconv_span_exponentials_{element}", [pointer, pointer, _I64, element, _I64, wide.as_pointer()]
+        )
+        if new:
+            target, source, count, base, ahead, result = function.args
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            bases = _splat(b, base, t.lanes)
+            further = b.gep(source, [ahead])
+
+            def step(place: ir.Value, masks: list[ir.Value] | None, values: list[ir.Value]) -> list[ir.Value]:
+                places = [b.add(place, _i64(v * t.lanes)) for v in range(_GROUP)]
+                if masks:
+                    loads = [
+                        _load_lanes(b, module, b.gep(source, [at]), mask, vector, -math.inf)
+                        for at, mask in zip(places, masks, strict=True)
+                    ]
+                else:
+                    for at in places:
+                        _prefetch(b, module, b.gep(further, [at]))
+                    loads = [_load(b, b.gep(source, [at]), vector) for at in places]
+                powers = [_exp_vector(b, module, t, b.fsub(value, bases)) for value in loads]
+                for v, at in enumerate(places):
+                    if masks:
+                        _store_lanes(b, module, powers[v], b.gep(target, [at]), masks[v])
+                    else:
+                        _store(b, powers[v], b.gep(target, [at]))
+                return [b.fadd(total, power) for total, power in zip(values, powers, strict=True)]
+
+            values = _span(b, count, t.lanes, [_constant_vector(vector, 0)] * _GROUP, step)
+            wides = [_widened(b, value) for value in values]
+            b.store(_tree(b, wides, b.fadd), result)
+            b.ret_void()
+        result = cgutils.alloca_once(builder, wide)
+        builder.call(function, [*args, result])
+        return builder.load(result)
+
+    i = types.int64
+    return types.float64(target, target, i, target.dtype, i), codegen
+
+
+def _prefetch(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value) -> None:
+    """Ask for the cache line of `pointer`, of which nothing needs to be true: no address is an error here."""
+    byte = ir.IntType(8).as_pointer()
+    function = cgutils.get_or_insert_function(
+        module, ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32]), "llvm.prefetch.p0"
+    )
+    b.call(function, [b.bitcast(pointer, byte), *(ir.Constant(_I32, flag) for flag in (0, 3, 1))])
+
+
+@intrinsic
+def span_scale(typingctx, target, source, count, factor, past_cache):
+    """target = source * factor; if `past_cache`, with stores that leave the caches alone: see `drain_stores`.
+
+    An ordinary store first reads the line that it changes. What is larger than the caches and written once is better
+    off without: 8 bytes of memory traffic for a float32 that is read and one that is written, instead of 12.
+    """
+
+    def codegen(context, builder, sig, args):
+        element, t, module = _element(sig.args[0]), _tile_of(sig.args[0]), builder.module
+        pointer = element.as_pointer()
+        function, new = _internal(
+            module, f"fastconv_span_scale_{element}", [pointer, pointer, _I64, element, _I1]
+        )
+        if new:
+            _write_span_scale(module, function, t)
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(target, target, i, target.dtype, types.boolean), codegen
+
+
+def _write_span_scale(module: ir.Module, function: ir.Function, t: Tile) -> None:
+    target, source, count, factor, past_cache = function.args
+    vector = ir.VectorType(factor.type, t.lanes)
+    size = t.lanes * (4 if isinstance(factor.type, ir.FloatType) else 8)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    factors = _splat(b, factor, t.lanes)
+    past, ordinary = b.append_basic_block("past_cache"), b.append_basic_block("ordinary")
+    b.cbranch(past_cache, past, ordinary)
+
+    def walk(target: ir.Value, source: ir.Value, count: ir.Value, store) -> None:
+        def step(place: ir.Value, masks: list[ir.Value] | None, values: list[ir.Value]) -> list[ir.Value]:
+            for v in range(_GROUP):
+                at = b.add(place, _i64(v * t.lanes))
+                if masks:
+                    value = _load_lanes(b, module, b.gep(source, [at]), masks[v], vector)
+                    _store_lanes(b, module, b.fmul(value, factors), b.gep(target, [at]), masks[v])
+                else:
+                    store(b.fmul(_load(b, b.gep(source, [at]), vector), factors), b.gep(target, [at]))
+            return values
+
+        _span(b, count, t.lanes, [], step)
+        b.ret_void()
+
+    b.position_at_end(ordinary)
+    walk(target, source, count, lambda value, at: _store(b, value, at))
+    b.position_at_end(past)
+    # Up to the first whole line of the target, which is aligned to its elements.
+    odd = b.and_(b.sub(_i64(0), b.ptrtoint(target, _I64)), _i64(size - 1))
+    head = b.sdiv(odd, _i64(size // t.lanes))
+    head = b.select(b.icmp_signed("<", head, count), head, count)
+    mask = _lane_mask(b, head, t.lanes)
+    _store_lanes(b, module, b.fmul(_load_lanes(b, module, source, mask, vector), factors), target, mask)
+
+    def store(value: ir.Value, at: ir.Value) -> None:
+        instruction = b.store(value, b.bitcast(at, vector.as_pointer()))
+        instruction.align = size
+        instruction.set_metadata("nontemporal", module.add_metadata([ir.Constant(_I32, 1)]))
+
+    walk(b.gep(target, [head]), b.gep(source, [head]), b.sub(count, head), store)
+
+
+@intrinsic
+def drain_stores(typingctx):
+    """Wait until the stores past the cache are seen by other threads: they overtake the ordinary ones."""
+
+    def codegen(context, builder, sig, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def span_products(typingctx, coefficients, source, count, base, sums):
+    """Add sum of q * (source - base) to sums[0] and the sum of q, the coefficients, to sums[1], all in float64.
+
+    Where q is 0, 0 is added even for source = -inf.
+    """
+
+    def codegen(context, builder, sig, args):
+        element, module, t = _element(sig.args[0]), builder.module, tile(64)
+        pointer, vector = element.as_pointer(), ir.VectorType(element, t.lanes)
+        wide = ir.VectorType(ir.DoubleType(), t.lanes)
+        function, new = _internal(
+            module, f"fastconv_span_products_{element}",
+            [pointer, pointer, _I64, element, ir.DoubleType().as_pointer()],
+        )  # fmt: skip
+        if new:
+            coefficients, source, count, base, sums = function.args
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            bases = _widened(b, _splat(b, base, t.lanes))
+            zero = _constant_vector(wide, 0)
+
+            def step(place: ir.Value, masks: list[ir.Value] | None, values: list[ir.Value]) -> list[ir.Value]:
+                products, masses = list(values[:_GROUP]), list(values[_GROUP:])
+                for v in range(_GROUP):
+                    at = b.add(place, _i64(v * t.lanes))
+                    q, z = (
+                        _widened(
+                            b,
+                            _load_lanes(b, module, b.gep(p, [at]), masks[v], vector)
+                            if masks else _load(b, b.gep(p, [at]), vector),
+                        )
+                        for p in (coefficients, source)
+                    )  # fmt: skip
+                    product = b.fmul(q, b.fsub(z, bases))
+                    product = b.select(b.fcmp_unordered("!=", q, zero), product, zero)
+                    products[v], masses[v] = b.fadd(products[v], product), b.fadd(masses[v], q)
+                return [*products, *masses]
+
+            values = _span(b, count, t.lanes, [zero] * (2 * _GROUP), step)
+            for n, some in enumerate((values[:_GROUP], values[_GROUP:])):
+                place = b.gep(sums, [_i64(n)])
+                b.store(b.fadd(b.load(place), _tree(b, some, b.fadd)), place)
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    signature = types.void(
+        coefficients, coefficients, types.int64, coefficients.dtype, types.CPointer(types.float64)
+    )
+    return signature, codegen
+
+
+def _columns(b: ir.IRBuilder, width: ir.Value, lanes: int, step) -> None:
+    """`step(places)` for each group of vectors of a row of `width` numbers, a multiple of the group's lanes."""
+    loop = _Loop(b, "columns", b.sdiv(width, _i64(_GROUP * lanes)), [])
+    first = b.mul(loop.k, _i64(_GROUP * lanes))
+    step([b.add(first, _i64(v * lanes)) for v in range(_GROUP)])
+    loop.close([])
+
+
+@intrinsic
+def raise_maxima(typingctx, top, tile, rows, width):
+    """top[j] = the largest of top[j] and column j of the tile of `rows` >= 1 rows; nan is passed over."""
+
+    def codegen(context, builder, sig, args):
+        element, t, module = _element(sig.args[0]), _tile_of(sig.args[0]), builder.module
+        pointer, vector = element.as_pointer(), ir.VectorType(element, t.lanes)
+        function, new = _internal(module, f"fastconv_raise_maxima_{element}", [pointer, pointer, _I64, _I64])
+        if new:
+            top, numbers, rows, width = function.args
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+
+            def step(places: list[ir.Value]) -> None:
+                loop = _Loop(b, "rows", rows, [_load(b, b.gep(top, [at]), vector) for at in places])
+                row = b.gep(numbers, [b.mul(loop.k, width)])
+                values = [
+                    _larger(b, _load(b, b.gep(row, [at]), vector), most)
+                    for at, most in zip(places, loop.values, strict=True)
+                ]
+                loop.close(values)
+                for at, value in zip(places, values, strict=True):
+                    _store(b, value, b.gep(top, [at]))
+
+            _columns(b, width, t.lanes, step)
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    return types.void(top, top, types.int64, types.int64), codegen
+
+
+SUM_ROWS = 64  # added in the element type before float64 takes over
+
+
+@intrinsic
+def column_exponentials(typingctx, tile, rows, width, base, total):
+    """tile = exp(tile - base), and the sum of each column, in float64, added to `total`; rows >= 1.
+
+    No number of a column is larger than its base.
+    """
+
+    def codegen(context, builder, sig, args):
+        element, t, module = _element(sig.args[0]), _tile_of(sig.args[0]), builder.module
+        pointer, vector, wide = element.as_pointer(), ir.VectorType(element, t.lanes), ir.DoubleType()
+        function, new = _internal(
+            module, f"fastconv_column_exponentials_{element}", [pointer, _I64, _I64, pointer, wide.as_pointer()]
+        )
+        if new:
+            numbers, rows, width, base, total = function.args
+            wide_vector = ir.VectorType(wide, t.lanes)
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            blocks = b.sdiv(b.add(rows, _i64(SUM_ROWS - 1)), _i64(SUM_ROWS))
+
+            def step(places: list[ir.Value]) -> None:
+                bases = [_load(b, b.gep(base, [at]), vector) for at in places]
+                block = _Loop(b, "blocks", blocks, [_load(b, b.gep(total, [at]), wide_vector) for at in places])
+                first = b.mul(block.k, _i64(SUM_ROWS))
+                left = b.sub(rows, first)
+                count = b.select(b.icmp_signed("<", left, _i64(SUM_ROWS)), left, _i64(SUM_ROWS))
+                loop = _Loop(b, "rows", count, [_constant_vector(vector, 0)] * _GROUP)
+                row = b.gep(numbers, [b.mul(b.add(first, loop.k), width)])
+                sums = []
+                for at, low, part in zip(places, bases, loop.values, strict=True):
+                    power = _exp_vector(b, module, t, b.fsub(_load(b, b.gep(row, [at]), vector), low))
+                    _store(b, power, b.gep(row, [at]))
+                    sums.append(b.fadd(part, power))
+                loop.close(sums)
+                totals = [
+                    b.fadd(before, _widened(b, part)) for before, part in zip(block.values, sums, strict=True)
+                ]
+                block.close(totals)
+                for at, value in zip(places, totals, strict=True):
+                    _store(b, value, b.gep(total, [at]))
+
+            _columns(b, width, t.lanes, step)
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(tile, i, i, tile, types.CPointer(types.float64)), codegen
+
+
+@intrinsic
+def scale_columns(typingctx, tile, rows, width, factor):
+    """tile[r, j] *= factor[j], rows >= 1."""
+
+    def codegen(context, builder, sig, args):
+        element, t, module = _element(sig.args[0]), _tile_of(sig.args[0]), builder.module
+        pointer, vector = element.as_pointer(), ir.VectorType(element, t.lanes)
+        function, new = _internal(module, f"fastconv_scale_columns_{element}", [pointer, _I64, _I64, pointer])
+        if new:
+            numbers, rows, width, factor = function.args
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+
+            def step(places: list[ir.Value]) -> None:
+                factors = [_load(b, b.gep(factor, [at]), vector) for at in places]
+                loop = _Loop(b, "rows", rows, [])
+                row = b.gep(numbers, [b.mul(loop.k, width)])
+                for at, value in zip(places, factors, strict=True):
+                    place = b.gep(row, [at])
+                    _store(b, b.fmul(_load(b, place, vector), value), place)
+                loop.close([])
+
+            _columns(b, width, t.lanes, step)
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    return types.void(tile, types.int64, types.int64, tile), codegen

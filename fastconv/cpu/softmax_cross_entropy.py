@@ -28,18 +28,23 @@ The equations (`reference.softmax_cross_entropy`), for one position, with z the 
     loss = sum_c q_c * (log(sum e_c) - (z_c - m)) + z_loss * lse**2
     dloss/dz_c = p_c * (sum q + 2*z_loss*lse) - q_c
 
-How it runs. Everything is done on a *tile* of scratch memory, `rows` times `width` numbers, by loops over `width`, a
-multiple of 64, that LLVM turns into vectors without remainders. There are two ways to fill it:
+How it runs. There are two ways, each with a task body of its own; the vector loops of both are in `simd`:
 
-    by class      class axis contiguous: one position at a time, consecutive classes side by side in the tile
-    by position   otherwise: consecutive positions side by side, one tile row for each class; also for few classes,
-                  where a vector of classes would be mostly empty
+    by class      class axis contiguous: one position at a time, along its classes
+    by position   otherwise: up to WIDEST positions side by side, a tile of them with a row for each class; also for few
+                  classes, where a vector of classes would be mostly empty
 
-In both, each of the `width` lanes keeps a running maximum and sum; by class they are then combined in a fixed tree.
-So an operation on an element is the same instruction wherever the element lies, and the bits of a position's results
-depend on C and on which of the two ways its strides choose: not on threads, batch or place in the batch. A tile that
-holds all classes keeps exp(z - m) for the gradient; longer ones are read in pieces, with the maximum corrected as it
-grows (Milakov and Gimelshein 2018), and read again for the gradient. Sums are float64 between pieces of 64 rows.
+By class, a row is read once, in pieces that stay in the innermost cache: the maximum of a piece, its exponentials
+relative to the maximum so far, and their sum, which is corrected where the maximum grows (Milakov and Gimelshein 2018).
+The next piece is fetched meanwhile, so that memory and arithmetic work at the same time. The exponentials are kept in
+scratch memory, in the second cache, and need only be multiplied to become the gradient: one exp for each element. What
+is read and written is then what a copy of the array reads and writes. By position, a tile is filled, worked on and
+written back whole. Where the exponentials are too many to be kept they are computed again from the logits.
+
+Each lane of a vector keeps a maximum and a sum of its own; by class they are then combined in a fixed tree. So an
+operation on an element is the same instruction wherever the element lies, and the bits of a position's results depend
+on C and on which of the two ways its strides choose: not on threads, batch or place in the batch. No more than 64
+numbers are added before float64 takes over.
 """
 
 from __future__ import annotations
@@ -57,11 +62,26 @@ from numba.extending import intrinsic
 from . import tasks
 from .elementary import exp, log, tanh
 from .jit import REAL, array_of, compiled, output_of
-from .simd import at, offset
+from .simd import (
+    at,
+    column_exponentials,
+    copy_span,
+    drain_stores,
+    fill_zero,
+    offset,
+    raise_maxima,
+    scale_columns,
+    span_exponentials,
+    span_maximum,
+    span_products,
+    span_scale,
+)
 
-LANES = 64  # of a tile by class; every width is a multiple of it: 4 AVX-512 or 8 AVX2 vectors of float32
-PIECE = 4096  # elements that are loaded and used at once: 16 KB of float32, half of a small L1
-TILE_BYTES = 256 * 1024  # a tile that keeps its exponentials: half of a 512 KB L2
+LANES = 64  # of a tile by position, of which every width is a multiple: 4 AVX-512 or 8 AVX2 vectors of float32
+PIECE = 2048  # classes at once: 8 KB of float32, a quarter of a small L1, half of it with the exponentials
+TILE_BYTES = 16 * 1024  # of a tile by position, where its classes allow
+KEPT_BYTES = 1024 * 1024  # most exponentials that are kept: the L2 of a Zen 4, half of that of a Golden Cove core
+PAST_CACHE = 16 * 1024 * 1024  # bytes of gradient from which it would not stay in a cache anyway
 WIDEST = 512  # lanes of a tile by position
 BY_POSITION_BELOW = 64  # classes; below, contiguous classes are transposed into a tile by position
 TASK = 32_768  # elements of a task, about 10 us: small beside a whole call, large beside the 0.1 us of starting it
@@ -77,7 +97,7 @@ _PARAMETERS = np.dtype(
             "labels", "labels_n", "labels_s", "soft", "soft_n", "soft_c", "soft_s", "weight", "weight_c",
             "grad_output", "grad_output_n", "grad_output_s", "loss", "loss_n", "loss_s", "lse", "lse_n", "lse_s",
             "partial", "task_units", "units", "classes", "positions", "space", "ignore_index",
-            "by_class", "width", "tile_rows", "log",
+            "width", "kept", "past_cache", "log",
         )),
         *((name, np.float64) for name in ("scale", "label_smoothing", "z_loss", "logit_softcap")),
     ]
@@ -120,31 +140,212 @@ def _number(typingctx, value, like):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Between an array and a tile
+# Both ways
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @_inline
 def _copy(to, to_step, source, source_step, count):
     if to_step == 1 and source_step == 1:
-        for i in range(count):
-            to[i] = source[i]
+        copy_span(to, source, count)
     else:
         for i in range(count):
             to[i * to_step] = source[i * source_step]
 
 
 @_inline
-def _fetch(tile, array, n_step, c_step, s_step, space, by_class, position, lanes, width, row, rows, classes, fill):
-    """Fill rows `row` to `row + rows` of the tile of `lanes` positions from `position` on."""
-    if by_class:
+def _soften(values, count, cap):
+    for i in range(count):
+        values[i] = cap * tanh(values[i] / cap)
+
+
+@_inline
+def _bend(values, softened, count, cap, one):
+    """The gradient of the softcapped logits as that of the logits."""
+    for i in range(count):
+        u = softened[i] / cap
+        values[i] = values[i] * (one - u * u)
+
+
+@_inline
+def _settle(p, logits, weight, grad_output, cap, n, s, label, base, total, log_sum, q_sum, q_z):
+    """The numbers of one position: its lse, its loss, and the factors of exponentials, coefficients and label.
+
+    `q_sum` and `q_z` are the sums of q_c and q_c * (z_c - base) without the one-hot part of a class index.
+    """
+    lse = np.float64(base) + log_sum
+    q_hit, slope = 0.0, 1.0
+    if p.labels == 0:
+        if p.soft == 0:  # softmax itself
+            q_sum = 1.0
+    elif label >= 0:
+        z = logits[n * p.logits_n + label * p.logits_c + s * p.logits_s]
+        if p.logit_softcap != 0.0:
+            z = cap * tanh(z / cap)
+            u = np.float64(z / cap)
+            slope = 1.0 - u * u
+        q_hit = 1.0 - p.label_smoothing
+        if p.weight != 0:
+            q_hit *= np.float64(weight[label * p.weight_c])
+        q_sum += q_hit
+        if q_hit != 0.0:
+            q_z += q_hit * (np.float64(z) - np.float64(base))
+    outer = p.scale
+    if p.grad_output != 0:
+        outer *= np.float64(grad_output[n * p.grad_output_n + s * p.grad_output_s])
+    value = q_sum * log_sum - q_z
+    if p.z_loss != 0.0:
+        value += p.z_loss * lse * lse
+        q_sum += 2.0 * p.z_loss * lse
+    if p.labels != 0 and label < 0:
+        value = 0.0
+    return lse, value, q_sum * outer / total, outer, q_hit * outer * slope
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# By class
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@_inline
+def _row_coefficients(out, p, y, weight, start, count, keep, even):
+    """q_c = w_c * (keep * y_c + even): without the one-hot part when the targets are class indices."""
+    if p.soft != 0:
+        for i in range(count):
+            out[i] = keep * y[(start + i) * p.soft_c] + even
+    else:
+        for i in range(count):
+            out[i] = even
+    if p.weight != 0:
+        for i in range(count):
+            out[i] = out[i] * weight[(start + i) * p.weight_c]
+
+
+def _by_class(task, worker, parameters, real):
+    p = numba.carray(_record(parameters), 1)[0]
+    classes, space, kept, past_cache = p.classes, p.space, p.kept != 0, p.past_cache != 0
+    logits, grad, soft, weight = at(real, p.logits), at(real, p.grad), at(real, p.soft), at(real, p.weight)
+    labels, loss, lse = at(parameters, p.labels), at(real, p.loss), at(real, p.lse)
+    grad_output, partial = at(real, p.grad_output), _pointer(p.partial, 0.0)
+    zero, one, low = _number(0.0, real), _number(1.0, real), _number(-np.inf, real)
+    cap, smoothing = _number(p.logit_softcap, real), p.label_smoothing
+    keep, even = _number(1.0 - smoothing, real), _number(smoothing / classes, real)
+    dense = p.soft != 0 or (p.labels != 0 and smoothing > 0)
+    simple = not dense and cap == zero and p.log == 0 and p.grad_c == 1
+
+    # Scratch memory of this worker: the sums of `span_products`, three pieces, a base for each piece, the tile.
+    here = p.scratch + worker * p.scratch_bytes
+    sums = _pointer(here, 0.0)
+    coefficients = at(real, here + 64)
+    softened = offset(coefficients, PIECE)
+    line = offset(softened, PIECE)
+    bases = offset(line, PIECE)
+    tile = offset(bases, (classes // PIECE // 64 + 1) * 64)
+
+    for position in range(task * p.task_units, min((task + 1) * p.task_units, p.units)):
         n, s = divmod(position, space)
-        first = row * width
-        count = min(rows * width, classes - first)
-        _copy(tile, 1, offset(array, n * n_step + first * c_step + s * s_step), c_step, count)
-        for i in range(count, rows * width):
-            tile[i] = fill
-        return
+        z = offset(logits, n * p.logits_n + s * p.logits_s)
+        y = offset(soft, n * p.soft_n + s * p.soft_s)
+        to = offset(grad, n * p.grad_n + s * p.grad_s)
+        label = np.int64(-1)
+        if p.labels != 0:
+            t = labels[n * p.labels_n + s * p.labels_s]
+            label = t if t != p.ignore_index else label
+        ignored = p.labels != 0 and label < 0
+
+        # 1. Maximum and sum of exponentials, piece by piece. `base` is the maximum so far, or 0 where that is -inf:
+        # -inf - -inf would be nan.
+        top, base, total = low, zero, 0.0
+        sums[0] = sums[1] = 0.0
+        if not ignored or p.lse != 0:
+            for start in range(0, classes, PIECE):
+                count = min(PIECE, classes - start)
+                source = offset(z, start)
+                if cap != zero:
+                    copy_span(softened, source, count)
+                    _soften(softened, count, cap)
+                    source = softened
+                highest = span_maximum(source, count)
+                if highest > top:
+                    top = highest
+                    change = np.float64(base) - np.float64(top)
+                    total = total * exp(change) if total != 0.0 else 0.0  # 0 * inf when nothing was finite before
+                    sums[0] += sums[1] * change if sums[1] != 0.0 else 0.0
+                    base = top
+                bases[start // PIECE] = base
+                if dense:
+                    _row_coefficients(coefficients, p, y, weight, start, count, keep, even)
+                    span_products(coefficients, source, count, base, sums)
+                total += span_exponentials(offset(tile, start) if kept else line, source, count, base, np.int64(PIECE))
+
+        # 2. Loss, and the factors of the gradient.
+        log_sum = log(total)
+        log_sum_exp, value, factor, outer, hit = _settle(
+            p, logits, weight, grad_output, cap, n, s, label, base, total, log_sum, sums[1], sums[0]
+        )
+        partial[position] = value
+        if p.loss != 0:
+            loss[n * p.loss_n + s * p.loss_s] = value
+        if p.lse != 0:
+            lse[n * p.lse_n + s * p.lse_s] = log_sum_exp
+        if p.grad == 0:
+            continue
+
+        # 3. The gradient (or the softmax), piece by piece.
+        if ignored:
+            if p.grad_c == 1:
+                fill_zero(to, classes)
+            else:
+                for c in range(classes):
+                    to[c * p.grad_c] = zero
+            continue
+        for start in range(0, classes, PIECE):
+            count = min(PIECE, classes - start)
+            source, powers, moved = offset(z, start), offset(tile, start), factor
+            if cap != zero:
+                copy_span(softened, source, count)
+                _soften(softened, count, cap)
+                source = softened
+            if kept:
+                if bases[start // PIECE] != base:
+                    moved *= exp(np.float64(bases[start // PIECE]) - np.float64(base))
+            elif p.log == 0:
+                span_exponentials(line, source, count, base, np.int64(PIECE))
+                powers = line
+            scale = _number(moved, real)
+            if simple:
+                span_scale(offset(to, start), powers, count, scale, past_cache)
+                if start <= label < start + count:
+                    to[label] = powers[label - start] * scale - _number(hit, real)
+                continue
+            if p.log != 0:
+                shift = _number(log_sum, real)
+                for i in range(count):
+                    line[i] = (source[i] - base) - shift
+            else:
+                span_scale(line, powers, count, scale, False)
+                if dense:
+                    _row_coefficients(coefficients, p, y, weight, start, count, keep, even)
+                    weight_of = _number(outer, real)
+                    for i in range(count):
+                        line[i] = line[i] - coefficients[i] * weight_of
+                if cap != zero:
+                    _bend(line, softened, count, cap, one)
+                if start <= label < start + count:
+                    line[label - start] = line[label - start] - _number(hit, real)
+            _copy(offset(to, start * p.grad_c), p.grad_c, line, 1, count)
+    if past_cache:
+        drain_stores()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# By position: between an array and a tile
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@_inline
+def _fetch(tile, array, n_step, c_step, s_step, space, position, lanes, width, row, rows):
+    """Fill rows `row` to `row + rows` of the tile of `lanes` positions from `position` on."""
     if c_step == 1 and space == 1:  # few contiguous classes: a transposition, position by position
         for j in range(lanes):
             source = offset(array, (position + j) * n_step + row)
@@ -166,14 +367,9 @@ def _fetch(tile, array, n_step, c_step, s_step, space, by_class, position, lanes
 
 
 @_inline
-def _deliver(tile, array, n_step, c_step, s_step, space, by_class, position, lanes, width, row, rows, classes):
+def _deliver(tile, array, n_step, c_step, s_step, space, position, lanes, width, row, rows, one, past_cache):
     """The way back."""
-    if by_class:
-        n, s = divmod(position, space)
-        first = row * width
-        count = min(rows * width, classes - first)
-        _copy(offset(array, n * n_step + first * c_step + s * s_step), c_step, tile, 1, count)
-    elif c_step == 1 and space == 1:
+    if c_step == 1 and space == 1:
         for j in range(lanes):
             to = offset(array, (position + j) * n_step + row)
             for r in range(rows):
@@ -185,46 +381,32 @@ def _deliver(tile, array, n_step, c_step, s_step, space, by_class, position, lan
             count = min(space - s, lanes - j)
             to = offset(array, n * n_step + row * c_step + s * s_step)
             for r in range(rows):
-                _copy(offset(to, r * c_step), s_step, offset(tile, r * width + j), 1, count)
+                if s_step == 1:
+                    span_scale(offset(to, r * c_step), offset(tile, r * width + j), count, one, past_cache)
+                else:
+                    _copy(offset(to, r * c_step), s_step, offset(tile, r * width + j), 1, count)
             j += count
 
 
 @_inline
-def _fetch_logits(tile, p, logits, position, lanes, row, rows, cap, fill):
-    _fetch(
-        tile, logits, p.logits_n, p.logits_c, p.logits_s, p.space, p.by_class, position, lanes, p.width, row, rows,
-        p.classes, fill,
-    )  # fmt: skip
+def _fetch_logits(tile, p, logits, position, lanes, row, rows, cap):
+    _fetch(tile, logits, p.logits_n, p.logits_c, p.logits_s, p.space, position, lanes, p.width, row, rows)
     if cap != 0:
-        for i in range(rows * p.width):
-            tile[i] = cap * tanh(tile[i] / cap)
-        if p.by_class:
-            for i in range(p.classes - row * p.width, rows * p.width):  # the cap made the fill finite
-                tile[i] = fill
+        _soften(tile, rows * p.width, cap)
 
 
 @_inline
-def _fetch_coefficients(tile, p, soft, weight, position, lanes, row, rows, keep, even, zero):
+def _fetch_coefficients(tile, p, soft, weight, position, lanes, row, rows, keep, even):
     """q_c = w_c * (keep * y_c + even): without the one-hot part when the targets are class indices."""
     width = p.width
     if p.soft != 0:
-        _fetch(
-            tile, soft, p.soft_n, p.soft_c, p.soft_s, p.space, p.by_class, position, lanes, width, row, rows,
-            p.classes, zero,
-        )  # fmt: skip
+        _fetch(tile, soft, p.soft_n, p.soft_c, p.soft_s, p.space, position, lanes, width, row, rows)
         for i in range(rows * width):
             tile[i] = keep * tile[i] + even
     else:
         for i in range(rows * width):
             tile[i] = even
-    if p.by_class:
-        count = min(rows * width, p.classes - row * width)
-        if p.weight != 0:
-            for i in range(count):
-                tile[i] = tile[i] * weight[(row * width + i) * p.weight_c]
-        for i in range(count, rows * width):
-            tile[i] = zero
-    elif p.weight != 0:
+    if p.weight != 0:
         for r in range(rows):
             w = weight[(row + r) * p.weight_c]
             for j in range(width):
@@ -232,7 +414,7 @@ def _fetch_coefficients(tile, p, soft, weight, position, lanes, row, rows, keep,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# On a tile
+# By position: on a tile
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -240,16 +422,6 @@ def _fetch_coefficients(tile, p, soft, weight, position, lanes, row, rows, keep,
 def _set(lane_values, width, value):
     for j in range(width):
         lane_values[j] = value
-
-
-@_inline_once
-def _raise_maximum(top, tile, rows, width):
-    for r in range(rows):
-        line = offset(tile, r * width)
-        for j in range(width):
-            z = line[j]
-            t = top[j]
-            top[j] = z if z > t else t  # a nan is passed over here and met again in the sum
 
 
 @_inline_once
@@ -265,21 +437,6 @@ def _move_base(base, top, low, width, started, total, weighted, mass):
 
 
 @_inline_once
-def _exponentials(tile, rows, width, top, part, total, zero):
-    """tile = exp(tile - top), and its sum over the rows added to total."""
-    for start in range(0, rows, 64):
-        _set(part, width, zero)
-        for r in range(start, min(start + 64, rows)):
-            line = offset(tile, r * width)
-            for j in range(width):
-                e = exp(line[j] - top[j])
-                line[j] = e
-                part[j] = part[j] + e
-        for j in range(width):
-            total[j] = total[j] + np.float64(part[j])
-
-
-@_inline_once
 def _add_coefficients(tile, coefficients, rows, width, base, weighted, mass):
     """Add sum_c q_c * (z_c - base) to `weighted`, sum_c q_c to `mass`; where q_c is 0, 0 is added even at z = -inf."""
     for r in range(rows):
@@ -291,33 +448,9 @@ def _add_coefficients(tile, coefficients, rows, width, base, weighted, mass):
             mass[j] = mass[j] + q
 
 
-@_inline_once
-def _tree_maximum(values):
-    half = LANES // 2
-    while half > 0:
-        for j in range(half):
-            a, b = values[j], values[j + half]
-            values[j] = b if b > a else a
-        half //= 2
-
-
-@_inline
-def _tree_sum(values):
-    half = LANES // 2
-    while half > 0:
-        for j in range(half):
-            values[j] = values[j] + values[j + half]
-        half //= 2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One unit of work: a position by class, up to `width` positions by position
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _body(task, worker, parameters, real):
+def _by_position(task, worker, parameters, real):
     p = numba.carray(_record(parameters), 1)[0]
-    classes, space, by_class, width = p.classes, p.space, p.by_class, p.width
+    classes, space, width, kept, past_cache = p.classes, p.space, p.width, p.kept != 0, p.past_cache != 0
     logits, grad, soft, weight = at(real, p.logits), at(real, p.grad), at(real, p.soft), at(real, p.weight)
     labels, loss, lse = at(parameters, p.labels), at(real, p.loss), at(real, p.lse)
     grad_output, partial = at(real, p.grad_output), _pointer(p.partial, 0.0)
@@ -325,6 +458,7 @@ def _body(task, worker, parameters, real):
     cap, smoothing = _number(p.logit_softcap, real), p.label_smoothing
     keep, even = _number(1.0 - smoothing, real), _number(smoothing / classes, real)
     dense = p.soft != 0 or (p.labels != 0 and smoothing > 0)
+    simple = kept and not dense and cap == zero and p.log == 0
 
     # Scratch memory of this worker: vectors of `width` lanes, two pieces, the tile.
     here = p.scratch + worker * p.scratch_bytes
@@ -333,127 +467,88 @@ def _body(task, worker, parameters, real):
     mass, log_sum = _pointer(here + 2 * lane_bytes, 0.0), _pointer(here + 3 * lane_bytes, 0.0)
     label = at(parameters, here + 4 * lane_bytes)
     top, base = at(real, here + 5 * lane_bytes), at(real, here + 6 * lane_bytes)
-    part, factor = at(real, here + 7 * lane_bytes), at(real, here + 8 * lane_bytes)
-    scale, hit = at(real, here + 9 * lane_bytes), at(real, here + 10 * lane_bytes)
-    batch_index, space_index = at(parameters, here + 11 * lane_bytes), at(parameters, here + 12 * lane_bytes)
-    coefficients = at(real, here + 13 * lane_bytes)
-    again = offset(coefficients, PIECE)
-    tile = offset(again, PIECE)
+    factor, scale = at(real, here + 7 * lane_bytes), at(real, here + 8 * lane_bytes)
+    hit = at(real, here + 9 * lane_bytes)
+    coefficients = at(real, here + 10 * lane_bytes)
+    softened = offset(coefficients, PIECE)
+    tile = offset(softened, PIECE)
 
-    rows = (classes + width - 1) // width if by_class else classes
     piece_rows = PIECE // width
-    kept = rows <= p.tile_rows  # all exponentials fit the tile
-    block = rows if kept else piece_rows
+    block = classes if kept else piece_rows
 
     for unit in range(task * p.task_units, min((task + 1) * p.task_units, p.units)):
-        position = unit if by_class else unit * width
-        lanes = 1 if by_class else min(width, p.positions - position)
+        position = unit * width
+        lanes = min(width, p.positions - position)
 
+        # 1. The labels: -1 where ignored.
+        ignored = 0
         n, s = divmod(position, space)
-        for j in range(lanes):  # where each lane's position is, without a division each
-            batch_index[j], space_index[j] = n, s
+        for j in range(lanes if p.labels != 0 else 0):
+            t = labels[n * p.labels_n + s * p.labels_s]
+            if t == p.ignore_index:
+                t = -1
+                ignored += 1
+            label[j] = t
             s += 1
             if s == space:
                 n, s = n + 1, 0
 
-        # 1. The labels: -1 where ignored. A unit that is ignored altogether has nothing read: what its tile happens to
-        # hold goes through step 4 and is replaced by zeros there.
-        ignored = 0
-        if p.labels != 0:
-            for j in range(lanes):
-                n, s = batch_index[j], space_index[j]
-                t = labels[n * p.labels_n + s * p.labels_s]
-                if t == p.ignore_index:
-                    t = -1
-                    ignored += 1
-                label[j] = t
         # 2. Maximum and sum of exponentials, block by block. `base` is the maximum so far, or 0 where that is -inf:
-        # -inf - -inf would be nan.
+        # -inf - -inf would be nan. Where all is ignored nothing is read.
         _set(top, width, low)
         _set(base, width, zero)
         _set(total, width, 0.0)
         _set(weighted, width, 0.0)
         _set(mass, width, 0.0)
         read = ignored < lanes or p.lse != 0
-        for row in range(0, rows if read else 0, block):
-            block_rows = min(block, rows - row)
-            for r in range(0, block_rows, piece_rows):
-                piece, count = offset(tile, r * width), min(piece_rows, block_rows - r)
-                _fetch_logits(piece, p, logits, position, lanes, row + r, count, cap, low)
-                _raise_maximum(top, piece, count, width)
-            if by_class:
-                _tree_maximum(top)
-                _set(top, width, top[0])
+        for row in range(0, classes if read else 0, block):
+            block_rows = min(block, classes - row)
+            _fetch_logits(tile, p, logits, position, lanes, row, block_rows, cap)
+            raise_maxima(top, tile, block_rows, width)
             _move_base(base, top, low, width, row > 0, total, weighted, mass)
             if dense:
                 for r in range(0, block_rows, piece_rows):
-                    piece, count = offset(tile, r * width), min(piece_rows, block_rows - r)
-                    _fetch_coefficients(
-                        coefficients, p, soft, weight, position, lanes, row + r, count, keep, even, zero
-                    )
-                    _add_coefficients(piece, coefficients, count, width, base, weighted, mass)
-            _exponentials(tile, block_rows, width, base, part, total, zero)
-        if by_class:
-            _tree_sum(total)
-            if dense:
-                _tree_sum(weighted)
-                _tree_sum(mass)
-        for j in range(lanes if by_class else width):
+                    count = min(piece_rows, block_rows - r)
+                    _fetch_coefficients(coefficients, p, soft, weight, position, lanes, row + r, count, keep, even)
+                    _add_coefficients(offset(tile, r * width), coefficients, count, width, base, weighted, mass)
+            column_exponentials(tile, block_rows, width, base, total)
+        for j in range(width):
             log_sum[j] = log(total[j])
 
         # 3. Loss, and the factors of the gradient, of each position.
-        unit_loss = 0.0
+        unit_loss, masked = 0.0, not read or (ignored > 0 and not simple)
+        n, s = divmod(position, space)
         for j in range(lanes):
-            n, s = batch_index[j], space_index[j]
-            log_sum_exp = np.float64(base[j]) + log_sum[j]
-            if p.lse != 0:
-                lse[n * p.lse_n + s * p.lse_s] = log_sum_exp
-            q_sum, q_z, q_hit, slope = mass[j], weighted[j], 0.0, 1.0
-            if p.labels == 0:
-                if p.soft == 0:  # softmax itself
-                    q_sum = 1.0
-            elif label[j] >= 0:
-                t = label[j]
-                z = logits[n * p.logits_n + t * p.logits_c + s * p.logits_s]
-                if cap != zero:
-                    z = cap * tanh(z / cap)
-                    slope = 1.0 - np.float64(z / cap) * np.float64(z / cap)
-                q_hit = 1.0 - smoothing
-                if p.weight != 0:
-                    q_hit *= np.float64(weight[t * p.weight_c])
-                q_sum += q_hit
-                if q_hit != 0.0:
-                    q_z += q_hit * (np.float64(z) - np.float64(base[j]))
-            outer = p.scale
-            if p.grad_output != 0:
-                outer *= np.float64(grad_output[n * p.grad_output_n + s * p.grad_output_s])
-            value = q_sum * log_sum[j] - q_z
-            if p.z_loss != 0.0:
-                value += p.z_loss * log_sum_exp * log_sum_exp
-                q_sum += 2.0 * p.z_loss * log_sum_exp
-            if p.labels != 0 and label[j] < 0:
-                value = 0.0
+            its_label = label[j] if p.labels != 0 else np.int64(-1)
+            log_sum_exp, value, powers_by, coefficients_by, label_by = _settle(
+                p, logits, weight, grad_output, cap, n, s, its_label, base[j], total[j], log_sum[j], mass[j],
+                weighted[j],
+            )  # fmt: skip
             unit_loss += value
             if p.loss != 0:
                 loss[n * p.loss_n + s * p.loss_s] = value
-            factor[j] = log_sum[j] if p.log != 0 else q_sum * outer / total[j]
-            scale[j] = outer
-            hit[j] = q_hit * outer * slope
-        if p.partial != 0:
-            partial[unit] = unit_loss
+            if p.lse != 0:
+                lse[n * p.lse_n + s * p.lse_s] = log_sum_exp
+            if p.labels != 0 and its_label < 0:
+                powers_by = 0.0  # makes zeros of the exponentials, unless there is a nan among them
+                masked |= total[j] != total[j]
+            factor[j] = log_sum[j] if p.log != 0 else powers_by
+            scale[j] = coefficients_by
+            hit[j] = label_by
+            s += 1
+            if s == space:
+                n, s = n + 1, 0
+        partial[unit] = unit_loss
         if p.grad == 0:
             continue
 
-        # 4. The gradient (or the softmax), piece by piece.
-        if by_class:
-            _set(factor, width, factor[0])
-            _set(scale, width, scale[0])
-            _set(label, width, label[0])
-        for row in range(0, rows, piece_rows):
-            count = min(piece_rows, rows - row)
+        # 4. The gradient (or the softmax), all at once where that is simple, else piece by piece.
+        step = classes if simple else piece_rows
+        for row in range(0, classes, step):
+            count = min(step, classes - row)
             here = offset(tile, row * width if kept else 0)
             if p.log != 0 or (read and not kept):
-                _fetch_logits(here, p, logits, position, lanes, row, count, cap, low)
+                _fetch_logits(here, p, logits, position, lanes, row, count, cap)
             if p.log != 0:
                 for r in range(count):
                     line = offset(here, r * width)
@@ -461,41 +556,31 @@ def _body(task, worker, parameters, real):
                         line[j] = (line[j] - base[j]) - factor[j]
             else:
                 if not kept:
-                    for r in range(count):
-                        line = offset(here, r * width)
-                        for j in range(width):
-                            line[j] = exp(line[j] - base[j])
-                for r in range(count):
-                    line = offset(here, r * width)
-                    for j in range(width):
-                        line[j] = line[j] * factor[j]
+                    column_exponentials(here, count, width, base, total)
+                scale_columns(here, count, width, factor)
                 if dense:
-                    _fetch_coefficients(
-                        coefficients, p, soft, weight, position, lanes, row, count, keep, even, zero
-                    )
+                    _fetch_coefficients(coefficients, p, soft, weight, position, lanes, row, count, keep, even)
                     for r in range(count):
                         line, q_line = offset(here, r * width), offset(coefficients, r * width)
                         for j in range(width):
                             line[j] = line[j] - q_line[j] * scale[j]
                 if cap != zero and read:
-                    _fetch_logits(again, p, logits, position, lanes, row, count, cap, low)
-                    for i in range(count * width):
-                        u = again[i] / cap
-                        here[i] = here[i] * (one - u * u)
-                if ignored:
+                    _fetch_logits(softened, p, logits, position, lanes, row, count, cap)
+                    _bend(here, softened, count * width, cap, one)
+                if masked:
                     for r in range(count):
                         line = offset(here, r * width)
                         for j in range(width):
                             line[j] = line[j] if label[j] >= 0 else zero
             for j in range(lanes if p.labels != 0 else 0):
-                r = label[j] - row * (width if by_class else 1)
-                if label[j] >= 0 and 0 <= r < (count * width if by_class else count):
-                    index = r if by_class else r * width + j
-                    here[index] = here[index] - hit[j]
+                r = label[j] - row
+                if label[j] >= 0 and 0 <= r < count:
+                    here[r * width + j] = here[r * width + j] - hit[j]
             _deliver(
-                here, grad, p.grad_n, p.grad_c, p.grad_s, space, by_class, position, lanes, width, row, count,
-                classes,
-            )  # fmt: skip
+                here, grad, p.grad_n, p.grad_c, p.grad_s, space, position, lanes, width, row, count, one, past_cache
+            )
+    if past_cache:
+        drain_stores()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,9 +588,33 @@ def _body(task, worker, parameters, real):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@_inline
+def _count_labels(labels, p, batch, space, ignore_index, classes):
+    """Is one out of range, and how many count?"""
+    runs, length, run_step, step = batch, space, p.labels_n, p.labels_s
+    if space == 1:
+        runs, length, step = 1, batch, run_step
+    elif run_step == space * step:
+        runs, length = 1, batch * space
+    bad, used = 0, 0
+    for run in range(runs):
+        first = offset(labels, run * run_step)
+        if step == 1:  # apart, because a loop over neighbours can be vectorised
+            for i in range(length):
+                counts = first[i] != ignore_index
+                bad += counts & (np.uint64(first[i]) >= np.uint64(classes))
+                used += counts
+        else:
+            for i in range(length):
+                counts = first[i * step] != ignore_index
+                bad += counts & (np.uint64(first[i * step]) >= np.uint64(classes))
+                used += counts
+    return bad, used
+
+
 def _prepare(
     logits, labels, soft, weight, grad_output, ignore_index, mean, log, scale, smoothing, z_loss, cap, loss, grad, lse,
-    partial, words, body, scratch, alone,
+    partial, words, by_class, body, scratch, alone,
 ):  # fmt: skip
     """Judge the labels and fill `words`, the parameters of the tasks. Arrays of size 0 stand for those not given.
 
@@ -518,13 +627,8 @@ def _prepare(
     item = logits.itemsize
     denominator = np.float64(batch * space)
     if labels.size > 0:
-        bad, used = False, 0
-        for n in range(batch):
-            for s in range(space):
-                t = labels[n, s]
-                counts = t != ignore_index
-                bad |= counts & ((t < 0) | (t >= classes))
-                used += counts
+        p.labels, p.labels_n, p.labels_s = labels.ctypes.data, labels.strides[0] // 8, labels.strides[1] // 8
+        bad, used = _count_labels(_pointer(p.labels, np.int64(0)), p, batch, space, ignore_index, classes)
         if bad:
             for position in range(batch * space):
                 t = labels[position // space, position % space]
@@ -537,7 +641,6 @@ def _prepare(
                 for s in range(space):
                     if labels[n, s] != ignore_index:
                         denominator += np.float64(weight[labels[n, s]])
-        p.labels, p.labels_n, p.labels_s = labels.ctypes.data, labels.strides[0] // 8, labels.strides[1] // 8
     p.ignore_index = ignore_index
     p.classes, p.positions, p.space = classes, batch * space, space
     p.logits, p.logits_n = logits.ctypes.data, logits.strides[0] // item
@@ -559,15 +662,17 @@ def _prepare(
         p.lse, p.lse_n, p.lse_s = lse.ctypes.data, lse.strides[0] // item, lse.strides[1] // item
     p.log, p.label_smoothing, p.z_loss, p.logit_softcap = log, smoothing, z_loss, cap
     p.scale = scale / denominator if mean else scale
-    p.by_class = p.logits_c == 1 and classes >= BY_POSITION_BELOW
-    p.width = LANES
-    if not p.by_class:
-        p.width = max(LANES, min(WIDEST, 2 * PIECE // classes, p.positions + LANES - 1) // LANES * LANES)
-    p.tile_rows = TILE_BYTES // item // p.width
+    p.width = 1
+    if not by_class:
+        fits = TILE_BYTES // (classes * item)
+        p.width = max(LANES, min(WIDEST, fits, p.positions + LANES - 1) // LANES * LANES)
+    p.kept = classes * p.width * item <= KEPT_BYTES
+    # Over the logits themselves the lines are in a cache already.
+    p.past_cache = batch * classes * space * item >= PAST_CACHE and p.grad != p.logits
     p.partial = partial.ctypes.data
     partial[p.positions] = denominator
-    p.units = p.positions if p.by_class else (p.positions + p.width - 1) // p.width
-    p.task_units = max(1, TASK // (classes if p.by_class else classes * p.width))
+    p.units = (p.positions + p.width - 1) // p.width
+    p.task_units = max(1, TASK // (classes * p.width))
     count = (p.units + p.task_units - 1) // p.task_units
     if batch * classes * space > alone:
         return count
@@ -590,16 +695,16 @@ _integers = types.Array(types.int64, 1, "C")
 
 
 @functools.cache
-def _compiled(dtype: np.dtype) -> tuple[Callable[..., int], int, tuple[np.ndarray, ...]]:
-    """For a floating-point type: `_prepare`, the body's address, arrays of 1 to 3 dimensions for what is not given."""
+def _compiled(dtype: np.dtype) -> tuple[Callable[..., int], tuple[np.ndarray, ...]]:
+    """For a floating-point type: `_prepare`, and arrays of 1 to 3 dimensions for what is not given."""
     real = REAL[dtype]
     signature = types.intp(
         array_of(real, 3), array_of(types.int64, 2), array_of(real, 3), array_of(real, 1), array_of(real, 2),
         types.int64, types.boolean, types.boolean, *(types.float64,) * 4, output_of(real, 2), output_of(real, 3),
-        output_of(real, 2), _doubles, _integers, types.intp, types.intp, types.intp,
+        output_of(real, 2), _doubles, _integers, types.boolean, types.intp, types.intp, types.intp,
     )  # fmt: skip
     none = tuple(np.empty((0,) * ndim, dtype) for ndim in (1, 2, 3))
-    return compiled(numba.njit, signature, _prepare, nogil=True), _body_of.address(dtype), none
+    return compiled(numba.njit, signature, _prepare, nogil=True), none
 
 
 @functools.cache
@@ -607,9 +712,9 @@ def _compiled_reduce() -> Callable[[np.ndarray, int, bool], float]:
     return compiled(numba.njit, types.float64(_doubles, types.intp, types.boolean), _reduce, nogil=True)
 
 
-_body_of = tasks.Body(_body)
+_bodies = (tasks.Body(_by_position), tasks.Body(_by_class))
 _NO_LABELS = np.empty((0, 0), np.int64)
-_SCRATCH = 13 * 8 * WIDEST + 2 * 8 * PIECE + TILE_BYTES
+_SCRATCH = KEPT_BYTES + max(10 * 8 * WIDEST + 2 * 8 * PIECE, 64 + (3 * PIECE + 64) * 8)
 _WORDS = _PARAMETERS.itemsize // 8
 _UNITS = list(_PARAMETERS.names or ()).index("units")
 
@@ -619,7 +724,11 @@ def _launch(
 ):  # fmt: skip
     """Run the kernels on flat arrays, None for those not given; return (status, loss reduced to a number)."""
     dtype = logits.dtype
-    prepare, body, (none_1, none_2, none_3) = _compiled(dtype)
+    classes = logits.shape[1]
+    by_class = classes >= BY_POSITION_BELOW and logits.strides[1] == dtype.itemsize
+    body = _bodies[by_class]
+    scratch = _SCRATCH + classes // PIECE * 8
+    prepare, (none_1, none_2, none_3) = _compiled(dtype)
     words = np.zeros(_WORDS, np.int64)
     partial = np.empty(logits.shape[0] * logits.shape[2] + 1)
     count = prepare(
@@ -632,12 +741,12 @@ def _launch(
         none_2 if loss is None else loss,
         none_3 if grad is None else grad,
         none_2 if lse is None else lse,
-        partial, words, body, tasks._scratch(_SCRATCH), ALONE,
+        partial, words, by_class, body.address(dtype), tasks._scratch(scratch), ALONE,
     )  # fmt: skip
     if count < 0:
         return count, 0.0
     if count > 0:
-        tasks.run(_body_of, dtype, count, words, _SCRATCH, FLOPS * logits.size)
+        tasks.run(body, dtype, count, words, scratch, FLOPS * logits.size)
     return 0, _compiled_reduce()(partial, words[_UNITS], mean)
 
 
