@@ -37,7 +37,13 @@ QUICK = {
     "medical": ("nnunet.enc4.2",),
     "planes": ("photo.15x15",),
     "cross_entropy": ("mnist", "imagenet", "ade20k"),
+    "small": ("cifar.3x3",),
+    "small_cross_entropy": ("32x10",),
 }
+
+
+# In each dimension, of `small` cases: enough for two tiles of each algorithm.
+SMALL_SIZE = 14
 
 
 class ShapesError(ValueError):
@@ -110,6 +116,13 @@ class ConvolutionCase:
         return {"input": x.astype(dtype), "weight": w.astype(dtype), "grad_output": dy.astype(dtype)}
 
 
+    def small(self) -> ConvolutionCase:
+        """A case on which a library loads the same code with as little memory as possible."""
+        spans = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilation, strict=True)]
+        least = (max(SMALL_SIZE, span - 2 * p) for span, p in zip(spans, self.padding, strict=True))
+        return dataclasses.replace(self, batch=1, size=tuple(map(min, self.size, least)))
+
+
 @dataclass(frozen=True)
 class CrossEntropyCase:
     """Softmax cross-entropy of logits (batch, classes, *size)."""
@@ -152,6 +165,11 @@ class CrossEntropyCase:
             target /= target.sum(axis=1, keepdims=True)
             target = target.astype(dtype)
         return {"logits": logits.astype(dtype), "target": target}
+
+
+    def small(self) -> CrossEntropyCase:
+        """A case on which a library loads the same code with as little memory as possible."""
+        return dataclasses.replace(self, batch=1, size=tuple(min(s, SMALL_SIZE) for s in self.size))
 
 
 Case = ConvolutionCase | CrossEntropyCase

@@ -77,15 +77,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--passes", type=_one_of(PASSES), metavar="PASS,...",
                       help="forward, weight_grad, input_grad; for cross-entropy forward, with_grad")  # fmt: skip
     what.add_argument("--batch", type=_positive, metavar="N", help="instead of the batch in the table")
-    what.add_argument("--dtype", choices=DTYPES, default="float32")
+    what.add_argument("--dtype", type=_one_of(DTYPES), default=["float32"], metavar="DTYPE,...",
+                      help=f"{', '.join(DTYPES)} (default: float32)")  # fmt: skip
     what.add_argument("--backend", choices=("cpu", "cuda"), default="cpu")
     what.add_argument("--peer", type=_words, metavar="NAME,...",
                       help="whom to measure beside fastconv (default: all that are installed); "
                       f"on the CPU {', '.join(peers.names('cpu'))}; a library stands for all its forms")  # fmt: skip
 
     how = parser.add_argument_group("how it is measured")
-    how.add_argument("--protocol", choices=results.PROTOCOLS, default="alone",
-                     help="each side alone in its process (the default), or all interleaved in one")  # fmt: skip
+    how.add_argument("--protocol", type=_one_of(results.PROTOCOLS), default=["alone"], metavar="NAME,...",
+                     help="alone: the time of each side alone in its process (the default); interleaved: of all in one "
+                     "process; memory: the peak memory of a call, each in a new process")  # fmt: skip
     how.add_argument("--threads", type=_positive, metavar="N", help="default: one for each CPU")
     how.add_argument("--rounds", type=_positive, metavar="N", help="how often the sides take turns (default: 3)")
     how.add_argument("--seconds", type=_seconds, metavar="S",
@@ -107,7 +109,7 @@ def main(options: argparse.Namespace) -> int:
 
     console = Console()
     if not console.is_terminal:
-        console = Console(width=200)  # a file or a log has room for every column
+        console = Console(width=400)  # a file or a log has room for every column
     try:
         old = results.read(options.compare) if options.compare else None
         plan = list(_plan(options))
@@ -132,18 +134,17 @@ def main(options: argparse.Namespace) -> int:
     begin = time.perf_counter()
     new: list[results.Row] = []
     with _progress(console) as progress:
-        bar = progress.add_task("", total=sum(len(passes) for _, _, passes in plan))
+        bar = progress.add_task("", total=len(plan))
         for settings, steps in _by_settings(plan):
             with run.Session(settings) as session:
                 for case, passes in steps:
-                    for which in passes:
-                        rows = session.measure(case, which, names, lambda text: progress.update(bar, description=text))
-                        new += rows
-                        results.write(path, results.merge(kept, new))
-                        for row in rows:
-                            if row.note:
-                                console.print(f"[yellow]{row.network} {row.case} {which}, {row.peer}:[/] {row.note}")
-                        progress.advance(bar)
+                    rows = session.measure(case, passes, names, lambda text: progress.update(bar, description=text))
+                    new += rows
+                    results.write(path, results.merge(kept, new))
+                    for row in rows:
+                        if row.note:
+                            console.print(f"[yellow]{row.network} {row.case} {row.which}, {row.peer}:[/] {row.note}")
+                    progress.advance(bar)
     results.write_machine(path.with_suffix(".json"), facts)
     for table in tables(new):
         console.print(table)
@@ -164,14 +165,21 @@ def _plan(options: argparse.Namespace) -> Iterator[tuple[Case, run.Settings, lis
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if options.threads is not None and options.threads > available:
         raise UsageError(f"--threads {options.threads}: this process may use {available} CPUs")
-    settings = run.Settings(
-        protocol=options.protocol, backend=options.backend, dtype=options.dtype,
+    common = run.Settings(
+        backend=options.backend,
         threads=options.threads or available,
         rounds=options.rounds or (QUICK_ROUNDS if options.quick else run.Settings.rounds),
         seconds=options.seconds or (QUICK_SECONDS if options.quick else run.Settings.seconds),
         timeout=options.timeout,
     )  # fmt: skip
-    questions = list(cases.GROWTH) if options.growth and "all" in options.growth else options.growth or []
+    for protocol in options.protocol:
+        for dtype in options.dtype:
+            settings = dataclasses.replace(common, protocol=protocol, dtype=dtype)
+            yield from _layers(options, settings)
+            yield from _growth(options, settings, available)
+
+
+def _layers(options: argparse.Namespace, settings: run.Settings) -> Iterator[tuple[Case, run.Settings, list[str]]]:
     for case in _cases(options):
         if options.only and not re.search(options.only, case.name):
             continue
@@ -182,14 +190,22 @@ def _plan(options: argparse.Namespace) -> Iterator[tuple[Case, run.Settings, lis
         passes = [which for which in case.passes if not options.passes or which in options.passes]
         if passes:
             yield case, settings, passes
+
+
+def _growth(
+    options: argparse.Namespace, settings: run.Settings, available: int
+) -> Iterator[tuple[Case, run.Settings, list[str]]]:
+    questions = list(cases.GROWTH) if options.growth and "all" in options.growth else options.growth or []
     for question in questions:
         for case in cases.growth(question):
-            this = dataclasses.replace(settings, memory=question == "memory")
+            this = settings
+            if question == "memory":
+                this = dataclasses.replace(settings, protocol="memory")
             if question == "threads":
                 threads = int(case.name.partition("=")[2])
                 if threads > available:
                     continue
-                this = dataclasses.replace(this, threads=threads)
+                this = dataclasses.replace(settings, threads=threads)
             passes = [which for which in options.passes or ["forward"] if which in case.passes]
             if passes:
                 yield case, this, passes
@@ -252,14 +268,14 @@ def tables(rows: Sequence[results.Row]) -> Iterator[Table]:
     """A table for each network: a line for each pass of a layer, a column for each peer."""
     from rich.table import Table
 
-    groups: dict[tuple[str, str, str], list[results.Row]] = {}
+    groups: dict[tuple[str, ...], list[results.Row]] = {}
     for row in rows:
-        groups.setdefault((row.network, row.dtype, row.backend), []).append(row)
-    for (network, dtype, backend), group in groups.items():
+        groups.setdefault((row.network, row.dtype, row.backend, row.protocol), []).append(row)
+    for (network, dtype, backend, protocol), group in groups.items():
         names = list(dict.fromkeys(row.peer for row in group))
-        unit = next((row.unit for row in group if row.unit), "MB")
-        explained = "" if unit == "MB" else " (in brackets: how many times as fast fastconv is)"
-        table = Table(title=f"{network}, {dtype}, {backend}: {unit}{explained}")
+        unit = "MB" if protocol == "memory" else next((row.unit for row in group if row.unit), "")
+        meaning = "how many times as much it needs" if protocol == "memory" else "how many times as fast fastconv is"
+        table = Table(title=f"{network}, {dtype}, {backend}, {protocol}: {unit} (in brackets: {meaning})")
         for column in ("layer", "pass", "batch", "threads"):
             table.add_column(column, no_wrap=True)
         table.add_column("peak", justify="right")
@@ -268,7 +284,7 @@ def tables(rows: Sequence[results.Row]) -> Iterator[Table]:
         for pair in dict.fromkeys(row.pair for row in group):
             here = {row.peer: row for row in group if row.pair == pair}
             one = next(iter(here.values()))
-            peak = one.peak_gflops if unit == "GFLOP/s" else one.copy_gbs
+            peak = {"GFLOP/s": one.peak_gflops, "GB/s": one.copy_gbs}.get(unit)
             table.add_row(
                 one.case, one.which, str(one.batch), str(one.threads), f"{peak:.0f}" if peak else "",
                 *(_cell(here.get(name)) for name in names),
@@ -281,11 +297,10 @@ def _cell(row: results.Row | None) -> str:
         return ""
     if row.note:
         return "[red]failed[/]"
-    if row.memory_mb is not None:
-        return f"{row.memory_mb:.1f}"
-    if row.peer == "fastconv":
-        return f"{row.rate:.1f}" + ("" if row.percent_of_peak is None else f" {row.percent_of_peak:.0f}%")
-    if row.ratio is None:
-        return f"{row.rate:.1f}"
+    value = row.memory_mb if row.protocol == "memory" else row.rate
+    if value is None:
+        return ""
+    if row.peer == "fastconv" or row.ratio is None:
+        return f"{value:.1f}" + ("" if row.percent_of_peak is None else f" {row.percent_of_peak:.0f}%")
     colour = "green" if row.ratio >= 1 else "red"
-    return f"{row.rate:.1f} [{colour}]({row.ratio:.2f}x)[/]"
+    return f"{value:.1f} [{colour}]({row.ratio:.2f}x)[/]"

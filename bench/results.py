@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROTOCOLS = ("alone", "interleaved")
+PROTOCOLS = ("alone", "interleaved", "memory")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Row:
     rate: float | None = None  # of the best sample
     unit: str = ""
     percent_of_peak: float | None = None
-    ratio: float | None = None  # best time of the peer / best time of fastconv: > 1 where fastconv is faster
+    ratio: float | None = None  # best time (memory) of the peer / that of fastconv: > 1 where fastconv is better
     peak_gflops: float | None = None
     copy_gbs: float | None = None
     flops: int = 0
@@ -69,6 +69,11 @@ class Row:
             self.machine, self.backend, self.protocol, self.network, self.case, self.op, self.which, self.dtype,
             self.batch, self.threads,
         )  # fmt: skip
+
+    @property
+    def cost(self) -> float | None:
+        """What should be small: the time, or the memory, if that was measured."""
+        return self.memory_mb if self.protocol == "memory" else self.best_ms
 
     @property
     def is_fastconv(self) -> bool:
@@ -100,10 +105,8 @@ def with_samples(row: Row, samples: Sequence[float], unit: str) -> Row:
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
     """The rows of one layer and pass, each with its ratio to plain fastconv."""
-    ours = next((row.best_ms for row in rows if row.peer == "fastconv"), None)
-    return [
-        dataclasses.replace(row, ratio=row.best_ms / ours) if ours and row.best_ms is not None else row for row in rows
-    ]
+    ours = next((row.cost for row in rows if row.peer == "fastconv"), None)
+    return [dataclasses.replace(row, ratio=row.cost / ours) if ours and row.cost is not None else row for row in rows]
 
 
 def read(path: Path) -> list[Row]:
@@ -228,7 +231,7 @@ def machine() -> dict[str, Any]:
         "virtual": "hypervisor" in cpu.get("flags", "").split(),
         "frequency_governor": _line("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "gpu": _gpu(),
-        "system": f"{platform.system()} {platform.release()}",
+        "system": platform.system(),
         "python": platform.python_version(),
     }
 

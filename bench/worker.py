@@ -67,13 +67,13 @@ def _time(call: Callable[[], Any], wait: Callable[[], object] | None, count: int
 
 
 class Worker:
-    """What the process holds between jobs: the operands of one case, and the peers prepared for one of its passes."""
+    """What the process holds between jobs: the operands of one case, and the peers prepared for its passes."""
 
     def __init__(self, threads: int, spinning: bool, cache: Path) -> None:
         self.threads, self.spinning, self.cache = threads, spinning, cache
         self.operands_of: Any = None
         self.operands: dict[str, Any] = {}
-        self.prepared: dict[str, Any] = {}
+        self.prepared: dict[tuple[str, str], Any] = {}  # by pass and peer
 
     def answer(self, job: dict[str, Any]) -> dict[str, Any]:
         return getattr(self, f"do_{job.pop('do')}")(**job)
@@ -97,16 +97,16 @@ class Worker:
             return {"unsupported": str(reason)}
         except checks.Disagreement as what:
             return {"failed": f"disagrees: {what}"}
-        self.prepared[peer] = prepared
+        self.prepared[which, peer] = prepared
         return {"version": peers.PEERS[peer, backend].version()}
 
-    def do_measure(self, names: list[str], seconds: float) -> dict[str, Any]:
-        """Time the prepared peers `names`, taking turns."""
+    def do_measure(self, jobs: list[list[str]], seconds: float) -> dict[str, Any]:
+        """Time the prepared `jobs`, each a pass and a peer, taking turns; their samples in the same order."""
+        chosen = [self.prepared[which, peer] for which, peer in jobs]
         with contextlib.ExitStack() as contexts:
-            for name in names:
-                contexts.enter_context(self.prepared[name].context())
-            samples = sample([(self.prepared[name].call, self.prepared[name].wait) for name in names], seconds)
-        return {"samples": dict(zip(names, samples, strict=True))}
+            for one in chosen:
+                contexts.enter_context(one.context())
+            return {"samples": sample([(one.call, one.wait) for one in chosen], seconds)}
 
     def do_peak(self, dtype: str, copy: bool, seconds: float) -> dict[str, Any]:
         """The microkernel's rate, that of 16-bit types in float32, as they are computed; `copy`: memory's as well."""
@@ -151,7 +151,7 @@ class Worker:
         return {"bytes": max(0, most - before), "version": peers.PEERS[peer, backend].version()}
 
     def do_forget(self) -> dict[str, Any]:
-        """Drop what was prepared; the operands stay for the next pass of the same case."""
+        """Drop what was prepared; the operands stay for another pass of the same case."""
         self.prepared.clear()
         gc.collect()
         return {}

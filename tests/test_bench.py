@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -254,9 +253,9 @@ def test_what_does_not_run_the_workers_simulator(monkeypatch):
 
 
 def test_a_process_that_dies_or_hangs_is_reported_and_another_one_started(tmp_path, monkeypatch):
-    process = run.Process(run.Settings(timeout=60), tmp_path)
+    process = run.Process("test", run.Settings(timeout=60), tmp_path)
     assert process.ask("forget") == {}
-    assert process.ask("measure", names=["nobody"], seconds=1)["failed"].startswith("KeyError")
+    assert process.ask("measure", jobs=[["forward", "nobody"]], seconds=1)["failed"].startswith("KeyError")
     process._process.kill()
     with pytest.raises(run.WorkerDied, match="signal SIGKILL"):
         process.ask("forget")
@@ -268,14 +267,28 @@ def test_a_process_that_dies_or_hangs_is_reported_and_another_one_started(tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", results.PROTOCOLS)
+@pytest.mark.parametrize("protocol", ["alone", "interleaved"])
 def test_a_run_measures_every_peer(protocol):
-    case = dataclasses.replace(SMALL[0], network="test")
-    with run.Session(run.Settings(protocol=protocol, rounds=1, seconds=0.01)) as session:
-        rows = session.measure(case, "forward", ["fastconv", "numpy", "scipy correlate"])
-    assert [r.peer for r in rows] == ["fastconv", "numpy"]
-    assert [r.note for r in rows] == ["", ""]
-    assert all(r.ratio and r.peak_gflops and r.samples >= 1 for r in rows)
+    with run.Session(run.Settings(protocol=protocol, rounds=2, seconds=0.01)) as session:
+        rows = session.measure(SMALL[0], ["forward", "input_grad"], ["fastconv", "numpy", "scipy correlate"])
+    assert [(r.which, r.peer) for r in rows] == [
+        (which, peer) for which in ("forward", "input_grad") for peer in ("fastconv", "numpy")
+    ]
+    assert [r.note for r in rows] == [""] * 4
+    assert all(r.ratio and r.peak_gflops and r.samples >= 2 for r in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark of a process can be set back on Linux alone")
+def test_memory_is_that_of_result_and_scratch():
+    case = cases.ConvolutionCase("test", "wide", 4, 3, (256, 256), 64, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+    with run.Session(run.Settings(protocol="memory")) as session:
+        ours, numpy = session.measure(case, ["forward"], ["fastconv", "numpy"])
+    assert (ours.note, numpy.note) == ("", "")
+    result, windows = 4 * 64 * 256 * 256 * 4 / 1e6, 4 * 27 * 256 * 256 * 4 / 1e6
+    assert result <= ours.memory_mb
+    assert result + windows <= numpy.memory_mb
+    assert numpy.ratio == pytest.approx(numpy.memory_mb / ours.memory_mb)
 
 
 def test_every_operation_has_its_suite():
