@@ -3,10 +3,10 @@
 The entry functions and the kernels are those of `fastconv.cpu.convolution`, with the same arguments in the same order,
 on `DeviceArray`s in the canonical form (N, C, D, H, W), weights (O, C/groups, KD, KH, KW), of any strides.
 
-Where the device has what they need, the kernels of `implicit_gemm` do what they apply to. Those here take any strides,
-types and paddings. One thread computes one element of the result, from the first term of its sum to the last: no thread
-depends on another, so the result depends neither on the grid nor on the batch around a sample. A thread steps by the
-size of the grid, and all indices are 64-bit: arrays may have more than 2**31 elements.
+Where the device has what they need, the kernels of `depthwise` and of `implicit_gemm` do what they apply to. Those here
+take any strides, types and paddings. One thread computes one element of the result, from the first term of its sum to
+the last: no thread depends on another, so the result depends neither on the grid nor on the batch around a sample. A
+thread steps by the size of the grid, and all indices are 64-bit: arrays may have more than 2**31 elements.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from numba import types
 
 from ..geometry import ConvGeometry
-from . import implicit_gemm
+from . import depthwise, implicit_gemm
 from ._cuda import DeviceArray, cuda, current_device, has_engine, launch, upload
 from .jit import array_of, device_function, kernel
 
@@ -64,7 +64,7 @@ def forward(
 ) -> None:  # fmt: skip
     """out = input convolved with weight, plus bias, through max(0, .) if relu."""
     bias = _none(out.dtype) if bias is None else bias
-    if has_engine() and implicit_gemm.forward(geometry, input, weight, bias, relu, out):
+    if has_engine() and any(m.forward(geometry, input, weight, bias, relu, out) for m in (depthwise, implicit_gemm)):
         return
     launch(
         forward_kernel[out.dtype], out.size, input, weight, bias, relu,
@@ -112,7 +112,9 @@ def weight_grad(
     out: DeviceArray,
 ) -> None:  # fmt: skip
     """out (+)= gradient of the weight, shape (O, C/groups, KD, KH, KW)."""
-    if has_engine() and implicit_gemm.weight_grad(geometry, input, grad_output, accumulate, out):
+    if has_engine() and any(
+        m.weight_grad(geometry, input, grad_output, accumulate, out) for m in (depthwise, implicit_gemm)
+    ):
         return
     launch(
         weight_grad_kernel[out.dtype], out.size, input, grad_output, accumulate,
@@ -165,7 +167,9 @@ def input_grad(
 ) -> None:  # fmt: skip
     """out (+)= gradient of the input, plus bias, through max(0, .) if relu (both for the transposed convolution)."""
     bias = _none(out.dtype) if bias is None else bias
-    if has_engine() and implicit_gemm.input_grad(geometry, weight, grad_output, bias, relu, accumulate, out):
+    if has_engine() and any(
+        m.input_grad(geometry, weight, grad_output, bias, relu, accumulate, out) for m in (depthwise, implicit_gemm)
+    ):
         return
     firsts, wheres = _padded_coordinates(geometry, current_device())
     launch(

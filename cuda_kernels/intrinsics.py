@@ -23,7 +23,10 @@ __all__ = [
     "copy_wait_all",
     "copy_wait_all_but_one",
     "emulation_of",
+    "load1_where",
+    "load2_where",
     "load4",
+    "load4_where",
     "load_matrices",
     "load_matrices_transposed",
     "mma_bfloat16",
@@ -420,3 +423,48 @@ def _mma_typing(text: str) -> Callable[..., Any]:
 mma_tf32 = _instruction(_mma("tf32"))(_mma_typing("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32"))
 mma_float16 = _instruction(_mma("float16"))(_mma_typing("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"))
 mma_bfloat16 = _instruction(_mma("bfloat16"))(_mma_typing("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guarded loads of what no kernel writes meanwhile: predicated, where the compiler would branch around a load
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _guarded_load(count: int) -> Callable[[Callable[..., Any]], Any]:
+    """An instruction ``(array, index, valid)``: `count` elements of one vector, or zeros where not `valid`."""
+
+    def emulate(simulator, array, index, valid):
+        return tuple(array.read(int(index), count)) if valid else (array.dtype.type(0),) * count
+
+    def typing(typing_context, array, index, valid):
+        sig = types.UniTuple(array.dtype, count)(array, index, types.boolean)
+        kind, constraint, zero = {
+            types.float32: ("f32", "f", "0f00000000"), types.float64: ("f64", "d", "0d0000000000000000"),
+            types.uint32: ("u32", "r", "0"), types.uint16: ("u16", "h", "0"),
+        }[array.dtype]  # fmt: skip
+        places = ", ".join(f"${i}" for i in range(count))
+        vector, target = ("", places) if count == 1 else (f".v{count}", f"{{{places}}}")
+        text = (
+            f"{{ .reg .pred %p; setp.ne.u32 %p, ${count + 1}, 0; "
+            + " ".join(f"mov.{kind} ${i}, {zero};" for i in range(count))
+            + f" @%p ld.global.nc{vector}.{kind} {target}, [${count}]; }}"
+        )
+        constraints = ",".join([f"=&{constraint}"] * count + ["l", "r"])  # &: written before the address is read
+
+        def generate(context, builder, sig, args):
+            pointer = _pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1])
+            valid = builder.zext(builder.trunc(args[2], ir.IntType(1)), _I32)
+            one = pointer.type.pointee
+            result = one if count == 1 else ir.LiteralStructType([one] * count)
+            loaded = _assembly(builder, text, constraints, result, [_address(builder, pointer, 1), valid])
+            values = [loaded] if count == 1 else [builder.extract_value(loaded, i) for i in range(count)]
+            return _tuple(context, builder, sig, values)
+
+        return sig, generate
+
+    return _instruction(emulate)(typing)
+
+
+load1_where = _guarded_load(1)
+load2_where = _guarded_load(2)
+load4_where = _guarded_load(4)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 import codegen
-from fastconv.cuda_kernels import _cuda, implicit_gemm, softmax_rows, tiles
+from fastconv.cuda_kernels import _cuda, depthwise, implicit_gemm, softmax_rows, tiles
 from fastconv.cuda_kernels._cuda import cuda
 from fastconv.cuda_kernels.jit import ELEMENTS, BlockKernel
 from test_cuda_codegen import compiler, device_array, expected_parameters, name_of, parameters  # noqa: F401
@@ -71,7 +71,41 @@ def product_budgets():
         yield f"weight-{name}", Budget(implicit_gemm.weight_kernel(tile), budget, required, hot)
 
 
-BUDGETS = dict([*row_budgets(), *product_budgets()])
+def depthwise_patch(dtype, taps, rows, columns, vector, stride=1, inverse=False, last=False):
+    """As `depthwise` makes them for filters of an odd size, padded by half of it."""
+    height, width = (
+        depthwise.Axis.gather(inverse, k, results, stride if k > 1 else 1, 1, k // 2, v)
+        for k, results, v in zip(taps, (rows, columns), (1, vector), strict=True)
+    )
+    return depthwise.Patch(dtype, vector, last, False, height, width)
+
+
+def depthwise_budgets():
+    """Of each kernel its multiply-adds, all unrolled, and the loads and stores of whole vectors."""
+    wide = {"LDG.E.128": 4, "STG.E.128": 4}
+    patches = {
+        "3x3": (("float32", (3, 3), 4, 4, 4), 64, wide | {"FFMA": 144}),
+        "3x3-stride2": (("float32", (3, 3), 2, 4, 4, 2), 80, {"LDG.E.128": 10, "STG.E.128": 2, "FFMA": 72}),
+        "7x7": (("float32", (7, 7), 4, 4, 4), 128, {"LDG.E.128": 30, "STG.E.128": 4, "FFMA": 784}),
+        "1x4": (("float32", (1, 4), 1, 8, 4), 64, {"LDG.E.128": 2, "STG.E.128": 2, "FFMA": 32}),
+        "3x3-channels_last": (("float32", (3, 3), 4, 4, 1, 1, False, True), 80, {"FFMA": 144}),
+        "3x3-bfloat16": (("bfloat16", (3, 3), 4, 4, 4), 64, {"LDG.E.64": 4, "STG.E.64": 4, "FFMA": 144}),
+        "3x3-float16": (("float16", (3, 3), 4, 4, 4), 64, {"LDG.E.64": 4, "STG.E.64": 4, "FFMA": 144}),
+        "input-3x3-stride2": (("float32", (3, 3), 4, 8, 4, 2, True), 80, {"LDG.E.128": 3, "STG.E.128": 8, "FFMA": 72}),
+    }  # fmt: skip
+    for name, (patch, registers, required) in patches.items():
+        yield f"depthwise-{name}", Budget(depthwise.gather_kernel(depthwise_patch(*patch)), registers, required)
+    patches = {
+        "3x3": (("float32", (3, 3), 4, 4, 4), 64, {"LDG.E.128": 10, "FFMA": 144, "SHFL": 45}),
+        "7x7": (("float32", (7, 7), 4, 4, 4), 128, {"LDG.E.128": 34, "FFMA": 784, "SHFL": 245}),
+        "3x3-bfloat16": (("bfloat16", (3, 3), 4, 4, 4), 64, {"LDG.E.64": 10, "FFMA": 144, "SHFL": 45}),
+        "3x3-channels_last": (("float32", (3, 3), 4, 4, 1, 1, False, True), 64, {"FFMA": 144}),
+    }
+    for name, (patch, registers, required) in patches.items():
+        yield f"depthwise-weight-{name}", Budget(depthwise.weight_kernel(depthwise_patch(*patch)), registers, required)
+
+
+BUDGETS = dict([*row_budgets(), *product_budgets(), *depthwise_budgets()])
 
 
 def check(budget: Budget, architecture) -> codegen.MachineCode:
@@ -145,9 +179,37 @@ def test_launches_of_products_pass_what_was_compiled(monkeypatch):
     assert tuple(kernel.typeof_pyval(a) for a in arguments) == signature
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_launches_of_depthwise_pass_what_was_compiled(dtype, monkeypatch):
+    import ml_dtypes
+    import numpy as np
+
+    from fastconv.arguments import convolution_plan
+
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    launches, sums = [], []
+    monkeypatch.setattr(depthwise, "launch_blocks", lambda *launch: launches.append(launch))
+    monkeypatch.setattr(depthwise, "launch", lambda *launch: sums.append(launch))
+    monkeypatch.setattr(depthwise, "empty", lambda shape, dtype, like: (None, device_array(*shape, dtype=dtype)))
+    x, w, y, b = (device_array(*s, dtype=kind) for s in [(2, 8, 1, 8, 8), (8, 1, 1, 3, 3), (2, 8, 1, 8, 8), (8,)])
+    geometry = convolution_plan("conv2d", 2, (2, 8, 8, 8), (8, 1, 3, 3), 1, 1, 1, 8, "zeros", "NCHW").geometry
+    assert depthwise.forward(geometry, x, w, b, True, y)
+    assert depthwise.input_grad(geometry, w, y, b, False, True, x)
+    assert depthwise.weight_grad(geometry, x, y, True, w)
+    assert len(launches) == 3
+    for kernel, _, *arguments in launches:
+        assert tuple(cuda.jit(kernel.function).typeof_pyval(a) for a in arguments) == kernel.signature
+        made = [getattr(p, "value", p) for p in parameters(kernel.signature, arguments)]
+        assert made == expected_parameters(arguments)
+    ((kernel, elements, *arguments),) = sums
+    assert elements == w.size
+    signature = depthwise.add_parts_kernel.signature(ELEMENTS[dtype])
+    assert tuple(kernel.typeof_pyval(a) for a in arguments) == signature
+
+
+@pytest.mark.parametrize("kernel", [implicit_gemm.add_parts_kernel, depthwise.add_parts_kernel])
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=name_of)
-def test_machine_code_of_the_sum_of_parts(architecture):
-    kernel = implicit_gemm.add_parts_kernel
+def test_machine_code_of_the_sum_of_parts(architecture, kernel):
     _, cubin = codegen.compile_for_launch(kernel["float32"], kernel.signature(ELEMENTS["float32"]), architecture)
     assert codegen.inspect_code(cubin).complaints(registers=80, float64=False) == []
 
