@@ -194,10 +194,10 @@ class DeviceArray:
         return self._view([self.shape[a] for a in axes], [self.strides[a] for a in axes])
 
     def __getitem__(self, index: Any) -> DeviceArray:
-        """The same memory with axes of size 1 put in: `index` holds None, Ellipsis and ``slice(None)`` only."""
+        """A part of the same memory, with axes of size 1 put in: `index` holds None, Ellipsis and slices of step 1."""
         items = index if isinstance(index, tuple) else (index,)
         known = sum(item is not None and item is not Ellipsis for item in items)
-        shape, strides, axis = [], [], 0
+        shape, strides, axis, offset = [], [], 0, 0
         for item in items:
             if item is None:
                 shape.append(1)
@@ -205,14 +205,20 @@ class DeviceArray:
                 continue
             if item is Ellipsis:
                 count = self.ndim - known
-            elif isinstance(item, slice) and item == slice(None):
-                count = 1
-            else:
-                raise TypeError(f"DeviceArray: index {item!r} (expected None, Ellipsis or slice(None))")
-            shape += self.shape[axis : axis + count]
-            strides += self.strides[axis : axis + count]
-            axis += count
-        return self._view((*shape, *self.shape[axis:]), (*strides, *self.strides[axis:]))
+                shape += self.shape[axis : axis + count]
+                strides += self.strides[axis : axis + count]
+                axis += count
+                continue
+            if not isinstance(item, slice) or item.step not in (None, 1):
+                raise TypeError(f"DeviceArray: index {item!r} (expected None, Ellipsis or slices of step 1)")
+            first, end, _ = item.indices(self.shape[axis])
+            shape.append(max(0, end - first))
+            strides.append(self.strides[axis])
+            offset += first * self.strides[axis]
+            axis += 1
+        view = self._view((*shape, *self.shape[axis:]), (*strides, *self.strides[axis:]))
+        view.pointer += offset
+        return view
 
     def samples(self, first: int, count: int) -> DeviceArray:
         """`count` elements of the first axis, from `first` on."""

@@ -28,6 +28,7 @@ from .conv import (
     conv_transpose3d,
 )
 from .explain import explain
+from .linear_loss import LinearCrossEntropyGrads, linear_cross_entropy, linear_cross_entropy_with_grad
 from .loss import (
     log_softmax,
     softmax,
@@ -43,6 +44,7 @@ __all__ = [
     "Conv2d",
     "Conv3d",
     "ConvGrads",
+    "LinearCrossEntropyGrads",
     "__version__",
     "backends",
     "conv1d",
@@ -63,6 +65,8 @@ __all__ = [
     "conv_transpose3d",
     "explain",
     "get_num_threads",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_grad",
     "log_softmax",
     "set_backend",
     "set_num_threads",

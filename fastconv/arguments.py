@@ -471,15 +471,17 @@ def bias_gradient_form(function: str, shape: tuple[int, ...], layout: object) ->
     return _activation_form(ndim, kind, channels_last), channels
 
 
-def check_needs(function: str, needs: Any) -> tuple[str, ...]:
+def check_needs(
+    function: str, needs: Any, choices: tuple[str, ...] = ("input", "weight", "bias")
+) -> tuple[str, ...]:
     """The gradients that a backward function was asked for."""
     if not isinstance(needs, (str, tuple, list, set, frozenset)):
         raise TypeError(
-            f"{function}: needs is a {type(needs).__name__} (expected a tuple of 'input', 'weight', 'bias')"
+            f"{function}: needs is a {type(needs).__name__} (expected a tuple of {', '.join(map(repr, choices))})"
         )
     names = (needs,) if isinstance(needs, str) else tuple(needs)
     for name in names:
-        check_choice(function, "needs", name, ("input", "weight", "bias"))
+        check_choice(function, "needs", name, choices)
     return names
 
 
@@ -522,6 +524,21 @@ def _class_form(function: str, shape: tuple[int, ...], axis: Any) -> tuple[Form,
         return Form((0,), (None, every)), Form((), (None,)), shape[0], positions
     order = (rest[0], number, *rest[1:])
     return Form(order, (every,) * ndim), Form(tuple(range(ndim - 1)), (every,) * (ndim - 1)), shape[number], positions
+
+
+def linear_form(function: str, hidden: Any, weight: Any) -> tuple[tuple[int, ...], int]:
+    """What a linear layer of these shapes makes of them: (shape of positions, C)."""
+    hidden, weight = tuple(hidden), tuple(weight)
+    if len(weight) != 2 or 0 in weight:
+        raise ValueError(f"{function}: weight has shape {weight} (expected (C, H), at least one class and feature)")
+    if not hidden:
+        raise ValueError(f"{function}: hidden has shape () (expected (N, {weight[1]}), or any (*, {weight[1]}))")
+    if hidden[-1] != weight[1]:
+        raise ValueError(
+            f"{function}: hidden has {hidden[-1]} features, but weight has shape {weight} (expected hidden of shape "
+            f"(*, {weight[1]}))"
+        )
+    return hidden[:-1], weight[0]
 
 
 def check_target(

@@ -276,3 +276,44 @@ def softmax_cross_entropy(
         if not ignored[position]:
             gradient[position] *= scale[position] if reduction == "none" else scale
     return loss, np.moveaxis(gradient, -1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cross-entropy of the logits of a linear layer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def linear_cross_entropy(
+    hidden: np.ndarray,
+    weight: np.ndarray,
+    target: np.ndarray,
+    bias: np.ndarray | None = None,
+    class_weight: np.ndarray | None = None,
+    **options: object,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Loss, dLoss/dhidden, dLoss/dweight, dLoss/dbias of hidden x (N, H), weight w (C, H), bias b (C,).
+
+        z[n, c] = b[c] + sum over h of w[c, h] * x[n, h]        (Goodfellow et al., Deep Learning, eq. 6.28)
+
+    and, with g = dLoss/dz of `softmax_cross_entropy` (whose `options` these are), by the chain rule
+
+        dLoss/dx[n, h] = sum over c of g[n, c] * w[c, h]
+        dLoss/dw[c, h] = sum over n of g[n, c] * x[n, h],    dLoss/db[c] = sum over n of g[n, c]
+
+    >>> x, w = np.array([[1.0, 0.0]]), np.log(np.array([[1.0, 5.0], [3.0, 5.0]]))
+    >>> linear_cross_entropy(x, w, np.array([1]))[2].round(15).tolist()
+    [[0.25, 0.0], [-0.25, 0.0]]
+    """
+    x, w = np.asarray(hidden, np.float64), np.asarray(weight, np.float64)
+    b = np.zeros(len(w)) if bias is None else np.asarray(bias, np.float64)
+    z = np.zeros((len(x), len(w)))
+    for n, c in np.ndindex(z.shape):
+        z[n, c] = b[c] + math.fsum(float(w[c, h] * x[n, h]) for h in range(w.shape[1]))
+    loss, g = softmax_cross_entropy(z, target, class_weight, **options)  # type: ignore[arg-type]
+    dx, dw, db = np.zeros(x.shape), np.zeros(w.shape), np.zeros(len(w))
+    for n, c in np.ndindex(z.shape):
+        for h in range(w.shape[1]):
+            dx[n, h] += g[n, c] * w[c, h]
+            dw[c, h] += g[n, c] * x[n, h]
+        db[c] += g[n, c]
+    return loss, dx, dw, db

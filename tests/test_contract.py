@@ -50,7 +50,7 @@ FUNCTIONS = {
     "set_num_threads": Signature("n", ""),
     "get_num_threads": Signature("", ""),
 }
-CLASSES = {"ConvGrads", "BackendUnavailableError", "Conv1d", "Conv2d", "Conv3d"}
+CLASSES = {"ConvGrads", "LinearCrossEntropyGrads", "BackendUnavailableError", "Conv1d", "Conv2d", "Conv3d"}
 
 _LOSS = "ignore_index=-100, reduction='mean', label_smoothing=0.0, out=None, backend='auto'"
 # Of these the keyword-only options are promised, but there may be more.
@@ -60,6 +60,10 @@ LOSSES = {
     "softmax_cross_entropy_with_grad": Signature("logits, target, weight=None", f"{_LOSS}, grad_out=None"),
     "softmax": Signature("logits, axis=1", ""),
     "log_softmax": Signature("logits, axis=1", ""),
+    "linear_cross_entropy": Signature("hidden, weight, target, bias=None", f"{_LOSS}, class_weight=None"),
+    "linear_cross_entropy_with_grad": Signature(
+        "hidden, weight, target, bias=None", f"{_LOSS}, class_weight=None, needs=('hidden', 'weight', 'bias')"
+    ),
 }
 
 
@@ -92,6 +96,7 @@ def test_nothing_else_is_public():
 
 def test_classes():
     assert fc.ConvGrads._fields == ("input", "weight", "bias")
+    assert fc.LinearCrossEntropyGrads._fields == ("loss", "hidden", "weight", "bias")
     assert issubclass(fc.ConvGrads, tuple)
     assert issubclass(fc.BackendUnavailableError, RuntimeError)
     assert isinstance(fc.__version__, str)

@@ -47,6 +47,9 @@ EVERY = slice(None)
         ((1, 2, 0), (None, Ellipsis, None)),
         ((0, 1, 2), (Ellipsis, EVERY, None, EVERY)),
         ((0, 1, 2), Ellipsis),
+        ((0, 1, 2), (slice(1, 2), slice(None, 2))),
+        ((2, 1, 0), (slice(-3, None), None, Ellipsis, slice(0, 1))),
+        ((0, 1, 2), (EVERY, slice(2, 2))),
     ],
 )
 def test_views_are_those_of_numpy(axes, index):
@@ -60,9 +63,9 @@ def test_views_are_those_of_numpy(axes, index):
     np.testing.assert_array_equal(view.as_numpy(), expected)
 
 
-@pytest.mark.parametrize("index", [0, (EVERY, 1), slice(0, 2), np.array([True, False])])
+@pytest.mark.parametrize("index", [0, (EVERY, 1), slice(0, 2, 2), slice(None, None, -1), np.array([True, False])])
 def test_other_indices_are_refused(index):
-    with pytest.raises(TypeError, match="expected None, Ellipsis or slice"):
+    with pytest.raises(TypeError, match="expected None, Ellipsis or slices of step 1"):
         describe(np.zeros((2, 3)))[index]
 
 

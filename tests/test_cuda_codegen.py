@@ -11,7 +11,7 @@ from numba import types
 
 import codegen
 from fastconv.arguments import convolution_plan
-from fastconv.cuda_kernels import _cuda, convolution, softmax_cross_entropy
+from fastconv.cuda_kernels import _cuda, convolution, linear_cross_entropy, softmax_cross_entropy
 from fastconv.cuda_kernels._cuda import DeviceArray, cuda
 from fastconv.cuda_kernels.jit import ELEMENTS, Kernel, array_of
 
@@ -32,14 +32,16 @@ REGISTERS = {
     "bias_grad_kernel": 64,
     "cross_entropy_kernel": 96,
     "label_weight_kernel": 64,
+    "narrow_kernel": 64,
     "partial_sum_kernel": 64,
     "sum_kernel": 64,
     "softmax_kernel": 80,
+    "widen_kernel": 64,
 }
 
 KERNELS = {
     name: value
-    for module in (convolution, softmax_cross_entropy)
+    for module in (convolution, linear_cross_entropy, softmax_cross_entropy)
     for name, value in vars(module).items()
     if isinstance(value, Kernel)
 }
@@ -110,7 +112,7 @@ def device_array(*shape, dtype=np.float32):
 def launches(monkeypatch):
     """Record launches instead of making them."""
     recorded = []
-    for module in (convolution, softmax_cross_entropy):
+    for module in (convolution, linear_cross_entropy, softmax_cross_entropy):
         monkeypatch.setattr(module, "launch", lambda *launch: recorded.append(launch))
     monkeypatch.setattr(convolution, "current_device", lambda: 0)
     for module in (convolution, softmax_cross_entropy):
@@ -121,6 +123,9 @@ def launches(monkeypatch):
     monkeypatch.setattr(
         softmax_cross_entropy, "empty", lambda shape, dtype, like: (None, device_array(*shape, dtype=dtype))
     )
+    monkeypatch.setattr(linear_cross_entropy, "_one", lambda dtype, device: device_array(1, dtype=dtype))
+    monkeypatch.setattr(linear_cross_entropy, "current_device", lambda: 0)
+    monkeypatch.setattr(linear_cross_entropy, "empty", lambda shape, dtype, like: device_array(*shape, dtype=dtype))
     convolution._input_coordinates.cache_clear()
     convolution._padded_coordinates.cache_clear()
     yield recorded
@@ -142,6 +147,10 @@ def launch_everything(dtype):
     softmax_cross_entropy.cross_entropy(z, labels, None, rows, -100, "none", 0.0, 0.0, 0.0, rows, None, rows)
     softmax_cross_entropy.cross_entropy(z, z, None, 2.0, -100, "mean", 0.0, 0.1, 30.0, loss, None, None)
     softmax_cross_entropy.softmax(z, True, z)
+    real = np.float64 if np.dtype(dtype).itemsize == 8 else np.float32
+    linear_cross_entropy._widen(z, device_array(3, 5, dtype=real))
+    linear_cross_entropy.deliver(device_array(3, dtype=real), rows)
+    linear_cross_entropy.judge(labels, None, -100, 5, True, z)
 
 
 @pytest.mark.parametrize("dtype", ELEMENTS)

@@ -392,7 +392,8 @@ def input_grad(
     sizes = [0 if phase.blocks is None else phase.blocks.packed_size for phase in phases]
     packed = np.split(tasks.workspace(sum(sizes), out.dtype), np.cumsum(sizes[:-1]))
     for phase, weights in zip(phases, packed, strict=True):
-        if not _pack_phase(phase, weight, geometry.out_channels_per_group, weights):
+        finite = _pack_phase(phase, weight, geometry.out_channels_per_group, weights)
+        if not finite and phase.plan is not None and phase.plan.parameters[contraction.PADDED]:
             # The zeros around grad_output are no outputs: times an infinite weight they would make a nan where there
             # is no such product. The plain loops sum only what exists.
             _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
