@@ -203,6 +203,24 @@ def test_the_section_of_an_example(tmp_path):
     assert "CUDA: n/a" in text
 
 
+def test_the_section_has_both_protocols_the_overhead_and_the_memory(tmp_path):
+    interleaved = results.with_ratios([
+        measured("fastconv", 0.01, case="conv1", protocol="interleaved"),
+        measured("torch", 0.03, case="conv1", protocol="interleaved"),
+    ])  # fmt: skip
+    small = [measured("fastconv", 1e-5, network="small"), measured("torch", 2e-5, network="small")]
+    memory = results.with_ratios([
+        row("fastconv", protocol="memory", memory_mb=10.0), row("torch", protocol="memory", memory_mb=25.0),
+    ])  # fmt: skip
+    results.write(tmp_path / "example.csv", [*example(), *interleaved, *small, *memory])
+    text = report.section(tmp_path)
+    assert "| alone | forward | 1 | 2.00 | " in text
+    assert "| interleaved | forward | 1 | 3.00 | " in text
+    assert "| conv1 | forward | 10.0 | 20.0 |" in text
+    assert "| resnet50 | float32 | forward | 1 | 10.0 | torch 2.50 |" in text
+    assert "| small |" not in text
+
+
 def test_plots_of_an_example(tmp_path):
     pytest.importorskip("matplotlib", reason="the bench extra is not installed")
     growth = [measured("torch", 0.01 * n, network="growth_batch", case=f"batch={n}") for n in (1, 2, 4)]
@@ -289,6 +307,80 @@ def test_memory_is_that_of_result_and_scratch():
     assert result <= ours.memory_mb
     assert result + windows <= numpy.memory_mb
     assert numpy.ratio == pytest.approx(numpy.memory_mb / ours.memory_mb)
+
+
+class ScriptedProcess:
+    """Answers as a worker would: of the peers, onnxruntime disagrees, JAX dies when it is timed, torch works."""
+
+    def __init__(self, side, settings, cache):
+        self.side, self.prepared, self.running = side, [], True
+
+    def ask(self, do, **job):
+        if do == "prepare":
+            return {"failed": "disagrees: at (0,)"} if job["peer"] == "onnxruntime" else {"version": "1.0"}
+        if do == "measure":
+            if job["jobs"][0][1].startswith("jax"):
+                self.prepared = []
+                raise run.WorkerDied("the process ended with signal SIGSEGV")
+            return {"samples": [[0.01 if peer == "fastconv" else 0.02] for _, peer in job["jobs"]]}
+        return {"gflops": 100.0} if do == "peak" else {}
+
+    def settle(self):
+        pass
+
+    def close(self, kill=False):
+        pass
+
+
+def test_a_peer_that_fails_or_disagrees_is_reported_and_the_others_are_measured(monkeypatch):
+    monkeypatch.setattr(run, "Process", ScriptedProcess)
+    with run.Session(run.Settings(rounds=2)) as session:
+        rows = session.measure(SMALL[0], ["forward"], ["fastconv", "onnxruntime", "jax", "jax channels-last", "torch"])
+    assert {r.peer: (r.ratio, r.samples) for r in rows if not r.note} == {"fastconv": (1.0, 2), "torch": (2.0, 2)}
+    assert {r.peer: r.note for r in rows if r.note} == {
+        "onnxruntime": "disagrees: at (0,)",
+        "jax": "the process ended with signal SIGSEGV",
+        "jax channels-last": "its process died with another peer",
+    }
+
+
+def test_the_sides_take_turns_and_each_round_begins_with_another_one(tmp_path):
+    session = run.Session(run.Settings())
+    session._cache = tmp_path
+    passes = ("forward", "input_grad")
+    keys = [(which, peer) for peer in ("fastconv", "torch", "torch channels-last") for which in passes]
+    first, second = ([peer for ((_, peer),) in session._turns(keys, turn)] for turn in (0, 1))
+    assert first == ["fastconv"] * 2 + ["torch"] * 2 + ["torch channels-last"] * 2
+    assert second == ["torch", "torch channels-last", "torch channels-last", "torch", "fastconv", "fastconv"]
+    session.settings = run.Settings(protocol="interleaved")
+    assert session._turns(keys, 0) == [[k for k in keys if k[0] == which] for which in passes]
+
+
+def test_a_worker_reports_a_result_that_disagrees(tmp_path, monkeypatch):
+    case = SMALL[0]
+
+    def prepare(problem):
+        wrong = exact(case, "forward", problem.operands)[0] + 1
+        return peers.Prepared(lambda: wrong, lambda result: (result,))
+
+    monkeypatch.setitem(peers.PEERS, ("wrong", "cpu"), peers.Peer("wrong", "cpu", ("numpy",), "numpy", prepare))
+    answer = worker.Worker(1, False, tmp_path).answer(
+        {"do": "prepare", "case": cases.as_message(case), "which": "forward", "dtype": "float32", "peer": "wrong",
+         "backend": "cpu"}
+    )  # fmt: skip
+    assert answer["failed"].startswith("disagrees: ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells whether the threads of a process sleep on Linux alone")
+def test_a_side_is_waited_for_until_its_threads_sleep(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "SETTLE_TIMEOUT", 0.3)
+    process = run.Process("test", run.Settings(timeout=60), tmp_path)
+    assert process.ask("forget") == {}
+    process.settle()
+    monkeypatch.setattr(run, "_runs", lambda task: True)
+    with pytest.raises(run.WorkerDied, match=r"its threads still ran 0\.3 s after the last call"):
+        process.settle()
+    process.close()
 
 
 def test_every_operation_has_its_suite():
