@@ -1627,22 +1627,49 @@ def _exp_vector(b: ir.IRBuilder, module: ir.Module, t: Tile, x: ir.Value) -> ir.
 
 
 def _span(b: ir.IRBuilder, count: ir.Value, lanes: int, carried: list[ir.Value], step) -> list[ir.Value]:
-    """Walk `count` elements in groups of vectors: `step(place, masks, values)`, with masks for the last group alone."""
-    size = _GROUP * lanes
-    groups, rest = b.sdiv(count, _i64(size)), b.srem(count, _i64(size))
+    """Walk `count` elements: `step(places, mask, values)` for groups of vectors, then single ones, then what is left.
+
+    Only the last has a mask. `values` are as many carried values for each vector of a group; a single vector is the
+    first of its group.
+    """
+    groups, rest = b.sdiv(count, _i64(_GROUP * lanes)), b.srem(count, _i64(_GROUP * lanes))
+    tail = b.mul(groups, _i64(_GROUP * lanes))
+    singles, left = b.sdiv(rest, _i64(lanes)), b.srem(rest, _i64(lanes))
 
     def whole(values: list[ir.Value]) -> list[ir.Value]:
         loop = _Loop(b, "groups", groups, values)
-        values = step(b.mul(loop.k, _i64(size)), None, loop.values)
+        first = b.mul(loop.k, _i64(_GROUP * lanes))
+        values = step([b.add(first, _i64(v * lanes)) for v in range(_GROUP)], None, loop.values)
+        loop.close(values)
+        return values
+
+    def single(values: list[ir.Value]) -> list[ir.Value]:
+        loop = _Loop(b, "singles", singles, values)
+        values = step([b.add(tail, b.mul(loop.k, _i64(lanes)))], None, loop.values)
         loop.close(values)
         return values
 
     def last(values: list[ir.Value]) -> list[ir.Value]:
-        masks = [_lane_mask(b, b.sub(rest, _i64(v * lanes)), lanes) for v in range(_GROUP)]
-        return step(b.mul(groups, _i64(size)), masks, values)
+        return step([b.add(tail, b.mul(singles, _i64(lanes)))], _lane_mask(b, left, lanes), values)
 
-    carried = _where(b, b.icmp_signed(">", groups, _i64(0)), carried, whole)
-    return _where(b, b.icmp_signed(">", rest, _i64(0)), carried, last)
+    for some, change in ((groups, whole), (singles, single), (left, last)):
+        carried = _where(b, b.icmp_signed(">", some, _i64(0)), carried, change)
+    return carried
+
+
+def _load_places(
+    b: ir.IRBuilder, module: ir.Module, source: ir.Value, places: list[ir.Value], mask: ir.Value | None,
+    vector: ir.VectorType, otherwise: float = 0.0,
+) -> list[ir.Value]:  # fmt: skip
+    pointers = [b.gep(source, [at]) for at in places]
+    if mask:
+        return [_load_lanes(b, module, p, mask, vector, otherwise) for p in pointers]
+    return [_load(b, p, vector) for p in pointers]
+
+
+def _changed(values: list[ir.Value], first: list[ir.Value]) -> list[ir.Value]:
+    """The values with others in the place of the first."""
+    return [*first, *values[len(first) :]]
 
 
 def _widened(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
@@ -1687,12 +1714,9 @@ def span_maximum(typingctx, source, count):
             source, count, result = function.args
             b = ir.IRBuilder(function.append_basic_block("entry"))
 
-            def step(place: ir.Value, masks: list[ir.Value] | None, values: list[ir.Value]) -> list[ir.Value]:
-                for v in range(_GROUP):
-                    at = b.gep(source, [b.add(place, _i64(v * t.lanes))])
-                    value = _load_lanes(b, module, at, masks[v], vector, -math.inf) if masks else _load(b, at, vector)
-                    values = [*values[:v], _larger(b, value, values[v]), *values[v + 1 :]]
-                return values
+            def step(places: list[ir.Value], mask: ir.Value | None, values: list[ir.Value]) -> list[ir.Value]:
+                loads = _load_places(b, module, source, places, mask, vector, -math.inf)
+                return _changed(values, [_larger(b, value, most) for value, most in zip(loads, values, strict=False)])
 
             values = _span(b, count, t.lanes, [_constant_vector(vector, -math.inf)] * _GROUP, step)
             b.store(_tree(b, values, lambda x, y: _larger(b, x, y)), result)
@@ -1708,7 +1732,8 @@ def span_maximum(typingctx, source, count):
 def span_exponentials(typingctx, target, source, count, base, ahead):
     """target = exp(source - base), where no number is larger than base; return the sum, in float64.
 
-    `ahead` elements further on, the source is fetched into the cache.
+    Whole vectors are stored, with zeros beyond the end. The source `ahead` elements further on is fetched into the
+    cache.
     """
 
     def codegen(context, builder, sig, args):
@@ -1723,24 +1748,15 @@ def span_exponentials(typingctx, target, source, count, base, ahead):
             bases = _splat(b, base, t.lanes)
             further = b.gep(source, [ahead])
 
-            def step(place: ir.Value, masks: list[ir.Value] | None, values: list[ir.Value]) -> list[ir.Value]:
-                places = [b.add(place, _i64(v * t.lanes)) for v in range(_GROUP)]
-                if masks:
-                    loads = [
-                        _load_lanes(b, module, b.gep(source, [at]), mask, vector, -math.inf)
-                        for at, mask in zip(places, masks, strict=True)
-                    ]
-                else:
+            def step(places: list[ir.Value], mask: ir.Value | None, values: list[ir.Value]) -> list[ir.Value]:
+                if len(places) == _GROUP:
                     for at in places:
                         _prefetch(b, module, b.gep(further, [at]))
-                    loads = [_load(b, b.gep(source, [at]), vector) for at in places]
+                loads = _load_places(b, module, source, places, mask, vector, -math.inf)
                 powers = [_exp_vector(b, module, t, b.fsub(value, bases)) for value in loads]
-                for v, at in enumerate(places):
-                    if masks:
-                        _store_lanes(b, module, powers[v], b.gep(target, [at]), masks[v])
-                    else:
-                        _store(b, powers[v], b.gep(target, [at]))
-                return [b.fadd(total, power) for total, power in zip(values, powers, strict=True)]
+                for at, power in zip(places, powers, strict=True):
+                    _store(b, power, b.gep(target, [at]))
+                return _changed(values, [b.fadd(total, power) for total, power in zip(values, powers, strict=False)])
 
             values = _span(b, count, t.lanes, [_constant_vector(vector, 0)] * _GROUP, step)
             wides = [_widened(b, value) for value in values]
@@ -1763,68 +1779,109 @@ def _prefetch(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value) -> None:
     b.call(function, [b.bitcast(pointer, byte), *(ir.Constant(_I32, flag) for flag in (0, 3, 1))])
 
 
-@intrinsic
-def span_scale(typingctx, target, source, count, factor, past_cache):
-    """target = source * factor; if `past_cache`, with stores that leave the caches alone: see `drain_stores`.
+def _transfer(
+    b: ir.IRBuilder, module: ir.Module, t: Tile, target: ir.Value, source: ir.Value, count: ir.Value,
+    past_cache: ir.Value, change,
+) -> None:  # fmt: skip
+    """target = change(source) for `count` >= 0 elements; if `past_cache`, with stores that leave the caches alone.
 
     An ordinary store first reads the line that it changes. What is larger than the caches and written once is better
-    off without: 8 bytes of memory traffic for a float32 that is read and one that is written, instead of 12.
+    off without: 8 bytes of memory traffic for a float32 that is read and one that is written, instead of 12. Such
+    stores are for whole lines; what is left at both ends is stored by halves, quarters and so on of a vector. A store
+    with a mask would be shorter to write, but takes some 70 cycles on Zen 4, for no lanes as for many.
     """
+    element = target.type.pointee if isinstance(target.type, ir.PointerType) else target.type
+    vector = ir.VectorType(element, t.lanes)
+    size = t.lanes * (4 if isinstance(element, ir.FloatType) else 8)
+
+    def part(number: ir.Value, places: list[ir.Value]) -> list[ir.Value]:
+        lanes = t.lanes // 2
+        while lanes:
+
+            def move(places: list[ir.Value], lanes: int = lanes) -> list[ir.Value]:
+                _store(b, change(_load(b, places[1], ir.VectorType(element, lanes))), places[0])
+                return [b.gep(p, [_i64(lanes)]) for p in places]
+
+            wanted = b.icmp_signed("!=", b.and_(number, _i64(lanes)), _i64(0))
+            places = _where(b, wanted, places, move)
+            lanes //= 2
+        return places
+
+    def vectors(number: ir.Value, places: list[ir.Value], align: int) -> None:
+        def walk(values: list[ir.Value]) -> list[ir.Value]:
+            loop = _Loop(b, "vectors", number, [])
+            to, at = (b.gep(p, [b.mul(loop.k, _i64(t.lanes))]) for p in places)
+            store = b.store(change(_load(b, at, vector)), b.bitcast(to, vector.as_pointer()))
+            store.align = align
+            if align == size:
+                store.set_metadata("nontemporal", module.add_metadata([ir.Constant(_I32, 1)]))
+            loop.close([])
+            return values
+
+        _where(b, b.icmp_signed(">", number, _i64(0)), [], walk)
+
+    odd = b.sdiv(b.and_(b.sub(_i64(0), b.ptrtoint(target, _I64)), _i64(size - 1)), _i64(size // t.lanes))
+    head = b.select(past_cache, odd, _i64(0))
+    head = b.select(b.icmp_signed("<", head, count), head, count)
+    places = part(head, [target, source])
+    rest = b.sub(count, head)
+    whole, left = b.sdiv(rest, _i64(t.lanes)), b.srem(rest, _i64(t.lanes))
+    aligned, ordinary, end = (b.append_basic_block(name) for name in ("aligned", "ordinary", "end"))
+    b.cbranch(past_cache, aligned, ordinary)
+    for block, align in ((aligned, size), (ordinary, 4)):
+        b.position_at_end(block)
+        vectors(whole, places, align)
+        b.branch(end)
+    b.position_at_end(end)
+    part(left, [b.gep(p, [b.mul(whole, _i64(t.lanes))]) for p in places])
+
+
+@intrinsic
+def span_scale(typingctx, target, source, count, factor, past_cache):
+    """target = source * factor; if `past_cache`, with stores that leave the caches alone: see `drain_stores`."""
+
+    def codegen(context, builder, sig, args):
+        element, t, module = _element(sig.args[0]), _tile_of(sig.args[0]), builder.module
+        pointer = element.as_pointer()
+        function, new = _internal(module, f"fastconv_span_scale_{element}", [pointer, pointer, _I64, element, _I1])
+        if new:
+            target, source, count, factor, past_cache = function.args
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            factors = {n: _splat(b, factor, n) for n in (1 << k for k in range(t.lanes.bit_length()))}
+            _transfer(
+                b, module, t, target, source, count, past_cache, lambda value: b.fmul(value, factors[value.type.count])
+            )
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    return types.void(target, target, types.int64, target.dtype, types.boolean), codegen
+
+
+@intrinsic
+def move_rows(typingctx, target, target_pitch, source, source_pitch, rows, count, past_cache):
+    """Copy `rows` >= 1 rows of `count` elements, past the caches if asked for: see `drain_stores`."""
 
     def codegen(context, builder, sig, args):
         element, t, module = _element(sig.args[0]), _tile_of(sig.args[0]), builder.module
         pointer = element.as_pointer()
         function, new = _internal(
-            module, f"fastconv_span_scale_{element}", [pointer, pointer, _I64, element, _I1]
+            module, f"fastconv_move_rows_{element}", [pointer, _I64, pointer, _I64, _I64, _I64, _I1]
         )
         if new:
-            _write_span_scale(module, function, t)
+            target, target_pitch, source, source_pitch, rows, count, past_cache = function.args
+            for p in (target, source):
+                p.add_attribute("noalias")
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            row = _Loop(b, "rows", rows, [target, source])
+            _transfer(b, module, t, *row.values, count, past_cache, lambda value: value)
+            row.close([b.gep(row.values[0], [target_pitch]), b.gep(row.values[1], [source_pitch])])
+            b.ret_void()
         builder.call(function, args)
         return context.get_dummy_value()
 
     i = types.int64
-    return types.void(target, target, i, target.dtype, types.boolean), codegen
-
-
-def _write_span_scale(module: ir.Module, function: ir.Function, t: Tile) -> None:
-    target, source, count, factor, past_cache = function.args
-    vector = ir.VectorType(factor.type, t.lanes)
-    size = t.lanes * (4 if isinstance(factor.type, ir.FloatType) else 8)
-    b = ir.IRBuilder(function.append_basic_block("entry"))
-    factors = _splat(b, factor, t.lanes)
-    past, ordinary = b.append_basic_block("past_cache"), b.append_basic_block("ordinary")
-    b.cbranch(past_cache, past, ordinary)
-
-    def walk(target: ir.Value, source: ir.Value, count: ir.Value, store) -> None:
-        def step(place: ir.Value, masks: list[ir.Value] | None, values: list[ir.Value]) -> list[ir.Value]:
-            for v in range(_GROUP):
-                at = b.add(place, _i64(v * t.lanes))
-                if masks:
-                    value = _load_lanes(b, module, b.gep(source, [at]), masks[v], vector)
-                    _store_lanes(b, module, b.fmul(value, factors), b.gep(target, [at]), masks[v])
-                else:
-                    store(b.fmul(_load(b, b.gep(source, [at]), vector), factors), b.gep(target, [at]))
-            return values
-
-        _span(b, count, t.lanes, [], step)
-        b.ret_void()
-
-    b.position_at_end(ordinary)
-    walk(target, source, count, lambda value, at: _store(b, value, at))
-    b.position_at_end(past)
-    # Up to the first whole line of the target, which is aligned to its elements.
-    odd = b.and_(b.sub(_i64(0), b.ptrtoint(target, _I64)), _i64(size - 1))
-    head = b.sdiv(odd, _i64(size // t.lanes))
-    head = b.select(b.icmp_signed("<", head, count), head, count)
-    mask = _lane_mask(b, head, t.lanes)
-    _store_lanes(b, module, b.fmul(_load_lanes(b, module, source, mask, vector), factors), target, mask)
-
-    def store(value: ir.Value, at: ir.Value) -> None:
-        instruction = b.store(value, b.bitcast(at, vector.as_pointer()))
-        instruction.align = size
-        instruction.set_metadata("nontemporal", module.add_metadata([ir.Constant(_I32, 1)]))
-
-    walk(b.gep(target, [head]), b.gep(source, [head]), b.sub(count, head), store)
+    return types.void(target, i, target, i, i, i, types.boolean), codegen
 
 
 @intrinsic
@@ -1859,18 +1916,13 @@ def span_products(typingctx, coefficients, source, count, base, sums):
             bases = _widened(b, _splat(b, base, t.lanes))
             zero = _constant_vector(wide, 0)
 
-            def step(place: ir.Value, masks: list[ir.Value] | None, values: list[ir.Value]) -> list[ir.Value]:
-                products, masses = list(values[:_GROUP]), list(values[_GROUP:])
-                for v in range(_GROUP):
-                    at = b.add(place, _i64(v * t.lanes))
-                    q, z = (
-                        _widened(
-                            b,
-                            _load_lanes(b, module, b.gep(p, [at]), masks[v], vector)
-                            if masks else _load(b, b.gep(p, [at]), vector),
-                        )
-                        for p in (coefficients, source)
-                    )  # fmt: skip
+            def step(places: list[ir.Value], mask: ir.Value | None, values: list[ir.Value]) -> list[ir.Value]:
+                pairs = [
+                    [_widened(b, value) for value in _load_places(b, module, p, places, mask, vector)]
+                    for p in (coefficients, source)
+                ]
+                products, masses = values[:_GROUP], values[_GROUP:]
+                for v, (q, z) in enumerate(zip(*pairs, strict=True)):
                     product = b.fmul(q, b.fsub(z, bases))
                     product = b.select(b.fcmp_unordered("!=", q, zero), product, zero)
                     products[v], masses[v] = b.fadd(products[v], product), b.fadd(masses[v], q)
@@ -1933,20 +1985,21 @@ SUM_ROWS = 64  # added in the element type before float64 takes over
 
 
 @intrinsic
-def column_exponentials(typingctx, tile, rows, width, base, total):
+def column_exponentials(typingctx, tile, rows, width, base, total, ahead, ahead_pitch):
     """tile = exp(tile - base), and the sum of each column, in float64, added to `total`; rows >= 1.
 
-    No number of a column is larger than its base.
+    No number of a column is larger than its base. As many rows at `ahead` are fetched into the cache.
     """
 
     def codegen(context, builder, sig, args):
         element, t, module = _element(sig.args[0]), _tile_of(sig.args[0]), builder.module
         pointer, vector, wide = element.as_pointer(), ir.VectorType(element, t.lanes), ir.DoubleType()
         function, new = _internal(
-            module, f"fastconv_column_exponentials_{element}", [pointer, _I64, _I64, pointer, wide.as_pointer()]
-        )
+            module, f"fastconv_column_exponentials_{element}",
+            [pointer, _I64, _I64, pointer, wide.as_pointer(), pointer, _I64],
+        )  # fmt: skip
         if new:
-            numbers, rows, width, base, total = function.args
+            numbers, rows, width, base, total, ahead, ahead_pitch = function.args
             wide_vector = ir.VectorType(wide, t.lanes)
             b = ir.IRBuilder(function.append_basic_block("entry"))
             blocks = b.sdiv(b.add(rows, _i64(SUM_ROWS - 1)), _i64(SUM_ROWS))
@@ -1958,7 +2011,10 @@ def column_exponentials(typingctx, tile, rows, width, base, total):
                 left = b.sub(rows, first)
                 count = b.select(b.icmp_signed("<", left, _i64(SUM_ROWS)), left, _i64(SUM_ROWS))
                 loop = _Loop(b, "rows", count, [_constant_vector(vector, 0)] * _GROUP)
-                row = b.gep(numbers, [b.mul(b.add(first, loop.k), width)])
+                r = b.add(first, loop.k)
+                row, further = b.gep(numbers, [b.mul(r, width)]), b.gep(ahead, [b.mul(r, ahead_pitch)])
+                for at in places:
+                    _prefetch(b, module, b.gep(further, [at]))
                 sums = []
                 for at, low, part in zip(places, bases, loop.values, strict=True):
                     power = _exp_vector(b, module, t, b.fsub(_load(b, b.gep(row, [at]), vector), low))
@@ -1978,7 +2034,7 @@ def column_exponentials(typingctx, tile, rows, width, base, total):
         return context.get_dummy_value()
 
     i = types.int64
-    return types.void(tile, i, i, tile, types.CPointer(types.float64)), codegen
+    return types.void(tile, i, i, tile, types.CPointer(types.float64), tile, i), codegen
 
 
 @intrinsic

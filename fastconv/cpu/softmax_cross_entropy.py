@@ -68,6 +68,7 @@ from .simd import (
     copy_span,
     drain_stores,
     fill_zero,
+    move_rows,
     offset,
     raise_maxima,
     scale_columns,
@@ -145,15 +146,6 @@ def _number(typingctx, value, like):
 
 
 @_inline
-def _copy(to, to_step, source, source_step, count):
-    if to_step == 1 and source_step == 1:
-        copy_span(to, source, count)
-    else:
-        for i in range(count):
-            to[i * to_step] = source[i * source_step]
-
-
-@_inline
 def _soften(values, count, cap):
     for i in range(count):
         values[i] = cap * tanh(values[i] / cap)
@@ -165,41 +157,6 @@ def _bend(values, softened, count, cap, one):
     for i in range(count):
         u = softened[i] / cap
         values[i] = values[i] * (one - u * u)
-
-
-@_inline
-def _settle(p, logits, weight, grad_output, cap, n, s, label, base, total, log_sum, q_sum, q_z):
-    """The numbers of one position: its lse, its loss, and the factors of exponentials, coefficients and label.
-
-    `q_sum` and `q_z` are the sums of q_c and q_c * (z_c - base) without the one-hot part of a class index.
-    """
-    lse = np.float64(base) + log_sum
-    q_hit, slope = 0.0, 1.0
-    if p.labels == 0:
-        if p.soft == 0:  # softmax itself
-            q_sum = 1.0
-    elif label >= 0:
-        z = logits[n * p.logits_n + label * p.logits_c + s * p.logits_s]
-        if p.logit_softcap != 0.0:
-            z = cap * tanh(z / cap)
-            u = np.float64(z / cap)
-            slope = 1.0 - u * u
-        q_hit = 1.0 - p.label_smoothing
-        if p.weight != 0:
-            q_hit *= np.float64(weight[label * p.weight_c])
-        q_sum += q_hit
-        if q_hit != 0.0:
-            q_z += q_hit * (np.float64(z) - np.float64(base))
-    outer = p.scale
-    if p.grad_output != 0:
-        outer *= np.float64(grad_output[n * p.grad_output_n + s * p.grad_output_s])
-    value = q_sum * log_sum - q_z
-    if p.z_loss != 0.0:
-        value += p.z_loss * lse * lse
-        q_sum += 2.0 * p.z_loss * lse
-    if p.labels != 0 and label < 0:
-        value = 0.0
-    return lse, value, q_sum * outer / total, outer, q_hit * outer * slope
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -280,9 +237,28 @@ def _by_class(task, worker, parameters, real):
 
         # 2. Loss, and the factors of the gradient.
         log_sum = log(total)
-        log_sum_exp, value, factor, outer, hit = _settle(
-            p, logits, weight, grad_output, cap, n, s, label, base, total, log_sum, sums[1], sums[0]
-        )
+        log_sum_exp = np.float64(base) + log_sum
+        q_z, q_sum, q_hit, slope, outer = sums[0], sums[1], 0.0, 1.0, p.scale
+        if p.labels == 0 and p.soft == 0:  # softmax itself
+            q_sum = 1.0
+        if label >= 0:
+            z_hit, q_hit = z[label], 1.0 - smoothing
+            if cap != zero:
+                z_hit = cap * tanh(z_hit / cap)
+                slope = 1.0 - np.float64(z_hit / cap) ** 2
+            if p.weight != 0:
+                q_hit *= np.float64(weight[label * p.weight_c])
+            q_sum += q_hit
+            q_z += q_hit * (np.float64(z_hit) - np.float64(base)) if q_hit != 0.0 else 0.0
+        if p.grad_output != 0:
+            outer *= np.float64(grad_output[n * p.grad_output_n + s * p.grad_output_s])
+        value = q_sum * log_sum - q_z
+        if p.z_loss != 0.0:
+            value += p.z_loss * log_sum_exp * log_sum_exp
+            q_sum += 2.0 * p.z_loss * log_sum_exp
+        if ignored:
+            value = 0.0
+        factor, hit = q_sum * outer / total, q_hit * outer * slope
         partial[position] = value
         if p.loss != 0:
             loss[n * p.loss_n + s * p.loss_s] = value
@@ -333,7 +309,8 @@ def _by_class(task, worker, parameters, real):
                     _bend(line, softened, count, cap, one)
                 if start <= label < start + count:
                     line[label - start] = line[label - start] - _number(hit, real)
-            _copy(offset(to, start * p.grad_c), p.grad_c, line, 1, count)
+            for i in range(count):
+                to[(start + i) * p.grad_c] = line[i]
     if past_cache:
         drain_stores()
 
@@ -357,8 +334,12 @@ def _fetch(tile, array, n_step, c_step, s_step, space, position, lanes, width, r
             n, s = divmod(position + j, space)
             count = min(space - s, lanes - j)
             source = offset(array, n * n_step + row * c_step + s * s_step)
-            for r in range(rows):
-                _copy(offset(tile, r * width + j), 1, offset(source, r * c_step), s_step, count)
+            if s_step == 1:
+                move_rows(offset(tile, j), width, source, c_step, rows, count, False)
+            else:
+                for r in range(rows):
+                    for i in range(count):
+                        tile[r * width + j + i] = source[r * c_step + i * s_step]
             j += count
     if lanes < width:
         for r in range(rows):
@@ -367,7 +348,7 @@ def _fetch(tile, array, n_step, c_step, s_step, space, position, lanes, width, r
 
 
 @_inline
-def _deliver(tile, array, n_step, c_step, s_step, space, position, lanes, width, row, rows, one, past_cache):
+def _deliver(tile, array, n_step, c_step, s_step, space, position, lanes, width, row, rows, past_cache):
     """The way back."""
     if c_step == 1 and space == 1:
         for j in range(lanes):
@@ -380,12 +361,32 @@ def _deliver(tile, array, n_step, c_step, s_step, space, position, lanes, width,
             n, s = divmod(position + j, space)
             count = min(space - s, lanes - j)
             to = offset(array, n * n_step + row * c_step + s * s_step)
-            for r in range(rows):
-                if s_step == 1:
-                    span_scale(offset(to, r * c_step), offset(tile, r * width + j), count, one, past_cache)
-                else:
-                    _copy(offset(to, r * c_step), s_step, offset(tile, r * width + j), 1, count)
+            if s_step == 1:
+                move_rows(to, c_step, offset(tile, j), width, rows, count, past_cache)
+            else:
+                for r in range(rows):
+                    for i in range(count):
+                        to[r * c_step + i * s_step] = tile[r * width + j + i]
             j += count
+
+
+@_inline_once
+def _fetch_labels(out, labels, p, position, lanes):
+    """The labels of `lanes` positions, -1 for those that are ignored."""
+    j = 0
+    while j < lanes:
+        n, s = divmod(position + j, p.space)
+        count, step = min(p.space - s, lanes - j), p.labels_s
+        if p.space == 1:
+            count, step = lanes, p.labels_n
+        source, to = offset(labels, n * p.labels_n + s * p.labels_s), offset(out, j)
+        if step == 1:
+            for i in range(count):
+                to[i] = source[i] if source[i] != p.ignore_index else -1
+        else:
+            for i in range(count):
+                to[i] = source[i * step] if source[i * step] != p.ignore_index else -1
+        j += count
 
 
 @_inline
@@ -427,13 +428,14 @@ def _set(lane_values, width, value):
 @_inline_once
 def _move_base(base, top, low, width, started, total, weighted, mass):
     """Bring base up to top, and with it what has been summed relative to it."""
-    for j in range(width):
+    for j in range(width if started else 0):
         new = top[j] if top[j] > low else base[j]
-        if started and new != base[j]:
+        if new != base[j]:
             change = np.float64(base[j]) - np.float64(new)
             total[j] = total[j] * exp(change) if total[j] != 0.0 else 0.0  # 0 * inf when nothing was finite before
             weighted[j] = weighted[j] + mass[j] * change
-        base[j] = new
+    for j in range(width):
+        base[j] = top[j] if top[j] > low else base[j]
 
 
 @_inline_once
@@ -463,13 +465,13 @@ def _by_position(task, worker, parameters, real):
     # Scratch memory of this worker: vectors of `width` lanes, two pieces, the tile.
     here = p.scratch + worker * p.scratch_bytes
     lane_bytes = width * 8
-    total, weighted = _pointer(here, 0.0), _pointer(here + lane_bytes, 0.0)
-    mass, log_sum = _pointer(here + 2 * lane_bytes, 0.0), _pointer(here + 3 * lane_bytes, 0.0)
-    label = at(parameters, here + 4 * lane_bytes)
-    top, base = at(real, here + 5 * lane_bytes), at(real, here + 6 * lane_bytes)
-    factor, scale = at(real, here + 7 * lane_bytes), at(real, here + 8 * lane_bytes)
-    hit = at(real, here + 9 * lane_bytes)
-    coefficients = at(real, here + 10 * lane_bytes)
+    total, log_sum = _pointer(here, 0.0), _pointer(here + lane_bytes, 0.0)
+    weighted, mass = _pointer(here + 2 * lane_bytes, 0.0), _pointer(here + 3 * lane_bytes, 0.0)
+    outer, hit = _pointer(here + 4 * lane_bytes, 0.0), at(real, here + 5 * lane_bytes)
+    top, base = at(real, here + 6 * lane_bytes), at(real, here + 7 * lane_bytes)
+    factor, scale = at(real, here + 8 * lane_bytes), at(real, here + 9 * lane_bytes)
+    label, q_hit = at(parameters, here + 10 * lane_bytes), _pointer(here + 11 * lane_bytes, 0.0)
+    coefficients = at(real, here + 12 * lane_bytes)
     softened = offset(coefficients, PIECE)
     tile = offset(softened, PIECE)
 
@@ -480,18 +482,19 @@ def _by_position(task, worker, parameters, real):
         position = unit * width
         lanes = min(width, p.positions - position)
 
-        # 1. The labels: -1 where ignored.
+        # 1. The labels, -1 where ignored, and their coefficients.
         ignored = 0
-        n, s = divmod(position, space)
-        for j in range(lanes if p.labels != 0 else 0):
-            t = labels[n * p.labels_n + s * p.labels_s]
-            if t == p.ignore_index:
-                t = -1
-                ignored += 1
-            label[j] = t
-            s += 1
-            if s == space:
-                n, s = n + 1, 0
+        if p.labels != 0:
+            _fetch_labels(label, labels, p, position, lanes)
+            for j in range(lanes, width):
+                label[j] = -1
+            for j in range(lanes):
+                ignored += label[j] < 0
+            for j in range(width):
+                q_hit[j] = 1.0 - smoothing if label[j] >= 0 else 0.0
+            for j in range(lanes if p.weight != 0 else 0):
+                if label[j] >= 0:
+                    q_hit[j] = q_hit[j] * np.float64(weight[label[j] * p.weight_c])
 
         # 2. Maximum and sum of exponentials, block by block. `base` is the maximum so far, or 0 where that is -inf:
         # -inf - -inf would be nan. Where all is ignored nothing is read.
@@ -500,10 +503,15 @@ def _by_position(task, worker, parameters, real):
         _set(total, width, 0.0)
         _set(weighted, width, 0.0)
         _set(mass, width, 0.0)
+        _set(hit, width, zero)
         read = ignored < lanes or p.lse != 0
         for row in range(0, classes if read else 0, block):
             block_rows = min(block, classes - row)
             _fetch_logits(tile, p, logits, position, lanes, row, block_rows, cap)
+            for j in range(lanes if p.labels != 0 else 0):
+                r = label[j] - row
+                if 0 <= r < block_rows:  # not at -1
+                    hit[j] = tile[r * width + j]
             raise_maxima(top, tile, block_rows, width)
             _move_base(base, top, low, width, row > 0, total, weighted, mass)
             if dense:
@@ -511,30 +519,60 @@ def _by_position(task, worker, parameters, real):
                     count = min(piece_rows, block_rows - r)
                     _fetch_coefficients(coefficients, p, soft, weight, position, lanes, row + r, count, keep, even)
                     _add_coefficients(offset(tile, r * width), coefficients, count, width, base, weighted, mass)
-            column_exponentials(tile, block_rows, width, base, total)
+            n, s = divmod(position + (width if kept else 0), space)  # what is wanted next
+            following = offset(logits, n * p.logits_n + (row if kept else row + block) * p.logits_c + s * p.logits_s)
+            column_exponentials(tile, block_rows, width, base, total, following, p.logits_c)
         for j in range(width):
             log_sum[j] = log(total[j])
 
-        # 3. Loss, and the factors of the gradient, of each position.
-        unit_loss, masked = 0.0, not read or (ignored > 0 and not simple)
+        # 3. Loss, and the factors of the gradient, of each position: `weighted` becomes the loss. Short loops over
+        # lanes, which are vectors; only what looks into the logits or writes to the caller's arrays is not.
+        _set(outer, width, p.scale)
+        if p.labels == 0 and p.soft == 0:  # softmax itself
+            _set(mass, width, 1.0)
         n, s = divmod(position, space)
-        for j in range(lanes):
-            its_label = label[j] if p.labels != 0 else np.int64(-1)
-            log_sum_exp, value, powers_by, coefficients_by, label_by = _settle(
-                p, logits, weight, grad_output, cap, n, s, its_label, base[j], total[j], log_sum[j], mass[j],
-                weighted[j],
-            )  # fmt: skip
-            unit_loss += value
-            if p.loss != 0:
-                loss[n * p.loss_n + s * p.loss_s] = value
-            if p.lse != 0:
-                lse[n * p.lse_n + s * p.lse_s] = log_sum_exp
-            if p.labels != 0 and its_label < 0:
-                powers_by = 0.0  # makes zeros of the exponentials, unless there is a nan among them
+        for j in range(lanes if p.grad_output != 0 else 0):
+            outer[j] = p.scale * np.float64(grad_output[n * p.grad_output_n + s * p.grad_output_s])
+            s += 1
+            if s == space:
+                n, s = n + 1, 0
+        if p.labels != 0:  # `hit` holds the logits at the labels
+            for j in range(width):
+                q = q_hit[j]
+                weighted[j] = weighted[j] + (q * (np.float64(hit[j]) - np.float64(base[j])) if q != 0.0 else 0.0)
+            for j in range(width):
+                mass[j] = mass[j] + q_hit[j]
+            if cap != zero:
+                for j in range(width):
+                    u = np.float64(hit[j] / cap)
+                    q_hit[j] = q_hit[j] * (1.0 - u * u)
+            for j in range(width):
+                hit[j] = q_hit[j] * outer[j]
+        for j in range(width):
+            weighted[j] = mass[j] * log_sum[j] - weighted[j]
+        if p.z_loss != 0.0:
+            for j in range(width):
+                log_sum_exp = np.float64(base[j]) + log_sum[j]
+                weighted[j] = weighted[j] + p.z_loss * log_sum_exp * log_sum_exp
+                mass[j] = mass[j] + 2.0 * p.z_loss * log_sum_exp
+        for j in range(width):
+            factor[j] = log_sum[j] if p.log != 0 else mass[j] * outer[j] / total[j]
+            scale[j] = outer[j]
+        masked = not read or (ignored > 0 and not simple)
+        for j in range(lanes if ignored > 0 else 0):
+            if label[j] < 0:
+                weighted[j] = 0.0
+                factor[j] = zero  # makes zeros of the exponentials, unless there is a nan among them
                 masked |= total[j] != total[j]
-            factor[j] = log_sum[j] if p.log != 0 else powers_by
-            scale[j] = coefficients_by
-            hit[j] = label_by
+        unit_loss = 0.0
+        for j in range(lanes):
+            unit_loss += weighted[j]
+        n, s = divmod(position, space)
+        for j in range(lanes if p.loss != 0 or p.lse != 0 else 0):
+            if p.loss != 0:
+                loss[n * p.loss_n + s * p.loss_s] = weighted[j]
+            if p.lse != 0:
+                lse[n * p.lse_n + s * p.lse_s] = np.float64(base[j]) + log_sum[j]
             s += 1
             if s == space:
                 n, s = n + 1, 0
@@ -556,7 +594,7 @@ def _by_position(task, worker, parameters, real):
                         line[j] = (line[j] - base[j]) - factor[j]
             else:
                 if not kept:
-                    column_exponentials(here, count, width, base, total)
+                    column_exponentials(here, count, width, base, total, here, 0)
                 scale_columns(here, count, width, factor)
                 if dense:
                     _fetch_coefficients(coefficients, p, soft, weight, position, lanes, row, count, keep, even)
@@ -574,11 +612,9 @@ def _by_position(task, worker, parameters, real):
                             line[j] = line[j] if label[j] >= 0 else zero
             for j in range(lanes if p.labels != 0 else 0):
                 r = label[j] - row
-                if label[j] >= 0 and 0 <= r < count:
+                if 0 <= r < count:
                     here[r * width + j] = here[r * width + j] - hit[j]
-            _deliver(
-                here, grad, p.grad_n, p.grad_c, p.grad_s, space, position, lanes, width, row, count, one, past_cache
-            )
+            _deliver(here, grad, p.grad_n, p.grad_c, p.grad_s, space, position, lanes, width, row, count, past_cache)
     if past_cache:
         drain_stores()
 
@@ -714,7 +750,7 @@ def _compiled_reduce() -> Callable[[np.ndarray, int, bool], float]:
 
 _bodies = (tasks.Body(_by_position), tasks.Body(_by_class))
 _NO_LABELS = np.empty((0, 0), np.int64)
-_SCRATCH = KEPT_BYTES + max(10 * 8 * WIDEST + 2 * 8 * PIECE, 64 + (3 * PIECE + 64) * 8)
+_SCRATCH = KEPT_BYTES + 64 + max(12 * 8 * WIDEST + 2 * 8 * PIECE, 64 + (3 * PIECE + 64) * 8)
 _WORDS = _PARAMETERS.itemsize // 8
 _UNITS = list(_PARAMETERS.names or ()).index("units")
 
