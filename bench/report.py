@@ -410,10 +410,17 @@ def _roofline(pyplot: Any, rows: list[Row], title: str) -> Any:
     return figure
 
 
+def _in_order(rows: list[Row]) -> list[str]:
+    """The names of the layers, in the order of their network."""
+    measured = dict.fromkeys(row.case for row in rows)
+    known = [case.name for case in cases.network(rows[0].network)] if rows[0].network in cases.NETWORKS else []
+    return [name for name in known if name in measured] + [name for name in measured if name not in known]
+
+
 def _ratio_bars(pyplot: Any, rows: list[Row], title: str) -> Any:
     """A bar for each layer and peer: how many times faster fastconv is; a panel for each pass."""
     passes = list(dict.fromkeys(row.which for row in rows))
-    layers = list(dict.fromkeys(row.case for row in rows))
+    layers = _in_order(rows)
     shown = _fastest(rows)
     height = max(2.5, 0.1 * len(layers) * (len(shown) + 1) + 1)
     figure, panels = pyplot.subplots(1, len(passes), figsize=(4 * len(passes) + 2, height), sharey=True, squeeze=False)

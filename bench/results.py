@@ -22,6 +22,9 @@ from typing import Any
 
 PROTOCOLS = ("alone", "interleaved", "memory")
 
+# Ratios count less memory than this as this much: allocators take it in steps, and keep some of it.
+LEAST_MB = 1.0
+
 
 @dataclass(frozen=True)
 class Row:
@@ -73,7 +76,9 @@ class Row:
     @property
     def cost(self) -> float | None:
         """What should be small: the time, or the memory, if that was measured."""
-        return self.memory_mb if self.protocol == "memory" else self.best_ms
+        if self.protocol == "memory":
+            return None if self.memory_mb is None else max(self.memory_mb, LEAST_MB)
+        return self.best_ms
 
     @property
     def is_fastconv(self) -> bool:
