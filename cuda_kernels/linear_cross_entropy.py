@@ -29,13 +29,14 @@ from .softmax_cross_entropy import (
 # rows and columns, which fill a GPU.
 CHUNK_BYTES = 256 * 1024 * 1024
 LEAST_ROWS = 1024
+MOST_ROWS = 64 * 1024
 BLOCK_BYTES = 256 * 1024 * 1024
 
 
 def chunk_sizes(classes: int, features: int, dtype: np.dtype) -> tuple[int, int, int]:
     """Most rows of a chunk, most classes of a block of the logits, and of a block of their gradient."""
     itemsize = max(dtype.itemsize, 4)  # of what is computed in
-    rows = max(LEAST_ROWS, CHUNK_BYTES // (max(classes, features) * itemsize))
+    rows = min(MOST_ROWS, max(LEAST_ROWS, CHUNK_BYTES // (max(classes, features) * itemsize)))
     block = max(1, BLOCK_BYTES // (features * itemsize))
     return rows, block, block
 

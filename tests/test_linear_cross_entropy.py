@@ -362,12 +362,23 @@ def test_memory():
     assert max(parts) < 0.1
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 200), (200, 1), (3, 70), (16, 16), (17, 130), (31, 64), (144, 1024), (5, 63), (8, 1000)]
+)
+def test_columns(rng, shape, dtype):
+    rows = rng.standard_normal(shape).astype(dtype)
+    columns = on_cpu.columns(rows)
+    assert columns.flags.c_contiguous
+    assert_same_bits(columns, rows.T)
+
+
 @pytest.mark.parametrize("floor", [on_cpu, on_cuda], ids=["cpu", "cuda"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("classes", "features"), [(1, 1), (32_000, 1024), (128_256, 4096), (10, 500_000)])
 def test_chunk_sizes(floor, dtype, classes, features):
     rows, block, grad_block = floor.chunk_sizes(classes, features, DTYPES[dtype])
-    assert rows >= floor.LEAST_ROWS
+    assert floor.LEAST_ROWS <= rows <= floor.MOST_ROWS
     assert min(block, grad_block) >= 1
     itemsize = max(4, DTYPES[dtype].itemsize)
     assert rows == floor.LEAST_ROWS or rows * max(classes, features) * itemsize <= floor.CHUNK_BYTES
