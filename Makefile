@@ -5,7 +5,8 @@
 #   make test-slow   the tests marked slow
 #   make test-cuda   compile the CUDA kernels and inspect their machine code (no GPU needed)
 #   make lint        ruff and mypy
-#   make bench       measure fastconv beside the peers that are installed; BENCH=quick: in under 5 minutes
+#   make bench       measure fastconv beside the peers that are installed; BENCH=quick: in under 5 minutes;
+#                    BENCH=readme: what the README shows
 #   make bench-growth  how time and memory grow with the sizes of a layer
 #   make bench-report  the README's tables and the plots, from bench/results/
 #   make clean       remove the virtual environments and caches
@@ -37,9 +38,12 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check
 	$(VENV)/bin/python -m mypy
 
+BENCH_quick := --quick
+BENCH_readme := --readme all
+
 # The peers are whatever is installed beside fastconv, for example by `.venv/bin/pip install torch onnxruntime onnx`.
 bench: $(VENV)/.installed-bench
-	$(VENV)/bin/python -m fastconv bench $(if $(filter quick,$(BENCH)),--quick) --output bench/results $(ARGS)
+	$(VENV)/bin/python -m fastconv bench $(BENCH_$(BENCH)) --output bench/results $(ARGS)
 
 bench-growth: $(VENV)/.installed-bench
 	$(VENV)/bin/python -m fastconv bench --growth all --peer torch --output bench/results $(ARGS)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,25 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 # BENCH=quick: the rows of cases.QUICK, the strongest peers, and short samples.
 QUICK_PEERS = ("fastconv", "torch", "torch channels-last", "onnxruntime")
 QUICK_ROUNDS, QUICK_SECONDS = 2, 0.1
+
+# BENCH=readme: what the README's tables and plots show, as options, in parts that can be measured one by one.
+README: dict[str, tuple[str, ...]] = {
+    "networks": (
+        "--layers resnet50,vgg16,mobilenet_v2 --peer 'torch,onnxruntime,fastconv prepared' "
+        "--protocol alone,interleaved --seconds 0.1",
+    ),
+    "more": (
+        "--layers efficientnet_b0,convnext_tiny,audio,planes,cliffs,cross_entropy,small,small_cross_entropy "
+        "--peer torch,onnxruntime,scipy --seconds 0.1",
+        "--layers medical --only 'enc[4-6]|depthwise' --peer torch,onnxruntime --seconds 0.1",
+    ),
+    "float64": ("--layers cliffs --peer torch --dtype float64 --seconds 0.1",),
+    "growth": ("--growth all --peer torch",),
+    "memory": (
+        r"--layers resnet50 --only '^conv1$|layer.\.0\.conv[23]' --peer torch "
+        "--protocol memory --dtype float32,float64",
+    ),
+}
 
 
 class UsageError(Exception):
@@ -66,6 +86,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `fastconv bench`. Several values are given with commas between them."""
     what = parser.add_argument_group("what is measured")
     what.add_argument("--quick", action="store_true", help="a selection of layers and peers, in under 5 minutes")
+    what.add_argument("--readme", type=_one_of([*README, "all"]), metavar="PART,...",
+                      help=f"what the README shows, whatever else is said here: {', '.join(README)}, all")  # fmt: skip
     what.add_argument("--layers", type=_one_of(cases.NETWORKS), metavar="NAME,...",
                       help=f"built-in tables of layers: {', '.join(cases.NETWORKS)} (default: all)")  # fmt: skip
     what.add_argument("--shapes", type=Path, action="append", metavar="FILE",
@@ -112,7 +134,8 @@ def main(options: argparse.Namespace) -> int:
         console = Console(width=400)  # a file or a log has room for every column
     try:
         old = results.read(options.compare) if options.compare else None
-        plan = list(_plan(options))
+        runs = list(_runs(options))
+        plan = [(case, settings, passes, _peers(one)) for one in runs for case, settings, passes in _plan(one)]
         facts = results.machine()
         path = options.output
         if path.suffix != ".csv":
@@ -122,7 +145,8 @@ def main(options: argparse.Namespace) -> int:
         kept = results.read(path) if path.exists() else []
     except (cases.ShapesError, results.ResultsError) as error:
         raise UsageError(str(error)) from None
-    names, skipped = run.available(_peers(options), options.backend)
+    wanted = list(dict.fromkeys(name for *_, names in plan for name in names))
+    available, skipped = run.available(wanted, options.backend)
     for name, reason in skipped.items():
         console.print(f"without {name}: {reason}")
     if not plan:
@@ -137,8 +161,9 @@ def main(options: argparse.Namespace) -> int:
         bar = progress.add_task("", total=len(plan))
         for settings, steps in _by_settings(plan):
             with run.Session(settings) as session:
-                for case, passes in steps:
-                    rows = session.measure(case, passes, names, lambda text: progress.update(bar, description=text))
+                for case, passes, names in steps:
+                    some = [name for name in names if name in available]
+                    rows = session.measure(case, passes, some, lambda text: progress.update(bar, description=text))
                     new += rows
                     results.write(path, results.merge(kept, new))
                     for row in rows:
@@ -158,6 +183,20 @@ def main(options: argparse.Namespace) -> int:
             console.print(f"[red]{text}[/]")
         return 1 if worse else 0
     return 0
+
+
+def _runs(options: argparse.Namespace) -> Iterator[argparse.Namespace]:
+    """The options themselves, or those of the parts of the README."""
+    if not options.readme:
+        yield options
+        return
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    for part in README if "all" in options.readme else options.readme:
+        for text in README[part]:
+            one = parser.parse_args(shlex.split(text))
+            one.threads, one.timeout, one.backend = options.threads, options.timeout, options.backend
+            yield one
 
 
 def _plan(options: argparse.Namespace) -> Iterator[tuple[Case, run.Settings, list[str]]]:
@@ -225,12 +264,12 @@ def _cases(options: argparse.Namespace) -> Iterable[Case]:
 
 
 def _by_settings(
-    plan: Sequence[tuple[Case, run.Settings, list[str]]],
-) -> Iterator[tuple[run.Settings, list[tuple[Case, list[str]]]]]:
+    plan: Sequence[tuple[Case, run.Settings, list[str], list[str]]],
+) -> Iterator[tuple[run.Settings, list[tuple[Case, list[str], list[str]]]]]:
     """The steps of equal settings together, in the order in which the settings first appear."""
-    steps: dict[run.Settings, list[tuple[Case, list[str]]]] = {}
-    for case, settings, passes in plan:
-        steps.setdefault(settings, []).append((case, passes))
+    steps: dict[run.Settings, list[tuple[Case, list[str], list[str]]]] = {}
+    for case, settings, passes, names in plan:
+        steps.setdefault(settings, []).append((case, passes, names))
     yield from steps.items()
 
 

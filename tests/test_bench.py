@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -295,13 +296,26 @@ def test_a_changed_section_is_seen():
 
 
 def test_unknown_peers_are_refused():
-    import argparse
-
     parser = argparse.ArgumentParser()
     command.add_options(parser)
     with pytest.raises(command.UsageError, match="'tensorflow' is none of fastconv"):
         command._peers(parser.parse_args(["--peer", "tensorflow"]))
     assert command._peers(parser.parse_args(["--peer", "numpy"])) == ["fastconv", "numpy"]
+
+
+def test_the_parts_of_the_readme_can_be_measured():
+    parser = argparse.ArgumentParser()
+    command.add_options(parser)
+    assert list(command._runs(parser.parse_args(["--quick"]))) == [parser.parse_args(["--quick"])]
+    runs = list(command._runs(parser.parse_args(["--readme", "all", "--threads", "1"])))
+    assert len(runs) == sum(map(len, command.README.values()))
+    for one in runs:
+        assert "torch" in command._peers(one)
+        steps = list(command._plan(one))
+        assert {settings.threads for case, settings, _ in steps if case.network != "growth_threads"} == {1}
+    (memory,) = command._runs(parser.parse_args(["--readme", "memory"]))
+    names = [case.name for case, settings, _ in command._plan(memory) if settings.dtype == "float64"]
+    assert names == ["conv1", *(f"layer{n}.0.conv{k}" for n in range(1, 5) for k in (2, 3))]
 
 
 def test_what_does_not_run_the_workers_simulator(monkeypatch):
