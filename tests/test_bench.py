@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastconv import reference
-from fastconv.bench import cases, checks, command, peers, report, results, run, worker
+from fastconv.bench import cases, checks, command, first_call, peers, report, results, run, worker
 
 HEADER = "name,batch,in_channels,size,out_channels,kernel,stride,padding,dilation,groups,count\n"
 SMALL = [
@@ -316,6 +318,31 @@ def test_the_parts_of_the_readme_can_be_measured():
     (memory,) = command._runs(parser.parse_args(["--readme", "memory"]))
     names = [case.name for case, settings, _ in command._plan(memory) if settings.dtype == "float64"]
     assert names == ["conv1", *(f"layer{n}.0.conv{k}" for n in range(1, 5) for k in (2, 3))]
+
+
+def test_the_commands_of_the_page_can_be_given():
+    parser = argparse.ArgumentParser()
+    command.add_options(parser)
+    text = (report.FOLDER / "README.md").read_text()
+    found = re.findall(r"`fastconv bench (--[^`]+)`", text) + re.findall(r'ARGS="(--[^"]+)"', text)
+    given = [shlex.split(options) for options in found]
+    assert len(given) > 8
+    for options in given:
+        if options != ["--help"]:
+            one = parser.parse_args(options)
+            assert one.shapes or all(list(command._plan(each)) for each in command._runs(one)), options
+
+
+@pytest.mark.slow
+def test_a_first_call_is_compiled_and_the_next_process_finds_it(tmp_path):
+    call = first_call.CALLS["softmax_cross_entropy"]
+    compiled = first_call.seconds(call, "float32", str(tmp_path))[1]
+    files = set(tmp_path.rglob("*.nbc"))
+    assert files
+    assert first_call.seconds(call, "float32", str(tmp_path))[1] < compiled
+    assert set(tmp_path.rglob("*.nbc")) == files
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        first_call.seconds("1 / 0", "float32", str(tmp_path))
 
 
 def test_what_does_not_run_the_workers_simulator(monkeypatch):
