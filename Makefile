@@ -8,6 +8,7 @@
 #   make bench       measure fastconv beside the peers that are installed; BENCH=quick: in under 5 minutes;
 #                    BENCH=readme: what the README shows
 #   make bench-growth  how time and memory grow with the sizes of a layer
+#   make bench-cuda  the kernels on a CUDA GPU, checked and timed in under 8 minutes; installs nothing
 #   make bench-report  the README's tables and the plots, from bench/results/
 #   make clean       remove the virtual environments and caches
 #
@@ -19,7 +20,7 @@ BENCH ?= full
 VENV := .venv
 VENV_CUDA := .venv-cuda
 
-.PHONY: demo test test-slow test-cuda lint bench bench-growth bench-report clean
+.PHONY: demo test test-slow test-cuda lint bench bench-growth bench-cuda bench-report clean
 
 demo: $(VENV)/.installed-demo
 	$(VENV)/bin/python -m fastconv demo $(ARGS)
@@ -47,6 +48,10 @@ bench: $(VENV)/.installed-bench
 
 bench-growth: $(VENV)/.installed-bench
 	$(VENV)/bin/python -m fastconv bench --growth all --peer torch --output bench/results $(ARGS)
+
+# With the packages that $(PYTHON) has: numba-cuda, and torch or CuPy.
+bench-cuda:
+	$(PYTHON) -m bench.cuda $(ARGS)
 
 bench-report: $(VENV)/.installed-bench
 	$(VENV)/bin/python -m fastconv.bench.report

@@ -214,6 +214,22 @@ def test_machine_code_of_the_sum_of_parts(architecture, kernel):
     assert codegen.inspect_code(cubin).complaints(registers=80, float64=False) == []
 
 
+def test_machine_code_of_the_measured_peak():
+    """Nothing but multiply-adds in the loop of what the benchmarks of a GPU take for its peak."""
+    from numba import types
+
+    from fastconv.bench import cuda as bench
+
+    real = types.float32
+    kernel = cuda.jit(bench.multiply_add_kernel(cuda, "float32"))
+    _, cubin = codegen.compile_for_launch(kernel, (types.Array(real, 1, "C"), real, real), (9, 0))
+    code = codegen.inspect_code(cubin)
+    assert code.complaints(registers=64, float64=False) == []
+    count, total = code.share("FFMA")
+    assert count >= 64
+    assert count >= 0.9 * total
+
+
 def test_the_gate_finds_a_missing_instruction():
     budget = BUDGETS["softmax-float32"]._replace(required={"LDGSTS": 1})
     with pytest.raises(AssertionError, match="LDGSTS"):
