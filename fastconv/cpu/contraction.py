@@ -47,8 +47,8 @@ SLAB_BYTES = 384 * 1024
     SOURCE_D, SOURCE_H, SOURCE_W, PADDED_W, BEFORE_W, SIZE_W, ZEROS, PADDED,
     TAP_OFFSET, BLOCK_CHANNELS, BLOCK_TAPS, PANELS, PIXEL_TASKS, CHUNK, CHUNKS, ROW_TASKS, GROUP, WEIGHT_PANELS,
     IN_PLACE, EXTENT, PLANE, SEGMENTS, SEGMENT_ROWS, PHASE_PITCH, ROW_PITCH, ROW_LENGTH, CHANNEL_PITCH,
-    SLAB_SIZE, PANEL_SIZE, TABLE_BYTES, END,
-) = range(tasks.FIRST, tasks.FIRST + 61)  # fmt: skip
+    SLAB_SIZE, PANEL_SIZE, TABLE_BYTES, ROW_TABLE, AHEAD, END,
+) = range(tasks.FIRST, tasks.FIRST + 63)  # fmt: skip
 
 # Those of the weight gradient: the same for the slab, where Y stands for the gradient of the output; and
 (
@@ -74,17 +74,16 @@ _jit = njit(error_model="numpy", nogil=True)
 def _copy_row(row, phase_pitch, source, step, stride, count, first, places):
     """Elements 0 .. count of `source` (`step` apart) become the padded coordinates first .. first + count of `row`.
 
-    Padded coordinate u lies at (u % stride) * phase_pitch + u // stride. `places` is room for four integers.
+    Padded coordinate u lies at (u % stride) * phase_pitch + u // stride; `places` has those of the first four.
     """
     if step == 1 and stride == 1:
         simd.copy_span(simd.offset(row, first), source, count)
-    elif step == 1 and (stride == 2 or stride == 4):
-        for r in range(stride):
-            places[r] = (first + r) % stride * phase_pitch + (first + r) // stride
-        if stride == 2:
-            simd.separate_2(row, places, source, count)
-        else:
-            simd.separate_4(row, places, source, count)
+    elif step == 1 and stride == 2:
+        simd.separate_2(row, places, source, count)
+    elif step == 1 and stride == 4:
+        simd.separate_4(row, places, source, count)
+    elif step == 2 and stride == 1:
+        simd.copy_every_second(simd.offset(row, first), source, count)
     elif stride == 1:
         target = simd.offset(row, first)
         for i in range(count):
@@ -100,50 +99,65 @@ def _copy_row(row, phase_pitch, source, step, stride, count, first, places):
 
 
 @_jit
-def _fill_slab(p, slab, x, channels, first_row, last_row, first_u, places):
-    """Copy the input rows that output rows first_row .. last_row need, of `channels` channels from `x` on.
+def _find_rows(p, rows, first_row, last_row):
+    """List the input rows that output rows first_row .. last_row need; return their number.
 
     An output row is one (batch, depth, height). Those of one (batch, depth) are a segment, whose input rows lie
-    together: [channel][segment][depth tap][row]. `first_u` is the padded coordinate that the slab rows begin with;
-    `places` is room for four integers.
+    together in the slab: [channel][segment][depth tap][row]. Entered are the row's place in the first channel of the
+    input, and its place in the slab.
     """
     out_d, out_h = p[OUT_D], p[OUT_H]
-    step, stride = p[X_W], p[STRIDE_W]
     source_d, source_h = simd.at(p, p[SOURCE_D]), simd.at(p, p[SOURCE_H])
-    source_w = simd.at(p, p[SOURCE_W])
-    phase_pitch, row_pitch = p[PHASE_PITCH], p[ROW_PITCH]
-    low = max(p[BEFORE_W], first_u)  # padded coordinates that are input elements: low .. high
-    high = min(p[BEFORE_W] + p[SIZE_W], first_u + p[ROW_LENGTH])
-    end = min(p[PADDED_W], first_u + p[ROW_LENGTH])
+    count = 0
     first_segment, last_segment = first_row // out_h, (last_row - 1) // out_h
     for segment in range(first_segment, last_segment + 1):
         n, d = segment // out_d, segment % out_d
         h = max(first_row, segment * out_h) - segment * out_h
         h_end = min(last_row, (segment + 1) * out_h) - segment * out_h
-        rows = (h_end - 1 - h) * p[STRIDE_H] + p[SPAN_H]
+        height = (h_end - 1 - h) * p[STRIDE_H] + p[SPAN_H]
         for i in range(p[KERNEL_D]):
             from_d = source_d[d * p[STRIDE_D] + i * p[DILATION_D]]
             place = ((segment - first_segment) * p[KERNEL_D] + i) * p[SEGMENT_ROWS]
-            for r in range(rows):
+            for r in range(height):
                 from_h = source_h[h * p[STRIDE_H] + r]
                 if from_d < 0 or from_h < 0 or r % p[STRIDE_H] >= p[SPAN_H]:
                     continue  # zeros, written once for the task; or rows between the windows
-                source = simd.offset(x, n * p[X_N] + from_d * p[X_D] + from_h * p[X_H])
-                row = simd.offset(slab, (place + r) * row_pitch)
-                for _ in range(channels):
-                    if high > low:
-                        _copy_row(
-                            row, phase_pitch, simd.offset(source, (low - p[BEFORE_W]) * step), step, stride,
-                            high - low, low - first_u, places,
-                        )  # fmt: skip
-                    if not p[ZEROS]:
-                        for u in range(first_u, end):
-                            if u < low or u >= high:
-                                v = u - first_u
-                                if source_w[u] >= 0:
-                                    row[v % stride * phase_pitch + v // stride] = source[source_w[u] * step]
-                    source = simd.offset(source, p[X_C])
-                    row = simd.offset(row, p[CHANNEL_PITCH])
+                rows[2 * count] = n * p[X_N] + from_d * p[X_D] + from_h * p[X_H]
+                rows[2 * count + 1] = (place + r) * p[ROW_PITCH]
+                count += 1
+    return count
+
+
+@_jit
+def _fill_slab(p, slab, x, channels, rows, count, first_u, places):
+    """Copy `count` rows of each of `channels` channels from `x` on, as listed by `_find_rows`.
+
+    `first_u` is the padded coordinate that the slab rows begin with; `places` is room for four integers.
+    """
+    step, stride = p[X_W], p[STRIDE_W]
+    source_w = simd.at(p, p[SOURCE_W])
+    phase_pitch = p[PHASE_PITCH]
+    low = max(p[BEFORE_W], first_u)  # padded coordinates that are input elements: low .. high
+    high = min(p[BEFORE_W] + p[SIZE_W], first_u + p[ROW_LENGTH])
+    end = min(p[PADDED_W], first_u + p[ROW_LENGTH])
+    for r in range(4):
+        v = low - first_u + r
+        places[r] = v % stride * phase_pitch + v // stride
+    for _ in range(channels):
+        for k in range(count):
+            source, row = simd.offset(x, rows[2 * k]), simd.offset(slab, rows[2 * k + 1])
+            if high > low:
+                _copy_row(
+                    row, phase_pitch, simd.offset(source, (low - p[BEFORE_W]) * step), step, stride, high - low,
+                    low - first_u, places,
+                )  # fmt: skip
+            if not p[ZEROS]:
+                for u in range(first_u, end):
+                    if u < low or u >= high:
+                        v = u - first_u
+                        if source_w[u] >= 0:
+                            row[v % stride * phase_pitch + v // stride] = source[source_w[u] * step]
+        x, slab = simd.offset(x, p[X_C]), simd.offset(slab, p[CHANNEL_PITCH])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,6 +196,11 @@ def _find_pieces(p, table, pixel, end, first_row, first_column, like):
         largest = max(largest, place + length - 1)
         column += length
         pixel += length
+    for vector in range(simd.columns(like) // lanes):
+        entry = simd.offset(table, vector * stride)
+        for piece in range(entry[0], simd.FIXED_PIECES):
+            entry[2 * piece + 1] = entry[1]
+            entry[2 * piece + 2] = 0
     return largest
 
 
@@ -271,7 +290,8 @@ def _correlate(task, worker, p, real):
     w = simd.offset(simd.at(real, p[W]), group * p[ROW_CHANNELS] * p[CHANNELS] * p[TAPS])
     bias = simd.at(real, p[BIAS])
     tap_offset = simd.at(p, p[TAP_OFFSET])
-    slab = scratch
+    slab, rows_table = scratch, simd.offset(table, p[ROW_TABLE])
+    listed = 0 if p[IN_PLACE] else _find_rows(p, rows_table, first_row, last_row)
     if p[PADDED]:
         simd.fill_zero(slab, p[SLAB_SIZE])
 
@@ -282,7 +302,7 @@ def _correlate(task, worker, p, real):
             slab = simd.offset(x, c * p[X_C])
         else:
             _fill_slab(
-                p, slab, simd.offset(x, c * p[X_C]), channels, first_row, last_row, first_column * p[STRIDE_W], table
+                p, slab, simd.offset(x, c * p[X_C]), channels, rows_table, listed, first_column * p[STRIDE_W], table
             )
         for tap in range(0, p[TAPS], p[BLOCK_TAPS]):
             last_tap = min(tap + p[BLOCK_TAPS], p[TAPS])
@@ -303,7 +323,7 @@ def _correlate(task, worker, p, real):
                     else:
                         simd.pack_panel(
                             panel, slab, channels, p[CHANNEL_PITCH], last_tap - tap, simd.offset(tap_offset, tap),
-                            table,
+                            table, p[AHEAD],
                         )  # fmt: skip
                 for panel_block in range(first_panel, last_panel, p[WEIGHT_PANELS]):
                     panel_end = min(panel_block + p[WEIGHT_PANELS], last_panel)
@@ -498,6 +518,7 @@ def _weight_gradient(task, worker, p, real):
     panels = simd.offset(slab, p[SLAB_SIZE])
     tile = simd.offset(panels, p[PANEL_SIZE])
     run_offset = simd.at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[TABLE_BYTES])
+    rows_table = simd.offset(run_offset, p[ROW_TABLE])
     row_offset = simd.at(p, p[ROW_OFFSET])
     lanes = simd.lanes(real)
     out_h, out_w = p[OUT_H], p[OUT_W]
@@ -533,7 +554,8 @@ def _weight_gradient(task, worker, p, real):
         if p[PADDED]:
             simd.fill_zero(slab, p[SLAB_SIZE])
         if not p[IN_PLACE]:
-            _fill_slab(p, slab, x, channels, first_row, last_row, first_column * p[STRIDE_W], run_offset)
+            listed = _find_rows(p, rows_table, first_row, last_row)
+            _fill_slab(p, slab, x, channels, rows_table, listed, first_column * p[STRIDE_W], run_offset)
         for row in range(first_row, last_row):
             if p[IN_PLACE]:
                 run_offset[row - first_row] = row * p[X_N] + first_column
@@ -686,6 +708,7 @@ class _Slab:
     row: int
     row_length: int  # padded coordinates that a row holds
     channel: int
+    table: int  # integers of `_find_rows`
 
 
 def _slab_shape(axes: tuple[Axis, ...], pixels: int, images: int, columns: int) -> _Slab:
@@ -703,7 +726,8 @@ def _slab_shape(axes: tuple[Axis, ...], pixels: int, images: int, columns: int) 
     if width.stride in (2, 4):
         phase += columns  # where `simd.separate_2` and `separate_4` write zeros after the last element
     row = phase * width.stride
-    return _Slab(chunk, segments, segment_rows, phase, row, length, segments * depth.taps * segment_rows * row)
+    rows_of_channel = segments * depth.taps * segment_rows
+    return _Slab(chunk, segments, segment_rows, phase, row, length, rows_of_channel * row, 2 * rows_of_channel)
 
 
 @dataclass(frozen=True)
@@ -835,7 +859,8 @@ def plan_correlation(
     )
     slab_size = 0 if in_place else _ceil(blocks.block_channels * slab.channel + 2 * t.columns, 16) * 16
     panel_size = _ceil((group * blocks.depth + 1) * t.columns, 16) * 16
-    table_bytes = _ceil(t.vectors * simd.piece_stride(t) * 8, 64) * 64
+    row_table = t.vectors * simd.piece_stride(t)
+    table_bytes = _ceil((row_table + slab.table) * 8, 64) * 64
     scratch = (slab_size + panel_size + t.rows * t.columns) * size + table_bytes
 
     tap_offset = _tap_offsets(axes, slab)
@@ -849,7 +874,8 @@ def plan_correlation(
     parameters[GROUP] = group
     parameters[WEIGHT_PANELS] = max(1, WEIGHT_BYTES // (t.rows * blocks.depth * size))
     parameters[EXTENT] = (batch - 1) * x[0] + (blocks.groups * blocks.channels - 1) * x[1] + plane
-    parameters[[SLAB_SIZE, PANEL_SIZE, TABLE_BYTES]] = slab_size, panel_size, table_bytes
+    parameters[[SLAB_SIZE, PANEL_SIZE, TABLE_BYTES, ROW_TABLE]] = slab_size, panel_size, table_bytes, row_table
+    parameters[AHEAD] = group * t.columns if in_place else 0  # the next group of panels, while this one is packed
     flops = 2 * pixels * blocks.rows * blocks.groups * blocks.channels * blocks.taps
     return Plan(parameters, tables, blocks.groups * pixel_tasks * row_tasks, scratch, flops)
 
@@ -956,7 +982,8 @@ def plan_weight_gradient(
     slab_size = 0 if in_place else _ceil(block_channels * slab.channel + 2 * t.columns, 16) * 16
     panel_size = _ceil((chunk or unit_rows * width.out) * t.gradient_vectors * t.lanes, 16) * 16
     tile_size = block_channels * taps * min(vectors, _ceil(vector_panels, out_blocks) * t.gradient_vectors) * t.lanes
-    table_bytes = _ceil(max(unit_rows, 4) * 8, 64) * 64
+    row_table = max(unit_rows, 4)
+    table_bytes = _ceil((row_table + slab.table) * 8, 64) * 64
     tap_offset = _tap_offsets(axes, slab)
     pitch = x[1] if in_place else slab.channel
     row_offset = (np.arange(block_channels, dtype=np.int64)[:, None] * pitch + tap_offset).ravel()
@@ -965,6 +992,7 @@ def plan_weight_gradient(
     _set_common(parameters, batch, axes, slab, x, dy, zeros, in_place)
     parameters[[ROW_CHANNELS, CHANNELS, CHUNK, CHUNKS]] = rows, channels, chunk, chunks
     parameters[[SLAB_SIZE, PANEL_SIZE, TABLE_BYTES, TILE_SIZE]] = slab_size, panel_size, table_bytes, tile_size
+    parameters[ROW_TABLE] = row_table
     parameters[[W_GROUP, W_O, W_C, W_TAP_OFFSET]] = rows * dw[0], *dw, address(w_taps)
     parameters[W_FLAT] = dw[1] == taps and bool((np.diff(w_taps) == 1).all())
     parameters[[ROW_OFFSET, UNIT_ROWS, UNITS, SPLITS]] = address(row_offset), unit_rows, units, splits

@@ -117,6 +117,15 @@ def _multiply_add(b: ir.IRBuilder, module: ir.Module, fma: bool, x: ir.Value, y:
     return b.call(function, [x, y, z])
 
 
+def _prefetch(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, write: bool) -> None:
+    """Ask for the cache line at `pointer`, which need not be an address that can be read."""
+    byte = _I8.as_pointer()
+    function = cgutils.get_or_insert_function(
+        module, ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32]), "llvm.prefetch.p0"
+    )
+    b.call(function, [b.bitcast(pointer, byte), *(ir.Constant(_I32, n) for n in (int(write), 3, 1))])
+
+
 def _internal(module: ir.Module, name: str, arguments: list[ir.Type]) -> tuple[ir.Function, bool]:
     """A function of its own in this module, and whether it still needs a body."""
     if name in module.globals:
@@ -189,6 +198,9 @@ def _contract_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, 
     vector = ir.VectorType(element, t.lanes)
     zero = ir.Constant(vector, [0.0] * t.lanes)
     b = ir.IRBuilder(function.append_basic_block("entry"))
+    places = [b.gep(c, [b.add(b.mul(pitch, _i64(i)), _i64(j * t.lanes))]) for i in range(rows) for j in range(vectors)]
+    for place in places:
+        _prefetch(b, module, place, True)
 
     loop = _Loop(b, "depth", depth, [zero] * (rows * vectors))
     a_k = b.gep(a, [b.mul(loop.k, _i64(rows))])
@@ -218,7 +230,6 @@ def _contract_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, 
             result.append(phi)
         return result
 
-    places = [b.gep(c, [b.add(b.mul(pitch, _i64(i)), _i64(j * t.lanes))]) for i in range(rows) for j in range(vectors)]
     sums = step(ADD, sums, lambda vs: [b.fadd(v, _load(b, p, vector)) for v, p in zip(vs, places, strict=True)])
 
     def add_bias(values: list[ir.Value]) -> list[ir.Value]:
@@ -431,52 +442,70 @@ def _masked_load(
     return b.call(function, [b.bitcast(pointer, vector.as_pointer()), ir.Constant(_I32, 4), chosen, otherwise])
 
 
+# Panels whose vectors have up to so many pieces are packed without a branch: those of 7 pixels in a row have 4.
+FIXED_PIECES = 4
+
+
 def piece_stride(t: Tile) -> int:
     """Integers that the table of `pack_panel` has for each vector: how many pieces, and two for each piece."""
-    return 1 + 2 * t.lanes
+    return 1 + 2 * max(t.lanes, FIXED_PIECES)
 
 
 def _pack_function(module: ir.Module, element: ir.Type, t: Tile) -> ir.Function:
     pointer, table = element.as_pointer(), _I64.as_pointer()
-    function, new = _internal(module, f"fastconv_pack_{element}", [pointer, pointer, _I64, _I64, _I64, table, table])
+    function, new = _internal(
+        module, f"fastconv_pack_{element}", [pointer, pointer, _I64, _I64, _I64, table, table, _I64]
+    )
     if not new:
         return function
-    panel, source, channels, channel_pitch, taps, tap_offset, pieces = function.args
+    panel, source, channels, channel_pitch, taps, tap_offset, pieces, ahead = function.args
     panel.add_attribute("noalias")
     vector = ir.VectorType(element, t.lanes)
     b = ir.IRBuilder(function.append_basic_block("entry"))
     entries = [b.gep(pieces, [_i64(j * piece_stride(t))]) for j in range(t.vectors)]
     counts = [b.load(entry) for entry in entries]
-    places = [b.load(b.gep(entry, [_i64(1)])) for entry in entries]
     most = counts[0]
     for count in counts[1:]:
-        most = b.or_(most, count)
-    one_piece, several = b.append_basic_block("one_piece"), b.append_basic_block("several")
-    b.cbranch(b.icmp_signed("<=", most, _i64(1)), one_piece, several)
-    for block, whole in ((one_piece, True), (several, False)):
+        most = b.select(b.icmp_signed(">", count, most), count, most)
+    blocks = [b.append_basic_block(f"pieces_{m}") for m in range(1, FIXED_PIECES + 1)]
+    any_number = b.append_basic_block("any_number")
+    switch = b.switch(most, any_number)
+    for m in range(FIXED_PIECES + 1):
+        switch.add_case(_i64(m), blocks[max(0, m - 1)])
+
+    def piece(entry: ir.Value, number: ir.Value) -> tuple[ir.Value, ir.Value]:
+        at = b.gep(entry, [b.add(b.mul(number, _i64(2)), _i64(1))])
+        return b.load(at), b.load(b.gep(at, [_i64(1)]))
+
+    for block in (*blocks, any_number):
         b.position_at_end(block)
+        fixed = FIXED_PIECES if block is any_number else blocks.index(block) + 1
+        known = [[piece(entry, _i64(m)) for m in range(fixed)] for entry in entries]
         outer = _Loop(b, "channels", channels, [panel, source])
         inner = _Loop(b, "taps", taps, [outer.values[0]])
         at = b.gep(outer.values[1], [b.load(b.gep(tap_offset, [inner.k]))])
-        values = [_load(b, b.gep(at, [place]), vector) for place in places]
         for j in range(t.vectors):
-            if not whole:  # the first piece is loaded whole; each further one replaces the lanes from its own on
+            # the first piece is loaded whole; each further one replaces the lanes from its own on
+            value = _load(b, b.gep(at, [known[j][0][0]]), vector)
+            for place, bits in known[j][1:]:
+                value = _masked_load(b, module, b.gep(at, [place]), bits, value)
+            if block is any_number:
                 before, more, done = b.block, b.append_basic_block("more"), b.append_basic_block("merged")
-                b.cbranch(b.icmp_signed(">", counts[j], _i64(1)), more, done)
+                b.cbranch(b.icmp_signed(">", counts[j], _i64(fixed)), more, done)
                 b.position_at_end(more)
-                loop = _Loop(b, "pieces", b.sub(counts[j], _i64(1)), [values[j]])
-                entry = b.gep(entries[j], [b.add(b.mul(loop.k, _i64(2)), _i64(3))])
-                place, bits = b.load(entry), b.load(b.gep(entry, [_i64(1)]))
+                loop = _Loop(b, "others", b.sub(counts[j], _i64(fixed)), [value])
+                place, bits = piece(entries[j], b.add(loop.k, _i64(fixed)))
                 merged = _masked_load(b, module, b.gep(at, [place]), bits, loop.values[0])
                 loop.close([merged])
                 inside = b.block
                 b.branch(done)
                 b.position_at_end(done)
-                value = b.phi(vector)
-                value.add_incoming(values[j], before)
+                few, value = value, b.phi(vector)
+                value.add_incoming(few, before)
                 value.add_incoming(merged, inside)
-                values[j] = value
-            _store(b, values[j], b.gep(inner.values[0], [_i64(j * t.lanes)]))
+            _store(b, value, b.gep(inner.values[0], [_i64(j * t.lanes)]))
+            if fixed == 1:
+                _prefetch(b, module, b.gep(at, [b.add(known[j][0][0], ahead)]), False)
         following = b.gep(inner.values[0], [_i64(t.columns)])
         inner.close([following])
         outer.close([following, b.gep(outer.values[1], [channel_pitch])])
@@ -495,13 +524,14 @@ def piece_table_stride(typingctx, like):
 
 
 @intrinsic
-def pack_panel(typingctx, panel, source, channels, channel_pitch, taps, tap_offset, pieces):
+def pack_panel(typingctx, panel, source, channels, channel_pitch, taps, tap_offset, pieces, ahead):
     """Fill panel[(c, tap)][column] with the elements of `source` that a row of pixels meets at this channel and tap.
 
     The pixels of vector j of the panel come from ``pieces[j * piece_stride]`` pieces of memory, each described by two
     integers: the place that lane 0 would have if the piece began there, relative to
-    ``source + c * channel_pitch + tap_offset[tap]``, and the bits of the lanes from its first pixel on. Up to
-    `columns` elements after a piece may be read, and are not used.
+    ``source + c * channel_pitch + tap_offset[tap]``, and the bits of the lanes from its first pixel on. There are at
+    least FIXED_PIECES entries; those beyond the number have no bits and the place of another. Up to `columns` elements
+    after a piece may be read, and are not used. What lies `ahead` elements further on is fetched into the cache.
     """
     i, table = types.int64, types.CPointer(types.int64)
 
@@ -509,7 +539,7 @@ def pack_panel(typingctx, panel, source, channels, channel_pitch, taps, tap_offs
         builder.call(_pack_function(builder.module, _element(sig.args[0]), _tile_of(sig.args[0])), args)
         return context.get_dummy_value()
 
-    return types.void(panel, panel, i, i, i, table, table), codegen
+    return types.void(panel, panel, i, i, i, table, table, i), codegen
 
 
 def _load_up_to(
@@ -640,6 +670,35 @@ def _write_copy_span(module: ir.Module, function: ir.Function, element: ir.Type,
     b.branch(end)
     b.position_at_end(end)
     b.ret_void()
+
+
+@intrinsic
+def copy_every_second(typingctx, target, source, count):
+    """target[i] = source[2 * i] for i < count, neither reading nor writing beyond."""
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[0]), _tile_of(sig.args[0])
+        module, pointer = builder.module, element.as_pointer()
+        function, new = _internal(module, f"fastconv_copy_every_second_{element}", [pointer, pointer, _I64])
+        if new:
+            target, source, count = function.args
+            vector = ir.VectorType(element, t.lanes)
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            loop = _Loop(b, "vectors", b.sdiv(b.add(count, _i64(t.lanes - 1)), _i64(t.lanes)), [])
+            first = b.mul(loop.k, _i64(t.lanes))
+            left = b.sub(b.mul(b.sub(count, first), _i64(2)), _i64(1))
+            start = b.gep(source, [b.mul(first, _i64(2))])
+            values = [
+                _load_up_to(b, module, b.gep(start, [_i64(j)]), vector, b.sub(left, _i64(j))) for j in (0, t.lanes)
+            ]
+            mask = _lane_mask(b, b.sub(count, first), t.lanes)
+            _store_lanes(b, module, _separate(b, *values)[0], b.gep(target, [first]), mask)
+            loop.close([])
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    return types.void(target, target, types.int64), codegen
 
 
 @intrinsic

@@ -110,6 +110,7 @@ def _winograd(task, worker, p, real):
     tables = simd.at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[TABLE_BYTES])
     table_pitch = columns // lanes * simd.piece_table_stride(real)
     tables_end = simd.offset(tables, p[BLOCK] * table_pitch)
+    rows_table = simd.offset(tables_end, 4)
     tap_offset = simd.at(p, p[TAP_OFFSET])
     x, y, v = simd.at(real, p[X]), simd.at(real, p[Y]), simd.at(real, p[W])
     bias, flags = simd.at(real, p[BIAS]), simd.at(p, p[FLAGS])
@@ -138,39 +139,28 @@ def _winograd(task, worker, p, real):
             tile = start + q * columns
             table = simd.offset(tables, q * table_pitch)
             contraction._find_pieces(p, table, tile, min(tile + columns, stop), first_row, first_column, real)
+        listed = contraction._find_rows(p, rows_table, first_row, last_row)
         # U[panel][xi][channel][tile]
         if start != first and p[PADDED]:
             simd.fill_zero(slab, p[SLAB_SIZE])
         for c in range(0, p[CHANNELS], p[BLOCK_CHANNELS]):
             channels = min(p[BLOCK_CHANNELS], p[CHANNELS] - c)
             contraction._fill_slab(
-                p,
-                slab,
-                simd.offset(x, c * p[X_C]),
-                channels,
-                first_row,
-                last_row,
-                first_column * p[STRIDE_W],
+                p, slab, simd.offset(x, c * p[X_C]), channels, rows_table, listed, first_column * p[STRIDE_W],
                 tables_end,
-            )
+            )  # fmt: skip
             for k in range(channels):
                 for q in range(panels):
                     simd.pack_panel(
                         inputs, simd.offset(slab, k * p[CHANNEL_PITCH]), 1, 0, points, tap_offset,
-                        simd.offset(tables, q * table_pitch),
+                        simd.offset(tables, q * table_pitch), 0,
                     )  # fmt: skip
                     target = simd.offset(u, q * points * p[U_PITCH] + (c + k) * columns)
                     for lane in range(0, columns, lanes):
                         simd.winograd_input(
-                            m,
-                            simd.offset(target, lane),
-                            p[U_PITCH],
-                            simd.offset(inputs, lane),
-                            columns,
-                            bias,
-                            0,
+                            m, simd.offset(target, lane), p[U_PITCH], simd.offset(inputs, lane), columns, bias, 0,
                             inputs,
-                        )
+                        )  # fmt: skip
         # some panels of output channels at a time: M[panel][xi][row][tile], and out
         simd.fill_zero(suspect, panels * columns)
         for group in range(first_panel, last_panel, p[ROW_GROUP]):
@@ -335,7 +325,8 @@ def _plan(
     row_group = max(1, min(blocks.panels, _M_BYTES // (points * t.rows * t.columns * dtype.itemsize)))
     u_size = block * points * u_pitch
     m_size = row_group * points * t.rows * t.columns
-    table_bytes = -(-(block * t.vectors * simd.piece_stride(t) + 4) * 8 // 64) * 64
+    slab = contraction._slab_shape(axes, block * t.columns, geometry.batch, t.columns)
+    table_bytes = -(-(block * t.vectors * simd.piece_stride(t) + 4 + slab.table) * 8 // 64) * 64
     parameters = np.zeros(WINOGRAD_END, np.int64)
     parameters[: contraction.END] = plan.parameters
     parameters[PANEL_SIZE] = 0
