@@ -578,19 +578,34 @@ def _write_separate(module: ir.Module, function: ir.Function, vector: ir.VectorT
     target, place, source, count = function.args
     n = vector.count
     b = ir.IRBuilder(function.append_basic_block("entry"))
-    blocks = b.sdiv(b.add(count, _i64(n * phases - 1)), _i64(n * phases))
-    places = [b.load(b.gep(place, [_i64(r)])) for r in range(phases)]
-    loop = _Loop(b, "blocks", blocks, [])
-    start = b.mul(loop.k, _i64(n * phases))
-    values = [
-        _load_up_to(
-            b, module, b.gep(source, [b.add(start, _i64(j * n))]), vector, b.sub(count, b.add(start, _i64(j * n)))
-        )
-        for j in range(phases)
-    ]
-    for r, value in enumerate(_unweave(b, values)):
-        _store(b, value, b.gep(target, [b.add(places[r], b.mul(loop.k, _i64(n)))]))
+    whole, rest = b.sdiv(count, _i64(n * phases)), b.srem(count, _i64(n * phases))
+    places = [b.gep(target, [b.load(b.gep(place, [_i64(r)]))]) for r in range(phases)]
+
+    def store(values: list[ir.Value], block: ir.Value) -> None:
+        for at, value in zip(places, _unweave(b, values), strict=True):
+            _store(b, value, b.gep(at, [b.mul(block, _i64(n))]))
+
+    blocks, tail, last, end = (b.append_basic_block(name) for name in ("blocks", "tail", "last", "end"))
+    b.cbranch(b.icmp_signed(">", whole, _i64(0)), blocks, tail)
+    b.position_at_end(blocks)
+    loop = _Loop(b, "loop", whole, [])
+    start = b.gep(source, [b.mul(loop.k, _i64(n * phases))])
+    store([_load(b, b.gep(start, [_i64(j * n)]), vector) for j in range(phases)], loop.k)
     loop.close([])
+    b.branch(tail)
+    b.position_at_end(tail)
+    b.cbranch(b.icmp_signed(">", rest, _i64(0)), last, end)
+    b.position_at_end(last)
+    start = b.gep(source, [b.mul(whole, _i64(n * phases))])
+    store(
+        [
+            _load_up_to(b, module, b.gep(start, [_i64(j * n)]), vector, b.sub(rest, _i64(j * n)))
+            for j in range(phases)
+        ],
+        whole,
+    )
+    b.branch(end)
+    b.position_at_end(end)
     b.ret_void()
 
 
