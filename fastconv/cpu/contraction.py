@@ -99,6 +99,20 @@ def _copy_row(row, phase_pitch, source, step, stride, count, first, places):
 
 
 @_jit
+def _copy_channels(rows, pitch, phase_pitch, source, step, channels, stride, count, first):
+    """`_copy_row` for up to `lanes` channels that lie next to each other in memory; those of the slab, `pitch` apart."""
+    lanes = simd.lanes(rows)
+    for r in range(min(stride, count)):
+        place = (first + r) % stride * phase_pitch + (first + r) // stride
+        length = (count - r + stride - 1) // stride
+        for k in range(0, length, lanes):
+            simd.transpose_block(
+                simd.offset(rows, place + k), pitch, simd.offset(source, (r + k * stride) * step), stride * step,
+                min(lanes, length - k), channels,
+            )  # fmt: skip
+
+
+@_jit
 def _find_rows(p, rows, first_row, last_row):
     """List the input rows that output rows first_row .. last_row need; return their number.
 
@@ -143,21 +157,32 @@ def _fill_slab(p, slab, x, channels, rows, count, first_u, places):
     for r in range(4):
         v = low - first_u + r
         places[r] = v % stride * phase_pitch + v // stride
-    for _ in range(channels):
-        for k in range(count):
-            source, row = simd.offset(x, rows[2 * k]), simd.offset(slab, rows[2 * k + 1])
-            if high > low:
-                _copy_row(
-                    row, phase_pitch, simd.offset(source, (low - p[BEFORE_W]) * step), step, stride, high - low,
-                    low - first_u, places,
+    begin = simd.offset(x, (low - p[BEFORE_W]) * step)
+    if p[X_C] == 1 and step > 1:
+        for c in range(0, channels, simd.lanes(slab)):
+            block = min(simd.lanes(slab), channels - c)
+            for k in range(count):
+                _copy_channels(
+                    simd.offset(slab, rows[2 * k + 1] + c * p[CHANNEL_PITCH]), p[CHANNEL_PITCH], phase_pitch,
+                    simd.offset(begin, rows[2 * k] + c), step, block, stride, high - low, low - first_u,
                 )  # fmt: skip
-            if not p[ZEROS]:
+    elif high > low:
+        for c in range(channels):
+            source, target = simd.offset(begin, c * p[X_C]), simd.offset(slab, c * p[CHANNEL_PITCH])
+            for k in range(count):
+                _copy_row(
+                    simd.offset(target, rows[2 * k + 1]), phase_pitch, simd.offset(source, rows[2 * k]), step, stride,
+                    high - low, low - first_u, places,
+                )  # fmt: skip
+    if not p[ZEROS]:
+        for c in range(channels):
+            for k in range(count):
+                source = simd.offset(x, c * p[X_C] + rows[2 * k])
+                row = simd.offset(slab, c * p[CHANNEL_PITCH] + rows[2 * k + 1])
                 for u in range(first_u, end):
-                    if u < low or u >= high:
+                    if (u < low or u >= high) and source_w[u] >= 0:
                         v = u - first_u
-                        if source_w[u] >= 0:
-                            row[v % stride * phase_pitch + v // stride] = source[source_w[u] * step]
-        x, slab = simd.offset(x, p[X_C]), simd.offset(slab, p[CHANNEL_PITCH])
+                        row[v % stride * phase_pitch + v // stride] = source[source_w[u] * step]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,33 +251,73 @@ def _pack_exactly(p, panel, source, table, channels, first_tap, last_tap, count)
 
 
 @_jit
-def _scatter(p, y, tile, table, pixel, end, rows, flags, bias):
-    """Store the tile [row][column] at pixels pixel .. end of `rows` output channels, of any strides."""
+def _find_runs(p, runs, pixel, end):
+    """List where in a channel of the output the pixels pixel .. end are: number of runs; place and length of each."""
     out_d, out_h, out_w = p[OUT_D], p[OUT_H], p[OUT_W]
-    columns = simd.columns(tile)
-    j = 0
+    count = 0
     while pixel < end:
         row = pixel // out_w
         length = min(end, (row + 1) * out_w) - pixel
         n, d, h = row // out_h // out_d, row // out_h % out_d, row % out_h
-        place = n * p[Y_N] + d * p[Y_D] + h * p[Y_H] + (pixel - row * out_w) * p[Y_W]
-        for k in range(length):
-            table[j] = place + k * p[Y_W]
-            j += 1
+        runs[2 * count + 1] = n * p[Y_N] + d * p[Y_D] + h * p[Y_H] + (pixel - row * out_w) * p[Y_W]
+        runs[2 * count + 2] = length
+        count += 1
         pixel += length
-    for i in range(rows):
-        target = simd.offset(y, i * p[Y_O])
-        source = simd.offset(tile, i * columns)
-        for k in range(j):
-            value = source[k]
-            if flags & simd.ADD:
-                value += target[table[k]]
-            if flags & simd.BIAS:
-                value += bias[i]
-            if flags & simd.RELU and value < 0:
-                target[table[k]] = 0
-            else:
-                target[table[k]] = value
+    runs[0] = count
+
+
+@_jit
+def _load_tile(p, y, tile, runs, rows):
+    """Copy the pixels of the runs of `rows` output channels, of any strides, into the tile [row][column]."""
+    columns, step, channel_step = simd.columns(tile), p[Y_W], p[Y_O]
+    j = 0
+    for run in range(runs[0]):
+        source, length = simd.offset(y, runs[2 * run + 1]), runs[2 * run + 2]
+        if channel_step == 1 and step > 1:
+            for k in range(0, length, simd.lanes(tile)):
+                simd.transpose_block(
+                    simd.offset(tile, j + k), columns, simd.offset(source, k * step), step,
+                    min(simd.lanes(tile), length - k), rows,
+                )  # fmt: skip
+        else:
+            for i in range(rows):
+                if step == 1:
+                    simd.copy_span(simd.offset(tile, i * columns + j), simd.offset(source, i * channel_step), length)
+                elif step == 2:
+                    simd.copy_every_second(
+                        simd.offset(tile, i * columns + j), simd.offset(source, i * channel_step), length
+                    )
+                else:
+                    for k in range(length):
+                        tile[i * columns + j + k] = source[i * channel_step + k * step]
+        j += length
+
+
+@_jit
+def _store_tile(p, y, tile, runs, rows):
+    """The reverse of `_load_tile`."""
+    columns, step, channel_step = simd.columns(tile), p[Y_W], p[Y_O]
+    j = 0
+    for run in range(runs[0]):
+        target, length = simd.offset(y, runs[2 * run + 1]), runs[2 * run + 2]
+        if channel_step == 1 and step > 1:
+            for k in range(0, length, simd.lanes(tile)):
+                simd.transpose_block(
+                    simd.offset(target, k * step), step, simd.offset(tile, j + k), columns, rows,
+                    min(simd.lanes(tile), length - k),
+                )  # fmt: skip
+        else:
+            for i in range(rows):
+                if step == 1:
+                    simd.copy_span(simd.offset(target, i * channel_step), simd.offset(tile, i * columns + j), length)
+                elif step == 2:
+                    simd.spread_every_second(
+                        simd.offset(target, i * channel_step), simd.offset(tile, i * columns + j), length
+                    )
+                else:
+                    for k in range(length):
+                        target[i * channel_step + k * step] = tile[i * columns + j + k]
+        j += length
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -334,6 +399,8 @@ def _correlate(task, worker, p, real):
                         plane = p[PLANE]  # pixels of an output plane, 0 where they are not consecutive
                         n = pixel // plane if plane else 0
                         whole = plane and end - pixel == columns and end <= (n + 1) * plane
+                        if not whole:
+                            _find_runs(p, table, pixel, end)
                         for i in range(panel_block, panel_end):
                             o = i * p[ROW_CHANNELS] // p[PANELS]
                             rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o
@@ -343,10 +410,11 @@ def _correlate(task, worker, p, real):
                                 place = simd.offset(y, n * p[Y_N] + o * p[Y_O] + pixel - n * plane)
                                 simd.contract(rows, vectors, depth, a, panel, place, p[Y_O], flags, channel_bias)
                             else:
-                                simd.contract(rows, vectors, depth, a, panel, tile, columns, 0, bias)
-                                _scatter(
-                                    p, simd.offset(y, o * p[Y_O]), tile, table, pixel, end, rows, flags, channel_bias
-                                )
+                                place = simd.offset(y, o * p[Y_O])
+                                if flags & simd.ADD:
+                                    _load_tile(p, place, tile, table, rows)
+                                simd.contract(rows, vectors, depth, a, panel, tile, columns, flags, channel_bias)
+                                _store_tile(p, place, tile, table, rows)
             reduced += depth
 
 

@@ -728,15 +728,38 @@ def fill_zero(typingctx, target, elements):
     return types.void(target, types.int64), codegen
 
 
-def _write_transpose(function: ir.Function, element: ir.Type, n: int, add: bool, backwards: bool) -> None:
-    target, target_pitch, source, source_pitch, count = function.args
-    vector = ir.VectorType(element, n)
-    b = ir.IRBuilder(function.append_basic_block("entry"))
-    last = b.sub(count, _i64(1))
-    rows = []
-    for i in range(n):
-        row = b.select(b.icmp_signed("<", _i64(i), count), _i64(i), last)
-        rows.append(_load(b, b.gep(source, [b.mul(source_pitch, row)]), vector))
+@intrinsic
+def spread_every_second(typingctx, target, source, count):
+    """target[2 * i] = source[i] for i < count; nothing else is read or written."""
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[0]), _tile_of(sig.args[0])
+        module, pointer, n = builder.module, element.as_pointer(), t.lanes
+        function, new = _internal(module, f"fastconv_spread_every_second_{element}", [pointer, pointer, _I64])
+        if new:
+            target, source, count = function.args
+            vector = ir.VectorType(element, n)
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            loop = _Loop(b, "vectors", b.sdiv(b.add(count, _i64(n - 1)), _i64(n)), [])
+            first = b.mul(loop.k, _i64(n))
+            left = b.mul(b.sub(count, first), _i64(2))
+            value = _load_up_to(b, module, b.gep(source, [first]), vector, b.sub(count, first))
+            even = ir.Constant(ir.VectorType(_I1, n), [1 - k % 2 for k in range(n)])
+            for j, part in enumerate(_interleave(b, value, value)):
+                mask = b.and_(_lane_mask(b, b.sub(left, _i64(j * n)), n), even)
+                place = b.gep(target, [b.add(b.mul(first, _i64(2)), _i64(j * n))])
+                _store_lanes(b, module, part, place, mask)
+            loop.close([])
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    return types.void(target, target, types.int64), codegen
+
+
+def _transpose_vectors(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """As many vectors as they have lanes, as the rows of a matrix, transposed."""
+    rows, n = list(rows), len(rows)
 
     def pick(x: ir.Value, y: ir.Value, lanes: list[int]) -> ir.Value:
         return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, n), lanes))
@@ -749,6 +772,61 @@ def _write_transpose(function: ir.Function, element: ir.Type, n: int, add: bool,
                 rows[i] = pick(x, y, [k if not k & step else n + k - step for k in range(n)])
                 rows[i + step] = pick(x, y, [k + step if not k & step else n + k for k in range(n)])
         step //= 2
+    return rows
+
+
+@intrinsic
+def transpose_block(typingctx, target, target_pitch, source, source_pitch, rows, columns):
+    """target[k * target_pitch + i] = source[i * source_pitch + k] for i < rows, k < columns, both at most `lanes`.
+
+    Nothing else is read or written.
+    """
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[0]), _tile_of(sig.args[0])
+        module, pointer, n = builder.module, element.as_pointer(), t.lanes
+        function, new = _internal(
+            module, f"fastconv_transpose_block_{element}", [pointer, _I64, pointer, _I64, _I64, _I64]
+        )
+        if new:
+            target, target_pitch, source, source_pitch, rows, columns = function.args
+            vector = ir.VectorType(element, n)
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+
+            def each(count: ir.Value, lanes: ir.Value, pointer: ir.Value, pitch: ir.Value):
+                """Place and lanes of each row; none of those that do not exist, whose place is that of the last."""
+                mask, last = _lane_mask(b, lanes, n), b.sub(count, _i64(1))
+                none = ir.Constant(mask.type, [0] * n)
+                for i in range(n):
+                    exists = b.icmp_signed("<", _i64(i), count)
+                    row = b.select(exists, _i64(i), last)
+                    yield b.gep(pointer, [b.mul(pitch, row)]), b.select(exists, mask, none)
+
+            values = [
+                _load_lanes(b, module, place, mask, vector) for place, mask in each(rows, columns, source, source_pitch)
+            ]
+            places = each(columns, rows, target, target_pitch)
+            for value, (place, mask) in zip(_transpose_vectors(b, values), places, strict=True):
+                _store_lanes(b, module, value, place, mask)
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(target, i, target, i, i, i), codegen
+
+
+def _write_transpose(function: ir.Function, element: ir.Type, n: int, add: bool, backwards: bool) -> None:
+    target, target_pitch, source, source_pitch, count = function.args
+    vector = ir.VectorType(element, n)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    last = b.sub(count, _i64(1))
+    rows = []
+    for i in range(n):
+        row = b.select(b.icmp_signed("<", _i64(i), count), _i64(i), last)
+        rows.append(_load(b, b.gep(source, [b.mul(source_pitch, row)]), vector))
+
+    rows = _transpose_vectors(b, rows)
     for k, row in enumerate(reversed(rows) if backwards else rows):
         place = b.gep(target, [b.mul(target_pitch, _i64(k))])
         _store(b, b.fadd(_load(b, place, vector), row) if add else row, place)
