@@ -269,16 +269,17 @@ def _find_runs(p, runs, pixel, end):
 @_jit
 def _load_tile(p, y, tile, runs, rows):
     """Copy the pixels of the runs of `rows` output channels, of any strides, into the tile [row][column]."""
-    columns, step, channel_step = simd.columns(tile), p[Y_W], p[Y_O]
+    lanes, columns, step, channel_step = simd.lanes(tile), simd.columns(tile), p[Y_W], p[Y_O]
     j = 0
     for run in range(runs[0]):
         source, length = simd.offset(y, runs[2 * run + 1]), runs[2 * run + 2]
         if channel_step == 1 and step > 1:
-            for k in range(0, length, simd.lanes(tile)):
-                simd.transpose_block(
-                    simd.offset(tile, j + k), columns, simd.offset(source, k * step), step,
-                    min(simd.lanes(tile), length - k), rows,
-                )  # fmt: skip
+            for i in range(0, rows, lanes):
+                for k in range(0, length, lanes):
+                    simd.transpose_block(
+                        simd.offset(tile, i * columns + j + k), columns, simd.offset(source, k * step + i), step,
+                        min(lanes, length - k), min(lanes, rows - i),
+                    )  # fmt: skip
         else:
             for i in range(rows):
                 if step == 1:
@@ -296,16 +297,17 @@ def _load_tile(p, y, tile, runs, rows):
 @_jit
 def _store_tile(p, y, tile, runs, rows):
     """The reverse of `_load_tile`."""
-    columns, step, channel_step = simd.columns(tile), p[Y_W], p[Y_O]
+    lanes, columns, step, channel_step = simd.lanes(tile), simd.columns(tile), p[Y_W], p[Y_O]
     j = 0
     for run in range(runs[0]):
         target, length = simd.offset(y, runs[2 * run + 1]), runs[2 * run + 2]
         if channel_step == 1 and step > 1:
-            for k in range(0, length, simd.lanes(tile)):
-                simd.transpose_block(
-                    simd.offset(target, k * step), step, simd.offset(tile, j + k), columns, rows,
-                    min(simd.lanes(tile), length - k),
-                )  # fmt: skip
+            for i in range(0, rows, lanes):
+                for k in range(0, length, lanes):
+                    simd.transpose_block(
+                        simd.offset(target, k * step + i), step, simd.offset(tile, i * columns + j + k), columns,
+                        min(lanes, rows - i), min(lanes, length - k),
+                    )  # fmt: skip
         else:
             for i in range(rows):
                 if step == 1:

@@ -117,7 +117,7 @@ def _multiply_add(b: ir.IRBuilder, module: ir.Module, fma: bool, x: ir.Value, y:
     return b.call(function, [x, y, z])
 
 
-def _prefetch(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, write: bool) -> None:
+def _prefetch(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, write: bool = False) -> None:
     """Ask for the cache line at `pointer`, which need not be an address that can be read."""
     byte = _I8.as_pointer()
     function = cgutils.get_or_insert_function(
@@ -505,7 +505,7 @@ def _pack_function(module: ir.Module, element: ir.Type, t: Tile) -> ir.Function:
                 value.add_incoming(merged, inside)
             _store(b, value, b.gep(inner.values[0], [_i64(j * t.lanes)]))
             if fixed == 1:
-                _prefetch(b, module, b.gep(at, [b.add(known[j][0][0], ahead)]), False)
+                _prefetch(b, module, b.gep(at, [b.add(known[j][0][0], ahead)]))
         following = b.gep(inner.values[0], [_i64(t.columns)])
         inner.close([following])
         outer.close([following, b.gep(outer.values[1], [channel_pitch])])
@@ -1920,15 +1920,6 @@ def span_exponentials(typingctx, target, source, count, base, ahead):
 
     i = types.int64
     return types.float64(target, target, i, target.dtype, i), codegen
-
-
-def _prefetch(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value) -> None:
-    """Ask for the cache line of `pointer`, of which nothing needs to be true: no address is an error here."""
-    byte = ir.IntType(8).as_pointer()
-    function = cgutils.get_or_insert_function(
-        module, ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32]), "llvm.prefetch.p0"
-    )
-    b.call(function, [b.bitcast(pointer, byte), *(ir.Constant(_I32, flag) for flag in (0, 3, 1))])
 
 
 def _transfer(
