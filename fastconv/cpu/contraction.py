@@ -100,7 +100,7 @@ def _copy_row(row, phase_pitch, source, step, stride, count, first, places):
 
 @_jit
 def _copy_channels(rows, pitch, phase_pitch, source, step, channels, stride, count, first):
-    """`_copy_row` for up to `lanes` channels that lie next to each other in memory; those of the slab, `pitch` apart."""
+    """`_copy_row` for up to `lanes` channels that are neighbours in memory, and `pitch` apart in the slab."""
     lanes = simd.lanes(rows)
     for r in range(min(stride, count)):
         place = (first + r) % stride * phase_pitch + (first + r) // stride
