@@ -52,6 +52,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -60,7 +61,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from . import tasks
-from .elementary import exp, log, tanh
+from .elementary import log, tanh
 from .jit import REAL, array_of, compiled, output_of
 from .simd import (
     at,
@@ -87,6 +88,10 @@ WIDEST = 512  # lanes of a tile by position
 BY_POSITION_BELOW = 64  # classes; below, contiguous classes are transposed into a tile by position
 TASK = 32_768  # elements of a task, about 10 us: small beside a whole call, large beside the 0.1 us of starting it
 ALONE = 8192  # elements up to which a call does not go through `tasks.run`, whose 3 us are felt
+# Each way is compiled in two variants. This constant is False in the plain one, from which Numba cuts the branches that
+# ask for it before it spends a third of the compile time on them: soft targets, label smoothing, softcap, log_softmax,
+# exponentials that are not kept, and by class a gradient with other strides than 1.
+GENERAL = True
 FLOPS = 10  # of an element, for the choice between serial and parallel: serial below 100 000 elements
 
 # What a task body is told. The first fields are those that `tasks.run` fills.
@@ -108,6 +113,17 @@ _RECORD = numba.from_dtype(_PARAMETERS)
 _inline = numba.njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 # A function that is called in one place is inlined before types are inferred: each that is not costs 50 ms to compile.
 _inline_once = numba.njit(error_model="numpy", inline="always")
+
+
+@intrinsic
+def _keep_apart(typingctx):
+    """Keep LLVM from copying the function that says so into each of its callers, and compiling every copy."""
+
+    def codegen(context, builder, sig, args):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
 
 
 @intrinsic
@@ -147,6 +163,7 @@ def _number(typingctx, value, like):
 
 @_inline
 def _soften(values, count, cap):
+    _keep_apart()
     for i in range(count):
         values[i] = cap * tanh(values[i] / cap)
 
@@ -154,6 +171,7 @@ def _soften(values, count, cap):
 @_inline
 def _bend(values, softened, count, cap, one):
     """The gradient of the softcapped logits as that of the logits."""
+    _keep_apart()
     for i in range(count):
         u = softened[i] / cap
         values[i] = values[i] * (one - u * u)
@@ -167,6 +185,7 @@ def _bend(values, softened, count, cap, one):
 @_inline
 def _row_coefficients(out, p, y, weight, start, count, keep, even):
     """q_c = w_c * (keep * y_c + even): without the one-hot part when the targets are class indices."""
+    _keep_apart()
     if p.soft != 0:
         for i in range(count):
             out[i] = keep * y[(start + i) * p.soft_c] + even
@@ -187,8 +206,9 @@ def _by_class(task, worker, parameters, real):
     zero, one, low = _number(0.0, real), _number(1.0, real), _number(-np.inf, real)
     cap, smoothing = _number(p.logit_softcap, real), p.label_smoothing
     keep, even = _number(1.0 - smoothing, real), _number(smoothing / classes, real)
-    dense = p.soft != 0 or (p.labels != 0 and smoothing > 0)
-    simple = not dense and cap == zero and p.log == 0 and p.grad_c == 1
+    if GENERAL:
+        dense = p.soft != 0 or (p.labels != 0 and smoothing > 0)
+        simple = not dense and cap == zero and p.log == 0 and p.grad_c == 1
 
     # Scratch memory of this worker: the sums of `span_products`, three pieces, a base for each piece, the tile.
     here = p.scratch + worker * p.scratch_bytes
@@ -217,35 +237,39 @@ def _by_class(task, worker, parameters, real):
         if not ignored or p.lse != 0:
             for start in range(0, classes, PIECE):
                 count = min(PIECE, classes - start)
-                source = offset(z, start)
-                if cap != zero:
-                    copy_span(softened, source, count)
-                    _soften(softened, count, cap)
-                    source = softened
+                source, powers = offset(z, start), offset(tile, start)
+                if GENERAL:
+                    if cap != zero:
+                        copy_span(softened, source, count)
+                        _soften(softened, count, cap)
+                        source = softened
+                    if not kept:
+                        powers = line
                 highest = span_maximum(source, count)
                 if highest > top:
                     top = highest
                     change = np.float64(base) - np.float64(top)
-                    total = total * exp(change) if total != 0.0 else 0.0  # 0 * inf when nothing was finite before
+                    total = total * math.exp(change) if total != 0.0 else 0.0  # 0 * inf when nothing was finite before
                     sums[0] += sums[1] * change if sums[1] != 0.0 else 0.0
                     base = top
                 bases[start // PIECE] = base
-                if dense:
+                if GENERAL and dense:
                     _row_coefficients(coefficients, p, y, weight, start, count, keep, even)
                     span_products(coefficients, source, count, base, sums)
-                total += span_exponentials(offset(tile, start) if kept else line, source, count, base, np.int64(PIECE))
+                total += span_exponentials(powers, source, count, base, np.int64(PIECE))
 
         # 2. Loss, and the factors of the gradient.
-        log_sum = log(total)
+        log_sum = math.log(total)
         log_sum_exp = np.float64(base) + log_sum
         q_z, q_sum, q_hit, slope, outer = sums[0], sums[1], 0.0, 1.0, p.scale
         if p.labels == 0 and p.soft == 0:  # softmax itself
             q_sum = 1.0
         if label >= 0:
             z_hit, q_hit = z[label], 1.0 - smoothing
-            if cap != zero:
+            if GENERAL and cap != zero:
                 z_hit = cap * tanh(z_hit / cap)
-                slope = 1.0 - np.float64(z_hit / cap) ** 2
+                u = np.float64(z_hit / cap)
+                slope = 1.0 - u * u
             if p.weight != 0:
                 q_hit *= np.float64(weight[label * p.weight_c])
             q_sum += q_hit
@@ -269,48 +293,46 @@ def _by_class(task, worker, parameters, real):
 
         # 3. The gradient (or the softmax), piece by piece.
         if ignored:
-            if p.grad_c == 1:
-                fill_zero(to, classes)
-            else:
-                for c in range(classes):
-                    to[c * p.grad_c] = zero
+            for c in range(classes):
+                to[c * p.grad_c] = zero
             continue
         for start in range(0, classes, PIECE):
             count = min(PIECE, classes - start)
-            source, powers, moved = offset(z, start), offset(tile, start), factor
-            if cap != zero:
-                copy_span(softened, source, count)
-                _soften(softened, count, cap)
-                source = softened
-            if kept:
-                if bases[start // PIECE] != base:
-                    moved *= exp(np.float64(bases[start // PIECE]) - np.float64(base))
-            elif p.log == 0:
-                span_exponentials(line, source, count, base, np.int64(PIECE))
-                powers = line
-            scale = _number(moved, real)
-            if simple:
-                span_scale(offset(to, start), powers, count, scale, past_cache)
-                if start <= label < start + count:
-                    to[label] = powers[label - start] * scale - _number(hit, real)
-                continue
-            if p.log != 0:
-                shift = _number(log_sum, real)
-                for i in range(count):
-                    line[i] = (source[i] - base) - shift
-            else:
-                span_scale(line, powers, count, scale, False)
-                if dense:
-                    _row_coefficients(coefficients, p, y, weight, start, count, keep, even)
-                    weight_of = _number(outer, real)
-                    for i in range(count):
-                        line[i] = line[i] - coefficients[i] * weight_of
+            powers, moved = offset(tile, start), factor
+            if GENERAL:
+                source = offset(z, start)
                 if cap != zero:
-                    _bend(line, softened, count, cap, one)
-                if start <= label < start + count:
-                    line[label - start] = line[label - start] - _number(hit, real)
-            for i in range(count):
-                to[(start + i) * p.grad_c] = line[i]
+                    copy_span(softened, source, count)
+                    _soften(softened, count, cap)
+                    source = softened
+                if not kept and p.log == 0:
+                    span_exponentials(line, source, count, base, np.int64(PIECE))
+                    powers = line
+            if kept and bases[start // PIECE] != base:
+                moved *= math.exp(np.float64(bases[start // PIECE]) - np.float64(base))
+            scale, taken = _number(moved, real), _number(hit, real)
+            if GENERAL and not simple:
+                if p.log != 0:
+                    shift = _number(log_sum, real)
+                    for i in range(count):
+                        line[i] = (source[i] - base) - shift
+                else:
+                    span_scale(line, powers, count, scale, False)
+                    if dense:
+                        _row_coefficients(coefficients, p, y, weight, start, count, keep, even)
+                        weight_of = _number(outer, real)
+                        for i in range(count):
+                            line[i] = line[i] - coefficients[i] * weight_of
+                    if cap != zero:
+                        _bend(line, softened, count, cap, one)
+                    if start <= label < start + count:
+                        line[label - start] = line[label - start] - taken
+                for i in range(count):
+                    to[(start + i) * p.grad_c] = line[i]
+                continue
+            span_scale(offset(to, start), powers, count, scale, past_cache)
+            if start <= label < start + count:
+                to[label] = powers[label - start] * scale - taken
     if past_cache:
         drain_stores()
 
@@ -321,53 +343,49 @@ def _by_class(task, worker, parameters, real):
 
 
 @_inline
+def _run(space, n_step, s_step, position, left):
+    """Where `position` is, and how many of the `left` positions from there on have which step between them."""
+    if space == 1:
+        return position * n_step, left, n_step
+    n, s = divmod(position, space)
+    return n * n_step + s * s_step, min(space - s, left), s_step
+
+
+@_inline
 def _fetch(tile, array, n_step, c_step, s_step, space, position, lanes, width, row, rows):
     """Fill rows `row` to `row + rows` of the tile of `lanes` positions from `position` on."""
-    if c_step == 1 and space == 1:  # few contiguous classes: a transposition, position by position
-        for j in range(lanes):
-            source = offset(array, (position + j) * n_step + row)
-            for r in range(rows):
-                tile[r * width + j] = source[r]
-    else:
-        j = 0
-        while j < lanes:  # a run of positions that are neighbours in space
-            n, s = divmod(position + j, space)
-            count = min(space - s, lanes - j)
-            source = offset(array, n * n_step + row * c_step + s * s_step)
-            if s_step == 1:
-                move_rows(offset(tile, j), width, source, c_step, rows, count, False)
-            else:
+    _keep_apart()
+    j = 0
+    while j < lanes:
+        start, count, step = _run(space, n_step, s_step, position + j, lanes - j)
+        source, to = offset(array, start + row * c_step), offset(tile, j)
+        if step == 1:
+            move_rows(to, width, source, c_step, rows, count, False)
+        else:
+            for i in range(count):
                 for r in range(rows):
-                    for i in range(count):
-                        tile[r * width + j + i] = source[r * c_step + i * s_step]
-            j += count
-    if lanes < width:
-        for r in range(rows):
-            for j in range(lanes, width):
-                tile[r * width + j] = tile[r * width]  # some number of the tile, never used
+                    to[r * width + i] = source[r * c_step + i * step]
+        j += count
+    for r in range(rows):
+        for j in range(lanes, width):
+            tile[r * width + j] = tile[r * width]  # some number of the tile, never used
 
 
 @_inline
 def _deliver(tile, array, n_step, c_step, s_step, space, position, lanes, width, row, rows, past_cache):
     """The way back."""
-    if c_step == 1 and space == 1:
-        for j in range(lanes):
-            to = offset(array, (position + j) * n_step + row)
-            for r in range(rows):
-                to[r] = tile[r * width + j]
-    else:
-        j = 0
-        while j < lanes:
-            n, s = divmod(position + j, space)
-            count = min(space - s, lanes - j)
-            to = offset(array, n * n_step + row * c_step + s * s_step)
-            if s_step == 1:
-                move_rows(to, c_step, offset(tile, j), width, rows, count, past_cache)
-            else:
+    _keep_apart()
+    j = 0
+    while j < lanes:
+        start, count, step = _run(space, n_step, s_step, position + j, lanes - j)
+        source, to = offset(tile, j), offset(array, start + row * c_step)
+        if step == 1:
+            move_rows(to, c_step, source, width, rows, count, past_cache)
+        else:
+            for i in range(count):
                 for r in range(rows):
-                    for i in range(count):
-                        to[r * c_step + i * s_step] = tile[r * width + j + i]
-            j += count
+                    to[r * c_step + i * step] = source[r * width + i]
+        j += count
 
 
 @_inline_once
@@ -375,30 +393,18 @@ def _fetch_labels(out, labels, p, position, lanes):
     """The labels of `lanes` positions, -1 for those that are ignored."""
     j = 0
     while j < lanes:
-        n, s = divmod(position + j, p.space)
-        count, step = min(p.space - s, lanes - j), p.labels_s
-        if p.space == 1:
-            count, step = lanes, p.labels_n
-        source, to = offset(labels, n * p.labels_n + s * p.labels_s), offset(out, j)
-        if step == 1:
-            for i in range(count):
-                to[i] = source[i] if source[i] != p.ignore_index else -1
-        else:
-            for i in range(count):
-                to[i] = source[i * step] if source[i * step] != p.ignore_index else -1
+        start, count, step = _run(p.space, p.labels_n, p.labels_s, position + j, lanes - j)
+        source, to = offset(labels, start), offset(out, j)
+        for i in range(count):
+            t = source[i * step]
+            to[i] = t if t != p.ignore_index else -1
         j += count
-
-
-@_inline
-def _fetch_logits(tile, p, logits, position, lanes, row, rows, cap):
-    _fetch(tile, logits, p.logits_n, p.logits_c, p.logits_s, p.space, position, lanes, p.width, row, rows)
-    if cap != 0:
-        _soften(tile, rows * p.width, cap)
 
 
 @_inline
 def _fetch_coefficients(tile, p, soft, weight, position, lanes, row, rows, keep, even):
     """q_c = w_c * (keep * y_c + even): without the one-hot part when the targets are class indices."""
+    _keep_apart()
     width = p.width
     if p.soft != 0:
         _fetch(tile, soft, p.soft_n, p.soft_c, p.soft_s, p.space, position, lanes, width, row, rows)
@@ -426,16 +432,13 @@ def _set(lane_values, width, value):
 
 
 @_inline_once
-def _move_base(base, top, low, width, started, total, weighted, mass):
-    """Bring base up to top, and with it what has been summed relative to it."""
-    for j in range(width if started else 0):
-        new = top[j] if top[j] > low else base[j]
-        if new != base[j]:
-            change = np.float64(base[j]) - np.float64(new)
-            total[j] = total[j] * exp(change) if total[j] != 0.0 else 0.0  # 0 * inf when nothing was finite before
-            weighted[j] = weighted[j] + mass[j] * change
+def _correct(base, top, low, width, total, weighted, mass):
+    """Bring what has been summed relative to the base to the maximum, which has grown."""
     for j in range(width):
-        base[j] = top[j] if top[j] > low else base[j]
+        if top[j] > low and top[j] != base[j]:
+            change = np.float64(base[j]) - np.float64(top[j])
+            total[j] = total[j] * math.exp(change) if total[j] != 0.0 else 0.0  # 0 * inf when nothing was finite before
+            weighted[j] = weighted[j] + mass[j] * change
 
 
 @_inline_once
@@ -457,26 +460,29 @@ def _by_position(task, worker, parameters, real):
     labels, loss, lse = at(parameters, p.labels), at(real, p.loss), at(real, p.lse)
     grad_output, partial = at(real, p.grad_output), _pointer(p.partial, 0.0)
     zero, one, low = _number(0.0, real), _number(1.0, real), _number(-np.inf, real)
+    # Literals as arguments would be types of their own, and have `_fetch` and `_deliver` compiled twice.
+    none, single, in_cache = np.int64(0), np.int64(1), np.bool_(False)
     cap, smoothing = _number(p.logit_softcap, real), p.label_smoothing
     keep, even = _number(1.0 - smoothing, real), _number(smoothing / classes, real)
-    dense = p.soft != 0 or (p.labels != 0 and smoothing > 0)
-    simple = kept and not dense and cap == zero and p.log == 0
+    if GENERAL:
+        dense = p.soft != 0 or (p.labels != 0 and smoothing > 0)
 
     # Scratch memory of this worker: vectors of `width` lanes, two pieces, the tile.
     here = p.scratch + worker * p.scratch_bytes
     lane_bytes = width * 8
-    total, log_sum = _pointer(here, 0.0), _pointer(here + lane_bytes, 0.0)
-    weighted, mass = _pointer(here + 2 * lane_bytes, 0.0), _pointer(here + 3 * lane_bytes, 0.0)
-    outer, hit = _pointer(here + 4 * lane_bytes, 0.0), at(real, here + 5 * lane_bytes)
-    top, base = at(real, here + 6 * lane_bytes), at(real, here + 7 * lane_bytes)
-    factor, scale = at(real, here + 8 * lane_bytes), at(real, here + 9 * lane_bytes)
-    label, q_hit = at(parameters, here + 10 * lane_bytes), _pointer(here + 11 * lane_bytes, 0.0)
-    coefficients = at(real, here + 12 * lane_bytes)
+    total = _pointer(here, 0.0)
+    weighted, mass, hit = offset(total, width), offset(total, 2 * width), at(real, here + 3 * lane_bytes)
+    q_hit, log_sum, outer = offset(total, 4 * width), offset(total, 5 * width), offset(total, 6 * width)
+    label, top = at(parameters, here + 7 * lane_bytes), at(real, here + 8 * lane_bytes)
+    base, factor, scale = offset(top, width), offset(top, 2 * width), offset(top, 3 * width)
+    coefficients = offset(top, 4 * width)
     softened = offset(coefficients, PIECE)
     tile = offset(softened, PIECE)
 
     piece_rows = PIECE // width
-    block = classes if kept else piece_rows
+    block, step = classes, classes
+    if GENERAL:
+        block, step = classes if kept else piece_rows, piece_rows
 
     for unit in range(task * p.task_units, min((task + 1) * p.task_units, p.units)):
         position = unit * width
@@ -492,57 +498,61 @@ def _by_position(task, worker, parameters, real):
                 ignored += label[j] < 0
             for j in range(width):
                 q_hit[j] = 1.0 - smoothing if label[j] >= 0 else 0.0
-            for j in range(lanes if p.weight != 0 else 0):
-                if label[j] >= 0:
-                    q_hit[j] = q_hit[j] * np.float64(weight[label[j] * p.weight_c])
+            if p.weight != 0:
+                for j in range(lanes):
+                    if label[j] >= 0:
+                        q_hit[j] = q_hit[j] * np.float64(weight[label[j] * p.weight_c])
 
         # 2. Maximum and sum of exponentials, block by block. `base` is the maximum so far, or 0 where that is -inf:
         # -inf - -inf would be nan. Where all is ignored nothing is read.
         _set(top, width, low)
         _set(base, width, zero)
-        _set(total, width, 0.0)
-        _set(weighted, width, 0.0)
-        _set(mass, width, 0.0)
-        _set(hit, width, zero)
+        fill_zero(total, 4 * width)  # and `weighted`, `mass` and `hit`
         read = ignored < lanes or p.lse != 0
         for row in range(0, classes if read else 0, block):
             block_rows = min(block, classes - row)
-            _fetch_logits(tile, p, logits, position, lanes, row, block_rows, cap)
-            for j in range(lanes if p.labels != 0 else 0):
-                r = label[j] - row
-                if 0 <= r < block_rows:  # not at -1
-                    hit[j] = tile[r * width + j]
+            _fetch(tile, logits, p.logits_n, p.logits_c, p.logits_s, space, position, lanes, width, row, block_rows)
+            if GENERAL and cap != zero:
+                _soften(tile, block_rows * width, cap)
+            if p.labels != 0:
+                for j in range(lanes):
+                    r = label[j] - row
+                    if 0 <= r < block_rows:  # not at -1
+                        hit[j] = tile[r * width + j]
             raise_maxima(top, tile, block_rows, width)
-            _move_base(base, top, low, width, row > 0, total, weighted, mass)
-            if dense:
+            if GENERAL and row > 0:
+                _correct(base, top, low, width, total, weighted, mass)
+            for j in range(width):
+                base[j] = top[j] if top[j] > low else base[j]
+            if GENERAL and dense:
                 for r in range(0, block_rows, piece_rows):
                     count = min(piece_rows, block_rows - r)
                     _fetch_coefficients(coefficients, p, soft, weight, position, lanes, row + r, count, keep, even)
                     _add_coefficients(offset(tile, r * width), coefficients, count, width, base, weighted, mass)
-            n, s = divmod(position + (width if kept else 0), space)  # what is wanted next
-            following = offset(logits, n * p.logits_n + (row if kept else row + block) * p.logits_c + s * p.logits_s)
+            n, s = divmod(position + width, space)  # of the next unit
+            following = offset(logits, n * p.logits_n + row * p.logits_c + s * p.logits_s)
             column_exponentials(tile, block_rows, width, base, total, following, p.logits_c)
         for j in range(width):
             log_sum[j] = log(total[j])
 
-        # 3. Loss, and the factors of the gradient, of each position: `weighted` becomes the loss. Short loops over
-        # lanes, which are vectors; only what looks into the logits or writes to the caller's arrays is not.
-        _set(outer, width, p.scale)
+        # 3. Loss, and the factors of the gradient, of each position: `weighted` becomes the loss. Short loops, which
+        # LLVM turns into vectors: it gives up on one that would need many checks that its arrays do not overlap.
+        _set(scale, width, one)
+        if p.grad_output != 0:
+            _fetch(
+                scale, grad_output, p.grad_output_n, none, p.grad_output_s, space, position, lanes, width, none, single
+            )
+        for j in range(width):
+            outer[j] = p.scale * np.float64(scale[j])
         if p.labels == 0 and p.soft == 0:  # softmax itself
             _set(mass, width, 1.0)
-        n, s = divmod(position, space)
-        for j in range(lanes if p.grad_output != 0 else 0):
-            outer[j] = p.scale * np.float64(grad_output[n * p.grad_output_n + s * p.grad_output_s])
-            s += 1
-            if s == space:
-                n, s = n + 1, 0
         if p.labels != 0:  # `hit` holds the logits at the labels
             for j in range(width):
                 q = q_hit[j]
                 weighted[j] = weighted[j] + (q * (np.float64(hit[j]) - np.float64(base[j])) if q != 0.0 else 0.0)
             for j in range(width):
                 mass[j] = mass[j] + q_hit[j]
-            if cap != zero:
+            if GENERAL and cap != zero:
                 for j in range(width):
                     u = np.float64(hit[j] / cap)
                     q_hit[j] = q_hit[j] * (1.0 - u * u)
@@ -556,64 +566,80 @@ def _by_position(task, worker, parameters, real):
                 weighted[j] = weighted[j] + p.z_loss * log_sum_exp * log_sum_exp
                 mass[j] = mass[j] + 2.0 * p.z_loss * log_sum_exp
         for j in range(width):
-            factor[j] = log_sum[j] if p.log != 0 else mass[j] * outer[j] / total[j]
-            scale[j] = outer[j]
-        masked = not read or (ignored > 0 and not simple)
-        for j in range(lanes if ignored > 0 else 0):
-            if label[j] < 0:
-                weighted[j] = 0.0
-                factor[j] = zero  # makes zeros of the exponentials, unless there is a nan among them
-                masked |= total[j] != total[j]
+            factor[j] = mass[j] * outer[j] / total[j]
+        masked = not read
+        if GENERAL:
+            masked |= ignored > 0
+            if p.log != 0:
+                for j in range(width):
+                    factor[j] = log_sum[j]
+            for j in range(width):
+                scale[j] = outer[j]
+        if ignored > 0:
+            for j in range(lanes):
+                if label[j] < 0:
+                    weighted[j] = 0.0
+                    factor[j] = zero  # makes zeros of the exponentials, unless there is a nan among them
+                    masked |= total[j] != total[j]
         unit_loss = 0.0
         for j in range(lanes):
             unit_loss += weighted[j]
-        n, s = divmod(position, space)
-        for j in range(lanes if p.loss != 0 or p.lse != 0 else 0):
-            if p.loss != 0:
-                loss[n * p.loss_n + s * p.loss_s] = weighted[j]
-            if p.lse != 0:
-                lse[n * p.lse_n + s * p.lse_s] = np.float64(base[j]) + log_sum[j]
-            s += 1
-            if s == space:
-                n, s = n + 1, 0
         partial[unit] = unit_loss
+        if p.loss != 0:
+            for j in range(width):
+                top[j] = weighted[j]
+            _deliver(top, loss, p.loss_n, none, p.loss_s, space, position, lanes, width, none, single, in_cache)
+        if p.lse != 0:
+            for j in range(width):
+                top[j] = np.float64(base[j]) + log_sum[j]
+            _deliver(top, lse, p.lse_n, none, p.lse_s, space, position, lanes, width, none, single, in_cache)
         if p.grad == 0:
             continue
 
-        # 4. The gradient (or the softmax), all at once where that is simple, else piece by piece.
-        step = classes if simple else piece_rows
+        # 4. The gradient (or the softmax), all at once in the plain variant, else piece by piece.
         for row in range(0, classes, step):
             count = min(step, classes - row)
-            here = offset(tile, row * width if kept else 0)
-            if p.log != 0 or (read and not kept):
-                _fetch_logits(here, p, logits, position, lanes, row, count, cap)
-            if p.log != 0:
-                for r in range(count):
-                    line = offset(here, r * width)
-                    for j in range(width):
-                        line[j] = (line[j] - base[j]) - factor[j]
-            else:
+            here, powers = offset(tile, row * width), True
+            if GENERAL:
                 if not kept:
-                    column_exponentials(here, count, width, base, total, here, 0)
+                    here = tile
+                if p.log != 0 or (read and not kept):
+                    _fetch(here, logits, p.logits_n, p.logits_c, p.logits_s, space, position, lanes, width, row, count)
+                    if cap != zero:
+                        _soften(here, count * width, cap)
+                if p.log != 0:
+                    powers = False
+                    for r in range(count):
+                        line = offset(here, r * width)
+                        for j in range(width):
+                            line[j] = (line[j] - base[j]) - factor[j]
+                elif not kept:
+                    column_exponentials(here, count, width, base, total, here, none)
+            if powers:
                 scale_columns(here, count, width, factor)
+            if GENERAL:
                 if dense:
                     _fetch_coefficients(coefficients, p, soft, weight, position, lanes, row, count, keep, even)
                     for r in range(count):
                         line, q_line = offset(here, r * width), offset(coefficients, r * width)
                         for j in range(width):
                             line[j] = line[j] - q_line[j] * scale[j]
-                if cap != zero and read:
-                    _fetch_logits(softened, p, logits, position, lanes, row, count, cap)
+                if cap != zero and read and powers:
+                    _fetch(
+                        softened, logits, p.logits_n, p.logits_c, p.logits_s, space, position, lanes, width, row, count
+                    )
+                    _soften(softened, count * width, cap)
                     _bend(here, softened, count * width, cap, one)
-                if masked:
-                    for r in range(count):
-                        line = offset(here, r * width)
-                        for j in range(width):
-                            line[j] = line[j] if label[j] >= 0 else zero
-            for j in range(lanes if p.labels != 0 else 0):
-                r = label[j] - row
-                if 0 <= r < count:
-                    here[r * width + j] = here[r * width + j] - hit[j]
+            if masked:
+                for r in range(count):
+                    line = offset(here, r * width)
+                    for j in range(width):
+                        line[j] = line[j] if label[j] >= 0 else zero
+            if p.labels != 0:
+                for j in range(lanes):
+                    r = label[j] - row
+                    if 0 <= r < count:
+                        here[r * width + j] = here[r * width + j] - hit[j]
             _deliver(here, grad, p.grad_n, p.grad_c, p.grad_s, space, position, lanes, width, row, count, past_cache)
     if past_cache:
         drain_stores()
@@ -635,16 +661,11 @@ def _count_labels(labels, p, batch, space, ignore_index, classes):
     bad, used = 0, 0
     for run in range(runs):
         first = offset(labels, run * run_step)
-        if step == 1:  # apart, because a loop over neighbours can be vectorised
-            for i in range(length):
-                counts = first[i] != ignore_index
-                bad += counts & (np.uint64(first[i]) >= np.uint64(classes))
-                used += counts
-        else:
-            for i in range(length):
-                counts = first[i * step] != ignore_index
-                bad += counts & (np.uint64(first[i * step]) >= np.uint64(classes))
-                used += counts
+        for i in range(length):
+            t = first[i * step]
+            counts = t != ignore_index
+            bad += counts & (np.uint64(t) >= np.uint64(classes))
+            used += counts
     return bad, used
 
 
@@ -748,7 +769,13 @@ def _compiled_reduce() -> Callable[[np.ndarray, int, bool], float]:
     return compiled(numba.njit, types.float64(_doubles, types.intp, types.boolean), _reduce, nogil=True)
 
 
-_bodies = (tasks.Body(_by_position), tasks.Body(_by_class))
+def _plain(body: Callable[..., None]) -> Callable[..., None]:
+    """The variant of a body in which GENERAL is False."""
+    return FunctionType(body.__code__, {**body.__globals__, "GENERAL": False}, f"{body.__name__}_plain")
+
+
+# [by class?][plain?]
+_bodies = tuple((tasks.Body(body), tasks.Body(_plain(body))) for body in (_by_position, _by_class))
 _NO_LABELS = np.empty((0, 0), np.int64)
 _SCRATCH = KEPT_BYTES + 64 + max(12 * 8 * WIDEST + 2 * 8 * PIECE, 64 + (3 * PIECE + 64) * 8)
 _WORDS = _PARAMETERS.itemsize // 8
@@ -762,7 +789,16 @@ def _launch(
     dtype = logits.dtype
     classes = logits.shape[1]
     by_class = classes >= BY_POSITION_BELOW and logits.strides[1] == dtype.itemsize
-    body = _bodies[by_class]
+    item = dtype.itemsize
+    plain = (
+        soft is None
+        and not log
+        and cap == 0
+        and (smoothing == 0 or labels is None)
+        and classes * item * (1 if by_class else LANES) <= KEPT_BYTES
+        and (not by_class or grad is None or grad.strides[1] == item)
+    )
+    body = _bodies[by_class][plain]
     scratch = _SCRATCH + classes // PIECE * 8
     prepare, (none_1, none_2, none_3) = _compiled(dtype)
     words = np.zeros(_WORDS, np.int64)
