@@ -389,8 +389,9 @@ def test_memory_is_that_of_result_and_scratch():
         ours, numpy = session.measure(case, ["forward"], ["fastconv", "numpy"])
     assert (ours.note, numpy.note) == ("", "")
     result, windows = 4 * 64 * 256 * 256 * 4 / 1e6, 4 * 27 * 256 * 256 * 4 / 1e6
-    assert result <= ours.memory_mb
-    assert result + windows <= numpy.memory_mb
+    slack = 1.0  # Linux counts pages in batches for each CPU and thread, and adds them up later
+    assert result - slack <= ours.memory_mb <= result + 8
+    assert result + windows - slack <= numpy.memory_mb
     assert numpy.ratio == pytest.approx(numpy.memory_mb / ours.memory_mb)
 
 
