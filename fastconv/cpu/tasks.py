@@ -88,10 +88,12 @@ class Body:
 
 def _scratch(size: int) -> int:
     """Address of `size` bytes of this Python thread's own scratch memory, aligned to a cache line."""
-    buffer = getattr(_local, "scratch", None)
-    if buffer is None or buffer.nbytes < size + 64:
-        buffer = _local.scratch = np.empty(size + 64, np.uint8)
-    return -(-buffer.__array_interface__["data"][0] // 64) * 64
+    kept, address = getattr(_local, "scratch", (0, 0))
+    if kept < size:
+        _local.scratch_buffer = buffer = np.empty(size + 64, np.uint8)
+        address = -(-buffer.__array_interface__["data"][0] // 64) * 64  # kept, because asking for it takes 1 us
+        _local.scratch = size, address
+    return address
 
 
 def workspace(elements: int, dtype: np.dtype, slot: int = 0) -> np.ndarray:
