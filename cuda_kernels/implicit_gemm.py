@@ -1,4 +1,4 @@
-"""Convolution as a matrix product whose second operand is read in place, through tables of offsets. float32.
+"""Convolution as a matrix product whose second operand is read in place, through tables of offsets.
 
 The forward pass is a `Gather`: with columns j, the output positions of all samples, and terms k = (channel, tap),
 
@@ -13,6 +13,12 @@ The weight gradient sums over positions; its columns are the (channel, tap):
 
 in parts of a fixed number of positions, which a second kernel adds in order. Offsets are 32-bit: arrays of 2**31
 elements or more are taken a few samples at a time, and left to the simple kernels if one sample is too large.
+
+The same kernels serve every type, by the products of `tiles`: float32 and float64 on the ordinary units; float16,
+bfloat16 and, where the user allows it, float32 rounded to tf32 on the tensor cores, all three summed in float32. There
+weights are copied 16 bytes at a time, from an ordered copy where they do not lie like that, and so is a source whose
+channels lie together; any other source goes through registers. What a sum adds, and in which order, depends on the
+shape and the order of the dimensions in memory, not on what is aligned.
 """
 
 from __future__ import annotations
@@ -24,13 +30,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from numba import types
+from numba import from_dtype, types
 
+from ..backends import get_float32_precision
 from ..geometry import ConvGeometry
 from ._cuda import DeviceArray, cuda, current_device, empty, launch, launch_blocks, upload
-from .intrinsics import load4, store4, u32
+from .intrinsics import copy16_async, copy_commit, copy_wait_all, load4, round_tf32, store4, u32
 from .jit import BlockKernel, Element, array_of, flat, inlined, kernel
-from .tiles import DEPTH, ENOUGH_BLOCKS, TILES, Tile, choose_tile, stepper
+from .tiles import ARITHMETIC, ENOUGH_BLOCKS, Tile, choose_tile, product
 
 __all__ = ["forward", "input_grad", "weight_grad"]
 
@@ -38,7 +45,8 @@ MOST_ELEMENTS = 2**31 - 1
 LEAST_ROWS = 4  # channels of a group: fewer leave most of a tile empty, in every one of many groups
 FAR = 1 << 30  # added to a coordinate, puts it outside of any array
 
-# How a thread stores its sums: one by one; four positions at once, for channels first; four rows, for channels last.
+# How a thread stores its sums: one by one; several positions at once, for channels first; several rows, for channels
+# last.
 ONE_BY_ONE, POSITIONS, ROWS = 0, 1, 2
 
 Strides = tuple[int, ...]
@@ -71,14 +79,18 @@ class Gather(NamedTuple):
         return bool((self.deltas < 0).any() or (self.deltas + last >= self.size).any())
 
 
-def _terms(channels: int, taps: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Channel and tap (terms, 3) of each term; the taps of one channel follow each other."""
+def _terms(
+    channels: int, taps: list[tuple[int, int, int]], channels_together: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Channel and tap (terms, 3) of each term: channel by channel, or tap by tap with the channels together."""
+    if channels_together:
+        return np.tile(np.arange(channels), len(taps)), np.repeat(np.reshape(taps, (-1, 3)), channels, axis=0)
     return np.repeat(np.arange(channels), len(taps)), np.tile(np.reshape(taps, (-1, 3)), (channels, 1))
 
 
-def _forward_gather(geometry: ConvGeometry, weight: Strides) -> Gather:
+def _forward_gather(geometry: ConvGeometry, weight: Strides, channels_together: bool) -> Gather:
     taps = list(itertools.product(*map(range, geometry.kernel_size)))
-    channels, tap = _terms(geometry.in_channels_per_group, taps)
+    channels, tap = _terms(geometry.in_channels_per_group, taps, channels_together)
     return Gather(
         geometry.out_channels_per_group, geometry.batch * int(np.prod(geometry.output_size)), len(channels),
         geometry.output_size, geometry.stride, geometry.input_size,
@@ -87,7 +99,7 @@ def _forward_gather(geometry: ConvGeometry, weight: Strides) -> Gather:
     )  # fmt: skip
 
 
-def _input_grad_gathers(geometry: ConvGeometry, weight: Strides) -> Iterator[Gather]:
+def _input_grad_gathers(geometry: ConvGeometry, weight: Strides, channels_together: bool) -> Iterator[Gather]:
     for phase in itertools.product(*map(range, geometry.stride)):
         # input positions q = origin + stride * j, and the taps k with k * dilation = phase (mod stride)
         origin = [(p - b) % s for p, b, s in zip(phase, geometry.pad_before, geometry.stride, strict=True)]
@@ -98,7 +110,7 @@ def _input_grad_gathers(geometry: ConvGeometry, weight: Strides) -> Iterator[Gat
             [k for k in range(size) if (k * d - p) % s == 0]
             for size, d, p, s in zip(geometry.kernel_size, geometry.dilation, phase, geometry.stride, strict=True)
         ]
-        channels, tap = _terms(geometry.out_channels_per_group, list(itertools.product(*taps)))
+        channels, tap = _terms(geometry.out_channels_per_group, list(itertools.product(*taps)), channels_together)
         deltas = (np.array(origin) + geometry.pad_before - tap * geometry.dilation) // np.array(geometry.stride)
         yield Gather(
             geometry.in_channels_per_group, geometry.batch * int(np.prod(counts)), len(channels), tuple(counts),
@@ -107,17 +119,17 @@ def _input_grad_gathers(geometry: ConvGeometry, weight: Strides) -> Iterator[Gat
         )  # fmt: skip
 
 
-def _padded_to_steps(table: np.ndarray, fill: int) -> np.ndarray:
-    """A whole number of steps of DEPTH rows, at least one, as 32-bit numbers that wrap around."""
-    missing = max(-len(table) % DEPTH, DEPTH - len(table))
+def _padded_to_steps(table: np.ndarray, fill: int, step: int) -> np.ndarray:
+    """A whole number of steps of so many rows, at least one, as 32-bit numbers that wrap around."""
+    missing = max(-len(table) % step, step - len(table))
     filler = np.full((missing, *table.shape[1:]), fill, np.int64)
     return (np.concatenate([table, filler]).astype(np.int64) & 0xFFFFFFFF).astype(np.uint32).reshape(-1)
 
 
-def _source_table(gather: Gather, source: Strides) -> np.ndarray:
-    """Offset and the three deltas of each term; the rows that fill up a step are outside the source."""
+def _source_table(gather: Gather, source: Strides, chunk: int, step: int) -> np.ndarray:
+    """Offset and the three deltas of every chunk's first term; the rows that fill up a step are outside the source."""
     offsets = gather.channels * source[1] + gather.deltas @ np.array(source[2:], np.int64)
-    return _padded_to_steps(np.column_stack([offsets, gather.deltas]), FAR)
+    return _padded_to_steps(np.column_stack([offsets, gather.deltas])[::chunk], FAR, step)
 
 
 def _column_numbers(gather: Gather, source: Strides) -> list[int]:
@@ -147,44 +159,66 @@ class Plan(NamedTuple):
     numbers: tuple[np.uint32, ...]
     terms: DeviceArray
     weights: DeviceArray
+    chunked: bool  # the chunks of the source are copied 16 bytes at a time
+    ordered: tuple[int, int, int] | None  # groups, rows and terms of an ordered copy of the weights
 
 
 @functools.lru_cache(maxsize=1024)
 def _plans(
-    operation: str, geometry: ConvGeometry, weight: Strides, source: Strides, out: Strides, device: int
-) -> list[Plan]:
-    """The gathers of an operation; the strides of its arrays count elements."""
+    operation: str, kind: str, geometry: ConvGeometry, weight: Strides, source: Strides, out: Strides,
+    aligned: tuple[bool, bool], device: int,
+) -> list[Plan]:  # fmt: skip
+    """The gathers of an operation; strides count elements. `aligned`: are weight and source, to 16 bytes?"""
+    arithmetic = ARITHMETIC[kind]
+    chunk, depth = arithmetic.chunk, arithmetic.depth
+    channels_together = arithmetic.tensor and source[1] == 1
     if operation == "forward":
-        gathers = [_forward_gather(geometry, weight)]
-        weight_row, source_channels = weight[0], geometry.in_channels_per_group
+        gathers = [_forward_gather(geometry, weight, channels_together)]
+        weight_row, channels = weight[0], geometry.in_channels_per_group
     else:
-        gathers = list(_input_grad_gathers(geometry, weight))
-        weight_row, source_channels = weight[1], geometry.out_channels_per_group
+        gathers = list(_input_grad_gathers(geometry, weight, channels_together))
+        weight_row, channels = weight[1], geometry.out_channels_per_group
+    weight_group = geometry.out_channels_per_group * weight[0]
     plans = []
     for gather in gathers:
+        sizes_and_strides = zip((geometry.batch, *gather.size), (source[0], *source[2:]), strict=True)
+        chunks_aligned = channels % chunk == 0 and all(s % chunk == 0 for n, s in sizes_and_strides if n > 1)
+        chunked = channels_together and aligned[1] and chunks_aligned
+        ordered, row, group = None, weight_row, weight_group
+        in_place = (
+            aligned[0] and all(s % chunk == 0 for s in (gather.terms, weight_row, weight_group))
+            and np.array_equal(gather.weights, np.arange(gather.terms))
+        )  # fmt: skip
+        if arithmetic.tensor and gather.terms and not in_place:
+            row = -(-gather.terms // chunk) * chunk
+            group = gather.rows * row
+            ordered = geometry.groups, gather.rows, row
         numbers = _numbers(
-            gather.rows, gather.columns, gather.terms,
-            weight_row, geometry.out_channels_per_group * weight[0], source_channels * source[1],
+            gather.rows, gather.columns, gather.terms, row, group, channels * source[1],
             *_column_numbers(gather, source),
             out[0], out[1], gather.rows * out[1], *np.multiply(out[2:], gather.pace).tolist(),
             int(np.dot(out[2:], gather.origin)),
         )  # fmt: skip
-        plans.append(Plan(gather, numbers, *upload(_source_table(gather, source), _padded_to_steps(gather.weights, 0))))
+        every = chunk if chunked else 1
+        terms = _source_table(gather, source, every, depth // every)
+        plans.append(
+            Plan(gather, numbers, *upload(terms, _padded_to_steps(gather.weights, 0, depth)), chunked, ordered)
+        )
     return plans
 
 
-def _storing(gather: Gather, out: DeviceArray) -> int:
-    """How the kernel may store its sums."""
+def _storing(gather: Gather, out: DeviceArray, run: int, modes: tuple[int, ...]) -> int:
+    """How the kernel may store its sums, `run` at once in one of `modes`."""
     n, row, *space = _elements(out)
-    if out.pointer % 16:
+    if out.pointer % min(16, run * out.dtype.itemsize):
         return ONE_BY_ONE
     positions = int(np.prod(gather.counts))
     dense = [gather.counts[1] * gather.counts[2], gather.counts[2], 1]
     lie_together = all(c == 1 or s == d for c, s, d in zip(gather.counts, space, dense, strict=True))
-    if lie_together and gather.pace == (1, 1, 1) and positions % 4 == n % 4 == row % 4 == 0:
-        return POSITIONS
-    if row == 1 and gather.rows % 4 == 0 and all(s % 4 == 0 for s in (n, *space)):
-        return ROWS
+    if lie_together and gather.pace == (1, 1, 1) and positions % run == n % run == row % run == 0:
+        return POSITIONS if POSITIONS in modes else ONE_BY_ONE
+    if row == 1 and gather.rows % run == 0 and all(s % run == 0 for s in (n, *space)):
+        return ROWS if ROWS in modes else ONE_BY_ONE
     return ONE_BY_ONE
 
 
@@ -192,34 +226,97 @@ def _gather(
     operation: str, geometry: ConvGeometry, weight: DeviceArray, source: DeviceArray, bias: DeviceArray, relu: bool,
     accumulate: bool, out: DeviceArray,
 ) -> None:  # fmt: skip
+    kind = _kind(out.dtype)
+    arithmetic = ARITHMETIC[kind]
     strides = _elements(weight), _elements(source), _elements(out)
-    for plan in _plans(operation, geometry, *strides, current_device()):
+    aligned = weight.pointer % 16 == 0, source.pointer % 16 == 0
+    rows_together = arithmetic.tensor and strides[2][1] == 1
+    modes = ((ROWS,) if rows_together else (POSITIONS,)) if arithmetic.tensor else (POSITIONS, ROWS)
+    for plan in _plans(operation, kind, geometry, *strides, aligned, current_device()):
         gather = plan.gather
-        tile = choose_tile(gather.rows, gather.columns, geometry.groups)
+        tile = choose_tile(gather.rows, gather.columns, geometry.groups, arithmetic.tiles)
         row_tiles, column_tiles = -(-gather.rows // tile.rows), -(-gather.columns // tile.columns)
-        storing = ONE_BY_ONE if accumulate else _storing(gather, out)
+        storing = ONE_BY_ONE if accumulate else _storing(gather, out, arithmetic.run, modes)
         launch_blocks(
-            gather_kernel(tile, gather.checked), (row_tiles * column_tiles, geometry.groups), weight.flat(),
-            source.flat(), bias, plan.terms.flat(), plan.weights.flat(), plan.numbers, np.uint32(row_tiles),
-            np.uint32(storing), relu, accumulate, out.flat(),
+            gather_kernel(kind, tile, gather.checked, plan.chunked, rows_together),
+            (row_tiles * column_tiles, geometry.groups),
+            _ordered(operation, plan, geometry, weight).flat(arithmetic.operand), source.flat(arithmetic.operand),
+            _as(bias, arithmetic.result), plan.terms.flat(), plan.weights.flat(), plan.numbers, np.uint32(row_tiles),
+            np.uint32(storing), relu, accumulate, out.flat(arithmetic.result),
         )  # fmt: skip
 
 
+def _as(array: DeviceArray, dtype: type) -> DeviceArray:
+    """The same memory as elements of another type of the same size."""
+    return DeviceArray(array.pointer, array.shape, array.strides, dtype, array.owner, array.stream, array.writeable)
+
+
+def _ordered(operation: str, plan: Plan, geometry: ConvGeometry, weight: DeviceArray) -> DeviceArray:
+    """The weights of a gather, the terms of a row in their order and each row at a multiple of 16 bytes."""
+    if plan.ordered is None:
+        return weight
+    copy = empty(plan.ordered, weight.stored_dtype, weight)[1]
+    strides = _elements(weight)
+    group, row = geometry.out_channels_per_group * strides[0], strides[0 if operation == "forward" else 1]
+    launch(
+        order_kernel[weight.dtype], copy.size, weight.flat(), plan.weights.flat(), plan.gather.terms, group, row, copy
+    )
+    return copy
+
+
+@kernel(
+    lambda element: (
+        flat(element.stored), flat(types.uint32), types.int64, types.int64, types.int64, array_of(element.stored, 3),
+    )
+)  # fmt: skip
+def order_kernel(element: Element):
+    """The weights of each group and row by the offsets of their terms, and zeros behind them."""
+    store, zero = element.store, element.real(0)
+
+    def order_kernel(weight, offsets, terms, group_stride, row_stride, ordered):
+        _, rows, pitch = ordered.shape
+        for index in range(cuda.grid(1), ordered.size, cuda.gridsize(1)):
+            rest, k = divmod(index, pitch)
+            group, row = divmod(rest, rows)
+            if k < terms:
+                ordered[group, row, k] = weight[group * group_stride + row * row_stride + offsets[k]]
+            else:
+                ordered[group, row, k] = store(zero)
+
+    return order_kernel
+
+
 @functools.cache
-def gather_kernel(tile: Tile, checked: bool) -> BlockKernel:
-    """The kernel of a `Gather`; `checked`: coordinates may be outside the source."""
+def gather_kernel(
+    kind: str, tile: Tile, checked: bool, chunked: bool = False, rows_together: bool = False
+) -> BlockKernel:
+    """The kernel of a `Gather`.
+
+    `checked`: coordinates may be outside the source. On the tensor cores, `chunked`: the chunks of the source are
+    copied 16 bytes at a time; `rows_together`: the rows lie together in the result.
+    """
+    arithmetic = ARITHMETIC[kind]
+    (
+        a_stage, b_stage, a_chunk, b_chunk, a_row, b_row, (row_run, row_spacing, row_jump),
+        (column_run, column_spacing, column_jump), (words_a, words_b), origin, step, put, store_run,
+    ) = product(tile, kind, rows_together)  # fmt: skip
     rows_of_tile, columns_of_tile, thread_rows, thread_columns = tile
-    threads = tile.threads
-    row_pitch, column_pitch = tile.row_pitch, tile.column_pitch
-    a_stage, b_stage = DEPTH * row_pitch, DEPTH * column_pitch
+    threads, chunk, run = tile.threads, arithmetic.chunk, arithmetic.run
+    chunks = arithmetic.depth // chunk
     a_size, b_size = 2 * a_stage, 2 * b_stage
-    columns_of_threads = columns_of_tile // thread_columns
-    row_jump, column_jump = rows_of_tile // (thread_rows // 4), columns_of_tile // (thread_columns // 4)
-    # Each thread fetches one column and several terms of the source, one term and several rows of the weights.
-    terms_apart, rows_apart = threads // columns_of_tile, threads // DEPTH
-    fetched_a, fetched_b = rows_of_tile // rows_apart, DEPTH // terms_apart
-    step = stepper(tile)
-    zero = np.float32(0)
+    operand, word, real, result = map(from_dtype, map(np.dtype, arithmetic[:4]))
+    load, store = arithmetic.load, arithmetic.store
+    nothing, zero = arithmetic.operand(0), arithmetic.real(0)
+    tensor, rounded = arithmetic.tensor, kind == "tf32"
+    # Each thread fetches one chunk of several rows of the weights. Of the source, one chunk of several columns where
+    # chunks lie together in memory; elsewhere several chunks of one column: there neighbours are close in memory.
+    rows_apart = threads // chunks
+    fetched_a = rows_of_tile // rows_apart
+    columns_apart = threads // chunks if chunked else columns_of_tile
+    chunks_apart = chunks if chunked else threads // columns_of_tile
+    own_columns = columns_of_tile // columns_apart
+    fetched_b = own_columns * (chunks // chunks_apart)
+    size_a, size_b = (1 if tensor else fetched_a), (1 if chunked else fetched_b * chunk)
 
     @inlined
     def place(column, count_d, count_h, count_w):
@@ -231,66 +328,126 @@ def gather_kernel(tile: Tile, checked: bool) -> BlockKernel:
         n = u32(plane // count_d)
         return n, u32(plane - n * count_d), h, w
 
-    @inlined
-    def fetch_a(weight, weight_terms, first, row, rows, k, terms, weight_row, ra):
-        at = u32(first + weight_terms[k])
-        for i in range(fetched_a):
-            r = u32(row + i * rows_apart)
-            ra[i] = weight[u32(at + r * weight_row)] if r < rows and k < terms else zero
+    if tensor:
+
+        @inlined
+        def fetch_a(weight, weight_terms, first, row, rows, k, last, weight_row, a, at, next_a):
+            for i in range(fetched_a):
+                r = u32(row + i * rows_apart)
+                start = u32(first + r * weight_row + k * chunk)
+                copy16_async(a, u32(at + i * rows_apart * a_row), weight, start, r < rows and k < last)
+
+    else:
+
+        @inlined
+        def fetch_a(weight, weight_terms, first, row, rows, k, last, weight_row, a, at, next_a):
+            start = u32(first + weight_terms[k])
+            for i in range(fetched_a):
+                r = u32(row + i * rows_apart)
+                next_a[i] = weight[u32(start + r * weight_row)] if r < rows and k < last else nothing
+
+    if chunked:
+
+        @inlined
+        def fetch_b(source, source_terms, columns, size_d, size_h, size_w, k, terms, b, at, next_b):
+            e = load4(source_terms, u32(4 * k))
+            for i in range(fetched_b):
+                d, h, w = u32(columns[i, 1] + e[1]), u32(columns[i, 2] + e[2]), u32(columns[i, 3] + e[3])
+                inside = d < size_d and h < size_h and w < size_w
+                copy16_async(b, u32(at + i * columns_apart * b_row), source, u32(columns[i, 0] + e[0]), inside)
+
+    else:
+
+        @inlined
+        def fetch_b(source, source_terms, columns, size_d, size_h, size_w, k, terms, b, at, next_b):
+            for i in range(fetched_b * chunk):
+                term = u32((k + i // chunk * chunks_apart) * chunk + i % chunk)
+                e = load4(source_terms, u32(4 * term))
+                if checked:
+                    d, h, w = u32(columns[0, 1] + e[1]), u32(columns[0, 2] + e[2]), u32(columns[0, 3] + e[3])
+                    inside = d < size_d and h < size_h and w < size_w
+                else:
+                    inside = term < terms
+                next_b[i] = source[u32(columns[0, 0] + e[0])] if inside else nothing
 
     @inlined
-    def fetch_b(source, source_terms, first, d, h, w, size_d, size_h, size_w, k, terms, rb):
-        for i in range(fetched_b):
-            term = u32(k + i * terms_apart)
-            e = load4(source_terms, u32(4 * term))
-            if checked:
-                inside = u32(d + e[1]) < size_d and u32(h + e[2]) < size_h and u32(w + e[3]) < size_w
-            else:
-                inside = term < terms
-            rb[i] = source[u32(first + e[0])] if inside else zero
+    def round_chunk(stage, at):
+        x = load4(stage, at)
+        store4(stage, at, round_tf32(x[0]), round_tf32(x[1]), round_tf32(x[2]), round_tf32(x[3]))
 
     @inlined
-    def store_stage(a, b, a_at, b_at, ra, rb):
-        for i in range(fetched_a):
-            a[u32(a_at + i * rows_apart)] = ra[i]
-        for i in range(fetched_b):
-            b[u32(b_at + i * terms_apart * column_pitch)] = rb[i]
+    def store_stage(a, b, a_at, b_at, next_a, next_b):
+        """What this thread has fetched is in the stage; the other threads see it after the next barrier."""
+        if not tensor:
+            for i in range(fetched_a):
+                put(a, u32(a_at + i * rows_apart * a_row), next_a, i)
+        if not chunked:
+            for i in range(fetched_b):
+                put(b, u32(b_at + i * chunks_apart * b_chunk), next_b, i)
+        if tensor:
+            copy_wait_all()
+        if rounded:  # the tensor cores ignore the lower bits: what was copied is rounded here
+            for i in range(fetched_a):
+                round_chunk(a, u32(a_at + i * rows_apart * a_row))
+            if chunked:
+                for i in range(fetched_b):
+                    round_chunk(b, u32(b_at + i * columns_apart * b_row))
 
     @inlined
     def finished(x, relu):
         return zero if relu and x < zero else x
 
+    if run == 4:
+
+        @inlined
+        def store_sums(out, at, sums, i, j, down, across, relu):
+            """A run of sums, down the rows or across the columns."""
+            store_run(
+                out, at, finished(sums[i, j], relu), finished(sums[i + down, j + across], relu),
+                finished(sums[i + 2 * down, j + 2 * across], relu),
+                finished(sums[i + 3 * down, j + 3 * across], relu),
+            )  # fmt: skip
+
+    else:
+
+        @inlined
+        def store_sums(out, at, sums, i, j, down, across, relu):
+            store_run(out, at, finished(sums[i, j], relu), finished(sums[i + down, j + across], relu))
+
     @inlined
     def store_column(sums, j, column, first_row, out_start, to, storing, relu, accumulate, out):
-        """The sums of one column, in fours if they lie together."""
+        """The sums of one column, several at once if they lie together."""
         out_n, out_row, out_d, out_h, out_w, count_d, count_h, count_w, rows, columns = to
         if column < columns:
             n, d, h, w = place(column, count_d, count_h, count_w)
             at = u32(out_start + n * out_n + d * out_d + h * out_h + w * out_w)
-            for g in range(thread_rows // 4):
+            for g in range(thread_rows // row_run):
                 r = u32(first_row + g * row_jump)
-                if storing == ROWS:
+                if row_spacing == 1 and storing == ROWS:
                     if r < rows:
-                        store4(
-                            out, u32(at + r), finished(sums[4 * g, j], relu), finished(sums[4 * g + 1, j], relu),
-                            finished(sums[4 * g + 2, j], relu), finished(sums[4 * g + 3, j], relu),
-                        )  # fmt: skip
+                        store_sums(out, u32(at + r), sums, row_run * g, j, 1, 0, relu)
                 else:
-                    for i in range(4):
-                        if u32(r + i) < rows:
-                            place_of_sum = u32(at + u32(r + i) * out_row)
-                            x = sums[4 * g + i, j]
+                    for i in range(row_run):
+                        if u32(r + i * row_spacing) < rows:
+                            place_of_sum = u32(at + u32(r + i * row_spacing) * out_row)
+                            x = sums[row_run * g + i, j]
                             if accumulate:
-                                x += out[place_of_sum]
-                            out[place_of_sum] = finished(x, relu)
+                                x += load(out[place_of_sum])
+                            out[place_of_sum] = store(finished(x, relu))
 
     # Written out: the compiler does not unroll a loop of that size, and its sums would leave the registers.
     @inlined
     def store_columns(sums, j, column, first_row, out_start, to, storing, relu, accumulate, out):
+        """Four columns, of one run or of two."""
+        third = 2 * column_spacing if column_run == 4 else column_jump
         store_column(sums, j, column, first_row, out_start, to, storing, relu, accumulate, out)
-        store_column(sums, j + 1, u32(column + 1), first_row, out_start, to, storing, relu, accumulate, out)
-        store_column(sums, j + 2, u32(column + 2), first_row, out_start, to, storing, relu, accumulate, out)
-        store_column(sums, j + 3, u32(column + 3), first_row, out_start, to, storing, relu, accumulate, out)
+        store_column(
+            sums, j + 1, u32(column + column_spacing), first_row, out_start, to, storing, relu, accumulate, out
+        )
+        store_column(sums, j + 2, u32(column + third), first_row, out_start, to, storing, relu, accumulate, out)
+        store_column(
+            sums, j + 3, u32(column + third + column_spacing), first_row, out_start, to, storing, relu, accumulate, out
+        )
 
     def gather(
         weight, source, bias, source_terms, weight_terms, numbers, row_tiles, storing, relu, accumulate, out
@@ -300,91 +457,99 @@ def gather_kernel(tile: Tile, checked: bool) -> BlockKernel:
             step_w, size_d, size_h, size_w, source_n, source_d, source_h, source_w, out_n, out_row, out_group, out_d,
             out_h, out_w, out_start,
         ) = numbers  # fmt: skip
-        a = cuda.shared.array(a_size, types.float32, alignment=16)
-        b = cuda.shared.array(b_size, types.float32, alignment=16)
-        sums = cuda.local.array((thread_rows, thread_columns), types.float32)
-        ra = cuda.local.array(thread_rows, types.float32)
-        rb = cuda.local.array(thread_columns, types.float32)
-        next_a = cuda.local.array(fetched_a, types.float32)
-        next_b = cuda.local.array(fetched_b, types.float32)
+        a = cuda.shared.array(a_size, word, alignment=16)
+        b = cuda.shared.array(b_size, word, alignment=16)
+        sums = cuda.local.array((thread_rows, thread_columns), real)
+        ra = cuda.local.array(words_a, word)
+        rb = cuda.local.array(words_b, word)
+        next_a = cuda.local.array(size_a, operand)
+        next_b = cuda.local.array(size_b, operand)
+        own = cuda.local.array((own_columns, 4), types.uint32)
         t, block, group = u32(cuda.threadIdx.x), u32(cuda.blockIdx.x), u32(cuda.blockIdx.y)
         column_tile = u32(block // row_tiles)  # blocks of the same columns are neighbours, and share the source
         first_row = u32((block - column_tile * row_tiles) * rows_of_tile)
         first_column = u32(column_tile * columns_of_tile)
 
         # What this thread fetches. Columns that do not exist repeat the last, and are not stored.
-        row, a_term = u32(first_row + t // DEPTH), u32(t % DEPTH)
-        a_at = u32(a_term * row_pitch + t // DEPTH)
-        column, b_term = u32(first_column + t % columns_of_tile), u32(t // columns_of_tile)
-        b_at = u32(b_term * column_pitch + t % columns_of_tile)
-        n, d, h, w = place(min(column, u32(columns - 1)), count_d, count_h, count_w)
-        first = u32(group * source_group + n * source_n + d * source_d + h * source_h + w * source_w)
-        d, h, w = u32(d * step_d), u32(h * step_h), u32(w * step_w)
+        row, k_a = u32(first_row + t // chunks), u32(t % chunks)
+        a_at = u32(t // chunks * a_row + k_a * a_chunk)
+        if chunked:
+            column, k_b = u32(t // chunks), u32(t % chunks)
+        else:
+            column, k_b = u32(t % columns_of_tile), u32(t // columns_of_tile)
+        b_at = u32(column * b_row + k_b * b_chunk)
+        for i in range(own_columns):
+            j = min(u32(first_column + column + i * columns_apart), u32(columns - 1))
+            n, d, h, w = place(j, count_d, count_h, count_w)
+            own[i, 0] = u32(group * source_group + n * source_n + d * source_d + h * source_h + w * source_w)
+            own[i, 1], own[i, 2], own[i, 3] = u32(d * step_d), u32(h * step_h), u32(w * step_w)
         first_weight = u32(group * weight_group)
+        last = u32((terms + (chunk - 1)) // chunk)  # from here on, the steps count chunks
 
         for i in range(thread_rows):
             for j in range(thread_columns):
                 sums[i, j] = zero
-        if terms > 0:  # else a phase of the stride that no tap meets
-            fetch_a(weight, weight_terms, first_weight, row, rows, a_term, terms, weight_row, next_a)
-            fetch_b(source, source_terms, first, d, h, w, size_d, size_h, size_w, b_term, terms, next_b)
+        if last > 0:  # else a phase of the stride that no tap meets
+            fetch_a(weight, weight_terms, first_weight, row, rows, k_a, last, weight_row, a, a_at, next_a)
+            fetch_b(source, source_terms, own, size_d, size_h, size_w, k_b, terms, b, b_at, next_b)
+            if tensor:
+                copy_commit()
             store_stage(a, b, a_at, b_at, next_a, next_b)
         cuda.syncthreads()
-        row_of_thread = u32(t // columns_of_threads * 4)
-        column_of_thread = u32(t % columns_of_threads * 4)
+        row_of_thread, column_of_thread, from_a, from_b = origin(t)
         stage, k = u32(0), u32(0)
-        while k < terms:
-            k = u32(k + DEPTH)
-            if k < terms:
+        while k < last:
+            k = u32(k + chunks)
+            if k < last:
                 fetch_a(
-                    weight, weight_terms, first_weight, row, rows, u32(k + a_term), terms, weight_row, next_a
-                )
+                    weight, weight_terms, first_weight, row, rows, u32(k + k_a), last, weight_row, a,
+                    u32((1 - stage) * a_stage + a_at), next_a,
+                )  # fmt: skip
                 fetch_b(
-                    source, source_terms, first, d, h, w, size_d, size_h, size_w, u32(k + b_term), terms, next_b
-                )
-            step(a, b, u32(stage * a_stage + row_of_thread), u32(stage * b_stage + column_of_thread), sums, ra, rb)
+                    source, source_terms, own, size_d, size_h, size_w, u32(k + k_b), terms, b,
+                    u32((1 - stage) * b_stage + b_at), next_b,
+                )  # fmt: skip
+                if tensor:
+                    copy_commit()
+            step(a, b, u32(stage * a_stage + from_a), u32(stage * b_stage + from_b), sums, ra, rb)
             stage = u32(1 - stage)
-            if k < terms:
+            if k < last:
                 store_stage(a, b, u32(stage * a_stage + a_at), u32(stage * b_stage + b_at), next_a, next_b)
             cuda.syncthreads()
 
         first_row, first_column = u32(first_row + row_of_thread), u32(first_column + column_of_thread)
         if bias.size > 0:
             for i in range(thread_rows):
-                r = u32(first_row + i // 4 * row_jump + i % 4)
-                term = bias[np.int64(group * rows + r)] if r < rows else zero
+                r = u32(first_row + i // row_run * row_jump + i % row_run * row_spacing)
+                term = load(bias[np.int64(group * rows + r)]) if r < rows else zero
                 for j in range(thread_columns):
                     sums[i, j] += term
         out_start = u32(out_start + group * out_group)
-        if storing == POSITIONS:
+        if column_spacing == 1 and storing == POSITIONS:
             positions = u32(count_d * count_h * count_w)
-            for g in range(thread_columns // 4):
+            for g in range(thread_columns // column_run):
                 column = u32(first_column + g * column_jump)
                 if column < columns:
                     n = u32(column // positions)
                     at = u32(out_start + n * out_n + (column - n * positions))
                     for i in range(thread_rows):
-                        r = u32(first_row + i // 4 * row_jump + i % 4)
+                        r = u32(first_row + i // row_run * row_jump + i % row_run * row_spacing)
                         if r < rows:
-                            store4(
-                                out, u32(at + r * out_row), finished(sums[i, 4 * g], relu),
-                                finished(sums[i, 4 * g + 1], relu), finished(sums[i, 4 * g + 2], relu),
-                                finished(sums[i, 4 * g + 3], relu),
-                            )  # fmt: skip
+                            store_sums(out, u32(at + r * out_row), sums, i, column_run * g, 0, 1, relu)
             return
         to = (out_n, out_row, out_d, out_h, out_w, count_d, count_h, count_w, rows, columns)
         store_columns(sums, 0, first_column, first_row, out_start, to, storing, relu, accumulate, out)
         if thread_columns > 4:
-            store_columns(
-                sums, 4, u32(first_column + column_jump), first_row, out_start, to, storing, relu, accumulate, out
-            )
+            second = u32(first_column + 4 // column_run * column_jump)
+            store_columns(sums, 4, second, first_row, out_start, to, storing, relu, accumulate, out)
 
-    real, words = flat(types.float32), flat(types.uint32)
+    words = flat(types.uint32)
     signature = (
-        real, real, array_of(types.float32, 1), words, words, types.UniTuple(types.uint32, GATHER_NUMBERS),
-        types.uint32, types.uint32, types.boolean, types.boolean, real,
+        flat(operand), flat(operand), array_of(result, 1), words, words, types.UniTuple(types.uint32, GATHER_NUMBERS),
+        types.uint32, types.uint32, types.boolean, types.boolean, flat(result),
     )  # fmt: skip
-    return BlockKernel(gather, threads, signature)
+    # A block of 128 x 128 sums has registers to itself for all of them only if it is alone, which hides little latency.
+    return BlockKernel(gather, threads, signature, resident=2 if rows_of_tile * columns_of_tile == 128 * 128 else 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,17 +561,18 @@ LEAST_POSITIONS = 512
 WEIGHT_NUMBERS = 24
 
 
-def positions_of_part(rows: int, columns: int, groups: int, positions: int) -> int:
+def positions_of_part(rows: int, columns: int, groups: int, positions: int, kind: str = "float32") -> int:
     """How many positions go into one part of the sum: by the shape alone, so that the bits are the same everywhere."""
-    tile = _weight_tile(rows, columns)
+    tile, depth = _weight_tile(rows, columns, kind), ARITHMETIC[kind].depth
     tiles = -(-rows // tile.rows) * -(-columns // tile.columns) * groups
     parts = max(1, min(2 * ENOUGH_BLOCKS // tiles, positions // LEAST_POSITIONS))
-    return -(-positions // parts // DEPTH) * DEPTH
+    return -(-positions // parts // depth) * depth
 
 
-def _weight_tile(rows: int, columns: int) -> Tile:
+def _weight_tile(rows: int, columns: int, kind: str) -> Tile:
     """The largest tile that both sides more than half fill: the parts of the sum make the blocks."""
-    return next((t for t in TILES if 2 * rows > t.rows and 2 * columns > t.columns), TILES[-1])
+    tiles = ARITHMETIC[kind].tiles
+    return next((t for t in tiles if 2 * rows > t.rows and 2 * columns > t.columns), tiles[-1])
 
 
 def _columns_of_weights(geometry: ConvGeometry, source: Strides) -> tuple[np.ndarray, np.ndarray]:
@@ -419,96 +585,125 @@ def _columns_of_weights(geometry: ConvGeometry, source: Strides) -> tuple[np.nda
 
 @functools.lru_cache(maxsize=1024)
 def _weight_plan(
-    geometry: ConvGeometry, source: Strides, grad: Strides, device: int
+    kind: str, geometry: ConvGeometry, source: Strides, grad: Strides, device: int
 ) -> tuple[tuple[np.uint32, ...], int, DeviceArray]:
-    """Numbers, positions in a part, and table of the columns."""
+    """Numbers, parts of the sum, and table of the columns."""
     deltas, offsets = _columns_of_weights(geometry, source)
     rows, columns = geometry.out_channels_per_group, len(offsets)
     counts = geometry.output_size
     positions = geometry.batch * int(np.prod(counts))
-    part = positions_of_part(rows, columns, geometry.groups, positions)
+    part = positions_of_part(rows, columns, geometry.groups, positions, kind)
     numbers = _numbers(
         rows, columns, positions, part, grad[1], rows * grad[1], geometry.in_channels_per_group * source[1],
         *counts, *geometry.stride, *geometry.input_size, grad[0], *grad[2:], source[0],
     )  # fmt: skip
     steps = _numbers(*np.multiply(source[2:], geometry.stride).tolist())
-    (table,) = upload(_padded_to_steps(np.column_stack([offsets, deltas]), 0))
-    return (*numbers, *steps), part, table
+    (table,) = upload(_padded_to_steps(np.column_stack([offsets, deltas]), 0, 1))
+    return (*numbers, *steps), -(-positions // part), table
 
 
 def _weight_grad(
     geometry: ConvGeometry, input: DeviceArray, grad_output: DeviceArray, accumulate: bool, out: DeviceArray
 ) -> None:
-    numbers, part, table = _weight_plan(geometry, _elements(input), _elements(grad_output), current_device())
-    rows, columns, positions = map(int, numbers[:3])
-    tile = _weight_tile(rows, columns)
-    parts = -(-positions // part)
-    partial = empty((parts, out.size), np.float32, input)[1]
+    kind = _kind(out.dtype)
+    arithmetic = ARITHMETIC[kind]
+    numbers, parts, table = _weight_plan(
+        kind, geometry, _elements(input), _elements(grad_output), current_device()
+    )
+    rows, columns = map(int, numbers[:2])
+    tile = _weight_tile(rows, columns, kind)
+    partial = empty((parts, out.size), arithmetic.real, input)[1]
     tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
     launch_blocks(
-        weight_kernel(tile), (tiles, parts, geometry.groups), grad_output.flat(), input.flat(), table.flat(), numbers,
-        partial.flat(),
+        weight_kernel(kind, tile), (tiles, parts, geometry.groups), grad_output.flat(arithmetic.operand),
+        input.flat(arithmetic.operand), table.flat(), numbers, partial.flat(),
     )  # fmt: skip
     launch(add_parts_kernel[out.dtype], out.size, partial, accumulate, out)
 
 
 @functools.cache
-def weight_kernel(tile: Tile) -> BlockKernel:
+def weight_kernel(kind: str, tile: Tile) -> BlockKernel:
     """One part of the sum of a tile of the weight gradient; the terms are output positions."""
+    arithmetic = ARITHMETIC[kind]
+    (
+        a_stage, b_stage, a_chunk, b_chunk, a_row, b_row, (row_run, row_spacing, row_jump),
+        (column_run, column_spacing, column_jump), (words_a, words_b), origin, step, put, _,
+    ) = product(tile, kind)  # fmt: skip
     rows_of_tile, columns_of_tile, thread_rows, thread_columns = tile
-    threads = tile.threads
-    row_pitch, column_pitch = tile.row_pitch, tile.column_pitch
-    a_stage, b_stage = DEPTH * row_pitch, DEPTH * column_pitch
+    threads, chunk, depth = tile.threads, arithmetic.chunk, arithmetic.depth
+    chunks = depth // chunk
     a_size, b_size = 2 * a_stage, 2 * b_stage
-    columns_of_threads = columns_of_tile // thread_columns
-    row_jump, column_jump = rows_of_tile // (thread_rows // 4), columns_of_tile // (thread_columns // 4)
-    apart = threads // DEPTH  # each thread fetches one position, of rows and columns this far apart
+    apart = threads // chunks  # each thread fetches one chunk of positions, of rows and columns this far apart
     fetched_a, fetched_b = rows_of_tile // apart, columns_of_tile // apart
-    step = stepper(tile)
-    zero = np.float32(0)
+    size_a, size_b = fetched_a * chunk, fetched_b * chunk
+    operand, word, real = map(from_dtype, map(np.dtype, arithmetic[:3]))
+    nothing, zero = arithmetic.operand(0), arithmetic.real(0)
 
     @inlined
-    def fetch(grad, source, first, last, row, rows, numbers, base_grad, base_source, columns, next_a, next_b):
-        """The output gradients of one position, and what the taps meet there."""
+    def fetch_position(
+        grad, source, exists, n, d, h, w, row, rows, numbers, base_grad, base_source, columns, next_a, next_b, v
+    ):
+        """The output gradients of position v of the chunk, and what the taps meet there."""
         (
-            _, _, _, _, grad_row, _, _, count_d, count_h, count_w, step_d, step_h, step_w, size_d, size_h, size_w,
+            _, _, _, _, grad_row, _, _, _, _, _, step_d, step_h, step_w, size_d, size_h, size_w,
             grad_n, grad_d, grad_h, grad_w, source_n, source_d, source_h, source_w,
         ) = numbers  # fmt: skip
-        line = u32(first // count_w)
-        w = u32(first - line * count_w)
-        plane = u32(line // count_h)
-        h = u32(line - plane * count_h)
-        n = u32(plane // count_d)
-        d = u32(plane - n * count_d)
-        exists = first < last
         at = u32(base_grad + n * grad_n + d * grad_d + h * grad_h + w * grad_w)
         for i in range(fetched_a):
             r = u32(row + i * apart)
-            next_a[i] = grad[u32(at + r * grad_row)] if exists and r < rows else zero
+            next_a[i * chunk + v] = grad[u32(at + r * grad_row)] if exists and r < rows else nothing
         at = u32(base_source + n * source_n + d * source_d + h * source_h + w * source_w)
         d, h, w = u32(d * step_d), u32(h * step_h), u32(w * step_w)
         for i in range(fetched_b):
             inside = (
                 u32(d + columns[i, 1]) < size_d and u32(h + columns[i, 2]) < size_h and u32(w + columns[i, 3]) < size_w
             )
-            next_b[i] = source[u32(at + columns[i, 0])] if exists and inside else zero
+            next_b[i * chunk + v] = source[u32(at + columns[i, 0])] if exists and inside else nothing
+
+    @inlined
+    def following(n, d, h, w, count_d, count_h, count_w):
+        """The position after this one."""
+        w = u32(w + 1)
+        if w == count_w:
+            w, h = u32(0), u32(h + 1)
+        if h == count_h:
+            h, d = u32(0), u32(d + 1)
+        if d == count_d:
+            d, n = u32(0), u32(n + 1)
+        return n, d, h, w
+
+    @inlined
+    def fetch(grad, source, first, last, row, rows, numbers, base_grad, base_source, columns, next_a, next_b):
+        count_d, count_h, count_w = numbers[7:10]
+        line = u32(first // count_w)
+        w = u32(first - line * count_w)
+        plane = u32(line // count_h)
+        h = u32(line - plane * count_h)
+        n = u32(plane // count_d)
+        d = u32(plane - n * count_d)
+        for v in range(chunk):
+            fetch_position(
+                grad, source, u32(first + v) < last, n, d, h, w, row, rows, numbers, base_grad, base_source, columns,
+                next_a, next_b, v,
+            )  # fmt: skip
+            n, d, h, w = following(n, d, h, w, count_d, count_h, count_w)
 
     @inlined
     def store_stage(a, b, a_at, b_at, next_a, next_b):
         for i in range(fetched_a):
-            a[u32(a_at + i * apart)] = next_a[i]
+            put(a, u32(a_at + i * apart * a_row), next_a, i)
         for i in range(fetched_b):
-            b[u32(b_at + i * apart)] = next_b[i]
+            put(b, u32(b_at + i * apart * b_row), next_b, i)
 
     def weight_grad(grad, source, table, numbers, partial):
         rows, columns, positions, part, _, grad_group, source_group = numbers[:7]
-        a = cuda.shared.array(a_size, types.float32, alignment=16)
-        b = cuda.shared.array(b_size, types.float32, alignment=16)
-        sums = cuda.local.array((thread_rows, thread_columns), types.float32)
-        ra = cuda.local.array(thread_rows, types.float32)
-        rb = cuda.local.array(thread_columns, types.float32)
-        next_a = cuda.local.array(fetched_a, types.float32)
-        next_b = cuda.local.array(fetched_b, types.float32)
+        a = cuda.shared.array(a_size, word, alignment=16)
+        b = cuda.shared.array(b_size, word, alignment=16)
+        sums = cuda.local.array((thread_rows, thread_columns), real)
+        ra = cuda.local.array(words_a, word)
+        rb = cuda.local.array(words_b, word)
+        next_a = cuda.local.array(size_a, operand)
+        next_b = cuda.local.array(size_b, operand)
         own_columns = cuda.local.array((fetched_b, 4), types.uint32)
         t, group = u32(cuda.threadIdx.x), u32(cuda.blockIdx.z)
         row_tiles = u32((rows + rows_of_tile - 1) // rows_of_tile)
@@ -518,12 +713,12 @@ def weight_kernel(tile: Tile) -> BlockKernel:
         k = u32(u32(cuda.blockIdx.y) * part)
         last = min(u32(k + part), positions)
 
-        own, term = u32(t // DEPTH), u32(t % DEPTH)
+        own, term = u32(t // chunks), u32(t % chunks * chunk)
         for i in range(fetched_b):  # columns that do not exist repeat the last, and are not stored
             e = load4(table, u32(4 * min(u32(first_column + own + i * apart), u32(columns - 1))))
             for j in range(4):
                 own_columns[i, j] = e[j]
-        a_at, b_at = u32(term * row_pitch + own), u32(term * column_pitch + own)
+        a_at, b_at = u32(own * a_row + t % chunks * a_chunk), u32(own * b_row + t % chunks * b_chunk)
         row, base_grad, base_source = u32(first_row + own), u32(group * grad_group), u32(group * source_group)
 
         for i in range(thread_rows):
@@ -534,17 +729,16 @@ def weight_kernel(tile: Tile) -> BlockKernel:
         )
         store_stage(a, b, a_at, b_at, next_a, next_b)
         cuda.syncthreads()
-        row_of_thread = u32(t // columns_of_threads * 4)
-        column_of_thread = u32(t % columns_of_threads * 4)
+        row_of_thread, column_of_thread, from_a, from_b = origin(t)
         stage = u32(0)
         while k < last:
-            k = u32(k + DEPTH)
+            k = u32(k + depth)
             if k < last:
                 fetch(
                     grad, source, u32(k + term), last, row, rows, numbers, base_grad, base_source, own_columns,
                     next_a, next_b,
                 )  # fmt: skip
-            step(a, b, u32(stage * a_stage + row_of_thread), u32(stage * b_stage + column_of_thread), sums, ra, rb)
+            step(a, b, u32(stage * a_stage + from_a), u32(stage * b_stage + from_b), sums, ra, rb)
             stage = u32(1 - stage)
             if k < last:
                 store_stage(a, b, u32(stage * a_stage + a_at), u32(stage * b_stage + b_at), next_a, next_b)
@@ -552,19 +746,22 @@ def weight_kernel(tile: Tile) -> BlockKernel:
 
         at = u32(u32(u32(cuda.blockIdx.y) * u32(cuda.gridDim.z) + group) * rows)
         for i in range(thread_rows):
-            r = u32(first_row + row_of_thread + i // 4 * row_jump + i % 4)
+            r = u32(first_row + row_of_thread + i // row_run * row_jump + i % row_run * row_spacing)
             if r < rows:
                 for j in range(thread_columns):
-                    column = u32(first_column + column_of_thread + j // 4 * column_jump + j % 4)
+                    in_tile = column_of_thread + j // column_run * column_jump + j % column_run * column_spacing
+                    column = u32(first_column + in_tile)
                     if column < columns:
                         partial[u32(u32(at + r) * columns + column)] = sums[i, j]
 
-    real, words = flat(types.float32), flat(types.uint32)
-    signature = (real, real, words, types.UniTuple(types.uint32, WEIGHT_NUMBERS), real)
+    words = flat(types.uint32)
+    signature = (flat(operand), flat(operand), words, types.UniTuple(types.uint32, WEIGHT_NUMBERS), flat(real))
     return BlockKernel(weight_grad, threads, signature)
 
 
-@kernel(lambda element: (array_of(element.stored, 2), types.boolean, array_of(element.stored, 5)))
+@kernel(
+    lambda element: (array_of(from_dtype(np.dtype(element.real)), 2), types.boolean, array_of(element.stored, 5))
+)
 def add_parts_kernel(element: Element):
     """The parts of each weight's gradient, added in order."""
     load, store, zero = element.load, element.store, element.real(0)
@@ -574,7 +771,7 @@ def add_parts_kernel(element: Element):
         for index in range(cuda.grid(1), grad.size, cuda.gridsize(1)):
             total = zero
             for part in range(partial.shape[0]):
-                total += load(partial[part, index])
+                total += partial[part, index]
             rest, w = divmod(index, kernel_w)
             rest, h = divmod(rest, kernel_h)
             rest, d = divmod(rest, kernel_d)
@@ -622,6 +819,11 @@ def weight_grad(
     return True
 
 
+def _kind(dtype: np.dtype) -> str:
+    """The arithmetic for arrays of this type."""
+    return "tf32" if dtype == np.float32 and get_float32_precision() == "tf32" else dtype.name
+
+
 def _extent(array: DeviceArray, samples: int | None = None) -> int:
     """Elements from the first to the last, of the first `samples` if given."""
     shape = array.shape if samples is None else (samples, *array.shape[1:])
@@ -629,7 +831,7 @@ def _extent(array: DeviceArray, samples: int | None = None) -> int:
 
 
 def _applies(geometry: ConvGeometry, *arrays: DeviceArray) -> bool:
-    """float32, zeros for padding, groups of some channels, no negative strides, no sample too large for 32-bit offsets.
+    """Zeros for padding, groups of some channels, no negative strides, no sample too large for 32-bit offsets.
 
     Nothing here depends on the batch: a sample has the same bits whatever batch it is in.
     """
@@ -637,7 +839,7 @@ def _applies(geometry: ConvGeometry, *arrays: DeviceArray) -> bool:
     return (
         geometry.padding_mode == "zeros"
         and not (narrow and geometry.groups > 1)
-        and all(a.dtype == np.float32 and a.size > 0 and min(a.strides) >= 0 for a in arrays)
+        and all(a.size > 0 and min(a.strides) >= 0 for a in arrays)
         and all(_extent(a, 1) <= MOST_ELEMENTS for a in arrays)
     )
 

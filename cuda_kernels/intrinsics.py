@@ -37,6 +37,7 @@ __all__ = [
     "round_tf32",
     "store2",
     "store4",
+    "store_pair",
     "u32",
     "unpack_bfloat16",
     "unpack_float16",
@@ -116,7 +117,7 @@ def _assembly(
     collective: bool = False,
 ) -> Any:  # fmt: skip
     kind = ir.FunctionType(result, [operand.type for operand in operands])
-    code = ir.InlineAsm(kind, text, constraints + (",~{memory}" if effects else ""), side_effect=effects)
+    code = ir.InlineAsm(kind, text, ",".join(filter(None, [constraints, "~{memory}" * effects])), side_effect=effects)
     return builder.call(code, operands, attrs=("convergent",) if collective else ())
 
 
@@ -131,7 +132,7 @@ def _load4(simulator, array, index):
 
 @_instruction(_load4)
 def load4(typing_context, array, index):
-    """Four consecutive elements of 32 bits, the first at a multiple of four."""
+    """Four consecutive elements of 32 or 64 bits, the first at a multiple of four."""
     sig = types.UniTuple(array.dtype, 4)(array, index)
 
     def generate(context, builder, sig, args):
@@ -150,7 +151,8 @@ def _vector_store(count: int) -> Callable[..., Any]:
         vector = ir.Constant(kind, ir.Undefined)
         for i in range(count):
             vector = builder.insert_element(vector, args[2 + i], _I32(i))
-        builder.store(vector, builder.bitcast(pointer, kind.as_pointer())).align = 4 * count
+        # 64-bit elements are two vectors of 16 bytes, and aligned to that
+        builder.store(vector, builder.bitcast(pointer, kind.as_pointer())).align = min(4 * count, 16)
         return context.get_dummy_value()
 
     return generate
@@ -162,7 +164,7 @@ def _store4(simulator, array, index, a, b, c, d):
 
 @_instruction(_store4)
 def store4(typing_context, array, index, a, b, c, d):
-    """Four elements of 32 bits, the first at a multiple of four."""
+    """Four elements of 32 or 64 bits, the first at a multiple of four."""
     t = array.dtype
     return types.void(array, index, t, t, t, t), _vector_store(4)
 
@@ -175,6 +177,22 @@ def _store2(simulator, array, index, a, b):
 def store2(typing_context, array, index, a, b):
     """Two elements of 32 bits, the first at a multiple of two."""
     return types.void(array, index, array.dtype, array.dtype), _vector_store(2)
+
+
+def _store_pair(simulator, array, index, word):
+    array.write(int(index), [word & 0xFFFF, word >> 16])
+
+
+@_instruction(_store_pair)
+def store_pair(typing_context, array, index, word):
+    """A word as two elements of 16 bits, the first, its lower half, at a multiple of two."""
+
+    def generate(context, builder, sig, args):
+        pointer = _pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1])
+        builder.store(args[2], builder.bitcast(pointer, _I32.as_pointer())).align = 4
+        return context.get_dummy_value()
+
+    return types.void(array, index, types.uint32), generate
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,12 +278,12 @@ def round_tf32(typing_context, bits):
 
 def _copy16_async(simulator, shared, to, source, start, valid):
     count = 16 // shared.dtype.itemsize
-    if source.dtype.itemsize != shared.dtype.itemsize:
-        raise TypeError(f"copy16_async: from {source.dtype} to {shared.dtype}")
     to, start, valid = int(to), int(start), bool(valid)
 
     def values():
-        return source.read(start, count) if valid else np.zeros(count, shared.dtype)
+        if not valid:
+            return np.zeros(count, shared.dtype)
+        return source.read(start, 16 // source.dtype.itemsize).view(shared.dtype)
 
     shared.issue(to, count)
     if simulator.landing == "early":
@@ -367,34 +385,37 @@ load_matrices_transposed = _instruction(lambda simulator, shared, row: _matrices
 )
 
 
-def _values(kind: str, words: Any) -> list[Any]:
+def _values(kind: str, words: np.ndarray) -> np.ndarray:
+    """The numbers in words of 32 bits, those of one word along a last axis."""
     if kind == "tf32":  # the lower 13 bits are not read
-        return list(np.array([int(w) & 0xFFFFE000 for w in words], np.uint32).view(np.float32))
-    return [value for word in words for value in _unpacked(kind, int(word))]
+        return (words & np.uint32(0xFFFFE000)).view(np.float32)[..., None]
+    halves = words[..., None].view(np.uint16)
+    if kind == "float16":
+        return halves.view(np.float16).astype(np.float32)
+    return (halves.astype(np.uint32) << 16).view(np.float32)
 
 
 def _mma(kind: str) -> Callable[..., Any]:
     """D = A B + C for a warp, A 16 x k, B k x 8, C and D 16 x 8 of float32; k = 8 for tf32, 16 for the 16-bit types."""
     depth = 8 if kind == "tf32" else 16
     pack = 1 if kind == "tf32" else 2
+    lane = np.arange(32)
+    group, place = lane // 4, lane % 4
+    # [lane, word, number of the word] of A and B, [lane, number] of C and D
+    row_a = (group[:, None] + [0, 8, 0, 8])[:, :, None]
+    term_a = (place[:, None] * pack + np.array([0, 0, depth // 2, depth // 2]))[:, :, None] + np.arange(pack)
+    term_b = (place[:, None] * pack + np.array([0, depth // 2]))[:, :, None] + np.arange(pack)
+    column_b = group[:, None, None]
+    row_c, column_c = group[:, None] + [0, 0, 8, 8], 2 * place[:, None] + [0, 1, 0, 1]
 
     def combine(given):
-        a, b, c = np.zeros((16, depth), np.float32), np.zeros((depth, 8), np.float32), np.zeros((16, 8), np.float32)
-        for lane, (words_a, words_b, sums) in enumerate(given):
-            group, place = lane // 4, lane % 4
-            values = np.reshape(_values(kind, words_a), (4, pack))
-            for i, (row, start) in enumerate([(0, 0), (8, 0), (0, depth // 2), (8, depth // 2)]):
-                a[row + group, start + place * pack : start + (place + 1) * pack] = values[i]
-            values = np.reshape(_values(kind, words_b), (2, pack))
-            for i in range(2):
-                start = i * depth // 2 + place * pack
-                b[start : start + pack, group] = values[i]
-            c[group, 2 * place : 2 * place + 2], c[group + 8, 2 * place : 2 * place + 2] = sums[:2], sums[2:]
+        a, b, c = np.zeros((16, depth)), np.zeros((depth, 8)), np.zeros((16, 8))
+        a[row_a, term_a] = _values(kind, np.array([words for words, _, _ in given], np.uint32))
+        b[term_b, column_b] = _values(kind, np.array([words for _, words, _ in given], np.uint32))
+        c[row_c, column_c] = [sums for _, _, sums in given]
         with np.errstate(invalid="ignore", over="ignore"):
-            d = (a.astype(np.float64) @ b.astype(np.float64) + c).astype(np.float32)
-        return [
-            (*d[lane // 4, 2 * (lane % 4) :][:2], *d[lane // 4 + 8, 2 * (lane % 4) :][:2]) for lane in range(32)
-        ]
+            d = (a @ b + c).astype(np.float32)
+        return [tuple(sums) for sums in d[row_c, column_c]]
 
     def emulate(simulator, a, b, c):
         return simulator.collective(f"mma {kind}", (a, b, c), combine)

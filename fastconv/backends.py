@@ -28,8 +28,10 @@ import numpy as np
 __all__ = [
     "BackendUnavailableError",
     "backends",
+    "get_float32_precision",
     "get_num_threads",
     "set_backend",
+    "set_float32_precision",
     "set_num_threads",
     "use_backend",
 ]
@@ -107,6 +109,44 @@ def _default_backend(function: str) -> str:
     if not from_environment:
         return "auto"
     return _checked(function, from_environment, "the environment variable FASTCONV_BACKEND")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision
+# ---------------------------------------------------------------------------------------------------------------------
+
+FLOAT32_PRECISIONS = ("ieee", "tf32")  # the names of torch.backends.fp32_precision
+_precision: ContextVar[str] = ContextVar("fastconv_float32_precision", default="ieee")
+
+
+def set_float32_precision(precision: str) -> None:
+    """Choose how CUDA convolutions of float32 arrays multiply, in this thread or asyncio task.
+
+    ``"ieee"`` (the default) multiplies float32 numbers as they are. ``"tf32"`` allows the tensor cores of a GPU of
+    compute capability 8.0 or newer: operands are rounded to 11 significant bits (an error of up to 2**-11 each, in the
+    place of 2**-24), their products are exact and summed in float32. Older GPUs, the CPU, other dtypes and convolutions
+    that the tensor cores' kernels do not apply to compute as before. The names are those of
+    ``torch.backends.fp32_precision``. Raises ValueError for another name.
+
+    >>> import fastconv as fc
+    >>> fc.set_float32_precision("tf32"); fc.get_float32_precision()
+    'tf32'
+    >>> fc.set_float32_precision("ieee")
+    """
+    if not isinstance(precision, str) or precision not in FLOAT32_PRECISIONS:
+        expected = ", ".join(map(repr, FLOAT32_PRECISIONS))
+        raise ValueError(f"set_float32_precision: precision is {precision!r} (expected one of {expected})")
+    _precision.set(precision)
+
+
+def get_float32_precision() -> str:
+    """Return how CUDA convolutions of float32 arrays multiply: ``"ieee"`` or ``"tf32"``.
+
+    >>> import fastconv as fc
+    >>> fc.get_float32_precision()
+    'ieee'
+    """
+    return _precision.get()
 
 
 @functools.cache

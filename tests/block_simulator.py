@@ -64,14 +64,18 @@ def _poisoned(shape: Any, dtype: Any) -> np.ndarray:
 
 
 class Memory:
-    """An array as a kernel sees it: bounds checked, no negative indices, vectors aligned to their own size."""
+    """An array as a kernel sees it: bounds checked, no negative indices, vectors aligned to their own size.
 
-    __slots__ = ("array", "dtype", "name", "shape", "size")
+    A vector is aligned in its array and in memory, where no more than 16 bytes are asked for.
+    """
+
+    __slots__ = ("address", "array", "dtype", "name", "shape", "size")
 
     def __init__(self, array: np.ndarray, name: str = "global memory") -> None:
         self.array = array
         self.dtype, self.shape, self.size = array.dtype, array.shape, array.size
         self.name = name
+        self.address = array.__array_interface__["data"][0]
 
     def _check(self, index: Any) -> None:
         places = index if isinstance(index, tuple) else (index,)
@@ -89,7 +93,8 @@ class Memory:
     def _vector(self, start: int, count: int) -> None:
         if self.array.ndim != 1:
             raise SimulationError(f"{self.name}: a vector access to an array of {self.array.ndim} dimensions")
-        if start % count:
+        size = self.dtype.itemsize
+        if start % count or (self.address + start * size) % min(16, count * size):
             raise SimulationError(f"{self.name}: misaligned access to {count} elements at {start}")
         if not 0 <= start <= self.size - count:
             raise SimulationError(f"{self.name}: {count} elements at {start} are out of bounds of {self.size}")

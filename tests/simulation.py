@@ -26,11 +26,14 @@ def device(array: np.ndarray) -> DeviceArray:
     return DeviceArray(array.ctypes.data, array.shape, array.strides, array.dtype, array)
 
 
-def aligned(array: np.ndarray) -> np.ndarray:
-    """The same values and strides, at an address that is a multiple of 16, as memory of the device is."""
+def aligned(array: np.ndarray, elements: int = 0) -> np.ndarray:
+    """The same values and strides, at an address that is a multiple of 16, as memory of the device is.
+
+    Or at one so many elements behind it.
+    """
     extent = sum((n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)) + array.itemsize
-    memory = np.zeros(extent + 16, np.uint8)
-    skip = -memory.ctypes.data % 16
+    memory = np.zeros(extent + 16 + elements * array.itemsize, np.uint8)
+    skip = -memory.ctypes.data % 16 + elements * array.itemsize
     view = np.ndarray(array.shape, array.dtype, memory, skip, array.strides)
     view[...] = array
     return view

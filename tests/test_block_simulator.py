@@ -201,6 +201,23 @@ def test_a_misaligned_vector():
         launch(kernel, 1, np.zeros(8, np.float32))
 
 
+@pytest.mark.parametrize("elements", [1, 2])
+def test_a_copy_from_an_array_that_is_not_aligned(elements):
+    """At a multiple of 16 bytes from the array's beginning, which is none."""
+
+    def kernel(x):
+        shared = cuda.shared.array(4, types.uint32, alignment=16)
+        copy16_async(shared, 0, x, 8, True)
+        copy_commit()
+        copy_wait_all()
+
+    x = np.zeros(32, np.float16)
+    x = x[-(x.ctypes.data // 2) % 8 :]
+    launch(kernel, 1, x)
+    with pytest.raises(SimulationError, match="misaligned"):
+        launch(kernel, 1, x[elements:])
+
+
 def test_a_barrier_that_some_threads_never_reach():
     def kernel(x):
         if cuda.threadIdx.x < 16:

@@ -47,6 +47,8 @@ FUNCTIONS = {
     "backends": Signature("", ""),
     "set_backend": Signature("name", ""),
     "use_backend": Signature("name", ""),
+    "set_float32_precision": Signature("precision", ""),
+    "get_float32_precision": Signature("", ""),
     "set_num_threads": Signature("n", ""),
     "get_num_threads": Signature("", ""),
 }

@@ -32,6 +32,8 @@ class Budget(NamedTuple):
     registers: int
     required: dict[str, int]  # opcodes, and how many there must be at least
     hot: tuple[str, float] | None = None  # opcode, and its share of the block that has most of it
+    float64: bool = False  # may it use the float64 unit?
+    quick: bool = True  # is it compiled in every run of the gate, or in the slow tests?
 
 
 def row_budgets():
@@ -65,10 +67,69 @@ def product_budgets():
         required = {"LDS.128": 2 * (tile.thread_rows + tile.thread_columns), "FFMA": terms, "STG.E.128": 1}
         hot = ("FFMA", {512: 0.80, 256: 0.75, 128: 0.66}[terms])
         name = f"{tile.rows}x{tile.columns}"
-        yield f"gather-{name}", Budget(implicit_gemm.gather_kernel(tile, True), budget, required, hot)
-        yield f"gather-unchecked-{name}", Budget(implicit_gemm.gather_kernel(tile, False), budget, required, hot)
+        gather, unchecked = (implicit_gemm.gather_kernel("float32", tile, checked) for checked in (True, False))
+        yield f"gather-{name}", Budget(gather, budget, required, hot)
+        yield f"gather-unchecked-{name}", Budget(unchecked, budget, required, hot)
         del required["STG.E.128"]
-        yield f"weight-{name}", Budget(implicit_gemm.weight_kernel(tile), budget, required, hot)
+        yield f"weight-{name}", Budget(implicit_gemm.weight_kernel("float32", tile), budget, required, hot)
+
+
+def double_budgets():
+    registers = {(4, 8, 256): 168, (4, 4, 256): 80, (4, 4, 128): 128}
+    for tile in tiles.WIDE_TILES:
+        budget = registers[tile.thread_rows, tile.thread_columns, tile.threads]
+        terms = tile.thread_rows * tile.thread_columns * tiles.DEPTH
+        required = {"LDS.128": 4 * (tile.thread_rows + tile.thread_columns), "DFMA": terms}
+        hot = ("DFMA", {256: 0.65, 128: 0.55}[terms])
+        kernels = {
+            "gather": implicit_gemm.gather_kernel("float64", tile, True),
+            "weight": implicit_gemm.weight_kernel("float64", tile),
+        }
+        for name, kernel in kernels.items():
+            name = f"{name}-float64-{tile.rows}x{tile.columns}"
+            yield name, Budget(kernel, budget, required, hot, float64=True, quick=tile == tiles.WIDE_TILES[0])
+
+
+def tensor_budgets():
+    """The innermost loop of the tensor cores: nothing but the instruction, the loads of its operands and addresses.
+
+    Of the weight gradient the compiler puts some of the fetching there. It takes both operands through registers, and
+    its largest tile leaves no room for a second block.
+    """
+    instructions = {"tf32": "HMMA.1688.F32.TF32", "float16": "HMMA.16816.F32", "bfloat16": "HMMA.16816.F32.BF16"}
+    registers = {(8, 8, 256): 128, (8, 8, 128): 184, (4, 8, 128): 128, (4, 4, 64): 96}
+    for kind, instruction in instructions.items():
+        for tile in tiles.TENSOR_TILES:
+            largest = tile == tiles.TENSOR_TILES[0]
+            budget = registers[tile.thread_rows, tile.thread_columns, tile.threads]
+            sums = tile.thread_rows * tile.thread_columns // 2  # of a thread, in the instructions of two parts
+            fetched = tile.rows * tiles.CHUNKS // tile.threads, tile.columns * tiles.CHUNKS // tile.threads
+            hot = ("HMMA", {32: 0.50, 16: 0.40, 8: 0.25}[sums])
+            name = f"{kind}-{tile.rows}x{tile.columns}"
+            for rows_together in (False, True):
+                operands = tile.thread_rows, tile.thread_columns
+                tall, short = operands[::-1] if rows_together else operands
+                required = {instruction: sums, "LDSM.16.M88.4": tall + short // 2}
+                store = {"STG.E.64" if kind == "tf32" else "STG.E": 1}
+                for chunked in (False, True):
+                    copies = {"LDGSTS.E.BYPASS": 2 * (fetched[0] + chunked * fetched[1]), "LDGDEPBAR": 2}
+                    yield (
+                        f"gather-{name}{'-chunked' * chunked}{'-rows' * rows_together}",
+                        Budget(
+                            implicit_gemm.gather_kernel(kind, tile, True, chunked, rows_together), budget,
+                            required | copies | store, hot,
+                            quick=largest and chunked == rows_together and (chunked or kind != "float16"),
+                        ),
+                    )  # fmt: skip
+            required = {instruction: sums, "LDSM.16.M88.4": tile.thread_rows + tile.thread_columns // 2}
+            yield (
+                f"weight-{name}",
+                Budget(
+                    implicit_gemm.weight_kernel(kind, tile), max(budget, 168 if largest else 0),
+                    required | {"STS.128": 2 * sum(fetched)}, ("HMMA", 0.8 * hot[1]),
+                    quick=largest and kind != "float16",
+                ),
+            )  # fmt: skip
 
 
 def depthwise_patch(dtype, taps, rows, columns, vector, stride=1, inverse=False, last=False):
@@ -105,13 +166,13 @@ def depthwise_budgets():
         yield f"depthwise-weight-{name}", Budget(depthwise.weight_kernel(depthwise_patch(*patch)), registers, required)
 
 
-BUDGETS = dict([*row_budgets(), *product_budgets(), *depthwise_budgets()])
+BUDGETS = dict([*row_budgets(), *product_budgets(), *double_budgets(), *tensor_budgets(), *depthwise_budgets()])
 
 
 def check(budget: Budget, architecture) -> codegen.MachineCode:
     _, cubin = codegen.compile_for_launch(budget.kernel.compiled, budget.kernel.signature, architecture)
     code = codegen.inspect_code(cubin)
-    assert code.complaints(registers=budget.registers, float64=False) == []
+    assert code.complaints(registers=budget.registers, float64=budget.float64) == []
     for opcode, least in budget.required.items():
         assert code.count(re.compile(re.escape(opcode))) >= least, f"{opcode}: {code.opcodes}"
     if budget.hot is not None:
@@ -122,7 +183,9 @@ def check(budget: Budget, architecture) -> codegen.MachineCode:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=name_of)
-@pytest.mark.parametrize("name", BUDGETS)
+@pytest.mark.parametrize(
+    "name", [name if budget.quick else pytest.param(name, marks=pytest.mark.slow) for name, budget in BUDGETS.items()]
+)
 def test_machine_code(name, architecture):
     check(BUDGETS[name], architecture)
 
@@ -149,20 +212,32 @@ def test_launches_of_rows_pass_what_was_compiled(dtype, monkeypatch):
         assert parameters(kernel.signature, arguments) == expected_parameters(arguments)
 
 
-def test_launches_of_products_pass_what_was_compiled(monkeypatch):
+@pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
+@pytest.mark.parametrize("kind", tiles.ARITHMETIC)
+def test_launches_of_products_pass_what_was_compiled(kind, last, monkeypatch):
+    import ml_dtypes
+    import numpy as np
 
     from fastconv.arguments import convolution_plan
 
-    launches, sums = [], []
+    dtype = np.dtype({"tf32": "float32", "bfloat16": ml_dtypes.bfloat16}.get(kind, kind))
+    launches, simple = [], []
     monkeypatch.setattr(implicit_gemm, "launch_blocks", lambda *launch: launches.append(launch))
-    monkeypatch.setattr(implicit_gemm, "launch", lambda *launch: sums.append(launch))
+    monkeypatch.setattr(implicit_gemm, "launch", lambda *launch: simple.append(launch))
     monkeypatch.setattr(implicit_gemm, "current_device", lambda: 0)
+    monkeypatch.setattr(implicit_gemm, "get_float32_precision", lambda: "tf32" if kind == "tf32" else "ieee")
     monkeypatch.setattr(implicit_gemm, "upload", lambda *t: tuple(device_array(len(a), dtype=a.dtype) for a in t))
     monkeypatch.setattr(implicit_gemm, "empty", lambda shape, dtype, like: (None, device_array(*shape, dtype=dtype)))
     implicit_gemm._plans.cache_clear()
     implicit_gemm._weight_plan.cache_clear()
-    x, w, y, b = (device_array(*s) for s in [(2, 8, 1, 5, 6), (16, 4, 1, 3, 3), (2, 16, 1, 3, 2), (16,)])
-    geometry = convolution_plan("conv2d", 2, (2, 8, 5, 6), (16, 4, 3, 3), (1, 2), 0, 1, 2, "zeros", "NCHW").geometry
+
+    def image(n, c, *space):
+        array = device_array(*((c, *space[::-1], n) if last else (*space[::-1], c, n)), dtype=dtype)
+        return array.transpose((4, 0, 3, 2, 1) if last else (4, 3, 2, 1, 0))
+
+    x, y = image(2, 16, 1, 5, 6), image(2, 16, 1, 3, 2)
+    w, b = (device_array(*s, dtype=dtype) for s in [(16, 8, 1, 3, 3), (16,)])
+    geometry = convolution_plan("conv2d", 2, (2, 16, 5, 6), (16, 8, 3, 3), (1, 2), 0, 1, 2, "zeros", "NCHW").geometry
     assert implicit_gemm.forward(geometry, x, w, b, True, y)
     assert implicit_gemm.input_grad(geometry, w, y, b, False, True, x)
     assert implicit_gemm.weight_grad(geometry, x, y, True, w)
@@ -173,10 +248,13 @@ def test_launches_of_products_pass_what_was_compiled(monkeypatch):
         assert tuple(cuda.jit(kernel.function).typeof_pyval(a) for a in arguments) == kernel.signature
         made = [getattr(p, "value", p) for p in parameters(kernel.signature, arguments)]
         assert made == expected_parameters(arguments)
-    ((kernel, elements, *arguments),) = sums
-    assert elements == w.size
-    signature = implicit_gemm.add_parts_kernel.signature(ELEMENTS["float32"])
-    assert tuple(kernel.typeof_pyval(a) for a in arguments) == signature
+    assert len(simple) == (4 if tiles.ARITHMETIC[kind].tensor else 1)  # the weights in order, the sum of parts
+    for (kernel, _, *arguments), made in zip(
+        simple, [*[implicit_gemm.order_kernel] * (len(simple) - 1), implicit_gemm.add_parts_kernel], strict=True
+    ):
+        signature = made.signature(ELEMENTS[dtype.name])
+        assert kernel is made[dtype]
+        assert tuple(kernel.typeof_pyval(a) for a in arguments) == signature
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -207,10 +285,18 @@ def test_launches_of_depthwise_pass_what_was_compiled(dtype, monkeypatch):
     assert tuple(kernel.typeof_pyval(a) for a in arguments) == signature
 
 
-@pytest.mark.parametrize("kernel", [implicit_gemm.add_parts_kernel, depthwise.add_parts_kernel])
+SIMPLE = {
+    "parts": implicit_gemm.add_parts_kernel, "depthwise-parts": depthwise.add_parts_kernel,
+    "order": implicit_gemm.order_kernel,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=name_of)
-def test_machine_code_of_the_sum_of_parts(architecture, kernel):
-    _, cubin = codegen.compile_for_launch(kernel["float32"], kernel.signature(ELEMENTS["float32"]), architecture)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", SIMPLE)
+def test_machine_code_of_simple_kernels(name, dtype, architecture):
+    kernel = SIMPLE[name]
+    _, cubin = codegen.compile_for_launch(kernel[dtype], kernel.signature(ELEMENTS[dtype]), architecture)
     assert codegen.inspect_code(cubin).complaints(registers=80, float64=False) == []
 
 

@@ -1,4 +1,7 @@
-"""Convolutions as matrix products, in the block simulator: every shape they apply to, tile, layout and schedule."""
+"""Convolutions as matrix products, in the block simulator: every shape they apply to, tile, layout and schedule.
+
+Here in float32; the other types, by the same kernels, are in `test_tensor_cores.py`.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +36,17 @@ APPLICABLE = [
 
 @pytest.fixture
 def run(monkeypatch):
-    """``run(operation, case, *arrays, layout=..., tile=..., schedule=..., **options) -> result``."""
+    """``run(operation, case, *arrays, last=..., tile=..., schedule=..., **options) -> result``.
+
+    `last`: input and output are channels-last. `shift`: all arrays begin this many elements behind a multiple of 16.
+    """
 
     def run(operation, case, first, second, bias=None, *, last=False, relu=False, start=None, tile=TINY,
-            schedule=("forward", "late")):  # fmt: skip
+            schedule=("forward", "late"), precision="ieee", shift=0):  # fmt: skip
         monkeypatch.setattr(implicit_gemm, "launch_blocks", simulated(schedule))
-        if tile is not None:
-            monkeypatch.setattr(implicit_gemm, "choose_tile", lambda *sizes: tile)
-            monkeypatch.setattr(implicit_gemm, "_weight_tile", lambda *sizes: tile)
+        monkeypatch.setattr(implicit_gemm, "get_float32_precision", lambda: precision)
+        monkeypatch.setattr(implicit_gemm, "choose_tile", lambda *sizes: tile)
+        monkeypatch.setattr(implicit_gemm, "_weight_tile", lambda *sizes: tile)
         implicit_gemm._plans.cache_clear()
         implicit_gemm._weight_plan.cache_clear()
         names = ("NLC", "NHWC", "NDHWC") if last else ("NCL", "NCHW", "NCDHW")
@@ -52,7 +58,7 @@ def run(monkeypatch):
 
         def canonical(array, weight=False):
             made = array if weight or not last else channels_first(channels_last(array))
-            form = aligned(made)[(..., *[None] * (5 - made.ndim), *[slice(None)] * case.ndim)]
+            form = aligned(made, shift)[(..., *[None] * (5 - made.ndim), *[slice(None)] * case.ndim)]
             return form, device(form)
 
         shapes = {"forward": case.output, "weight_grad": case.weight, "input_grad": case.input}
@@ -60,10 +66,10 @@ def run(monkeypatch):
             "forward": (False, True, False), "weight_grad": (False, False, True), "input_grad": (True, False, False)
         }  # fmt: skip
         result, out = canonical(
-            np.full(shapes[operation], np.nan, np.float32) if start is None else start, kinds[operation][2]
+            np.full(shapes[operation], np.nan, first.dtype) if start is None else start, kinds[operation][2]
         )
         (_, a), (_, b) = canonical(first, kinds[operation][0]), canonical(second, kinds[operation][1])
-        c = convolution._none(np.dtype(np.float32)) if bias is None else device(bias)
+        c = convolution._none(first.dtype) if bias is None else device(bias)
         extra = {
             "forward": (c, relu), "weight_grad": (start is not None,), "input_grad": (c, relu, start is not None),
         }  # fmt: skip
@@ -192,27 +198,31 @@ def test_from_the_public_functions(rng, monkeypatch):
 
 
 BARRIER, END = "            cuda.syncthreads()\n\n", "        first_row, first_column = u32(first_row + row"
-TERM = "b_term = u32(first_column + t % columns_of_tile), u32("
+TERM = "column, k_b = u32(t % columns_of_tile), u32("
 CHECK, DIVISION = "if column < columns:\n", "                    n = u32(column // positions)"
-QUARTER, TAIL = "i // 4 * row_jump + i % ", ")\n                        if r < rows:\n"
+ROW, TAIL = "i // row_run * row_jump + i % ", " * row_spacing)\n                        if r < rows:\n"
 MISTAKES = {
     "no barrier after a stage is stored": (BARRIER + END, END),
     "no barrier before the first step": ("        cuda.syncthreads()\n        row_of_thread", "        row_of_thread"),
     "a stage stored over the one in use": ("stage = u32(1 - stage)", "stage = u32(stage)"),
     "terms that no one fetched": (TERM + "t", TERM + "1 + t"),
     "columns beyond the last are stored": (CHECK + DIVISION, "if True:\n" + DIVISION),
-    "the wrong row": (QUARTER + "4" + TAIL, QUARTER + "3" + TAIL),
+    "the wrong row": (ROW + "row_run" + TAIL, ROW + "3" + TAIL),
 }
+
+
+def mutant(module, old, new):
+    """The names of a module in which `new` stands for `old`."""
+    source = inspect.getsource(module)
+    assert old in source
+    scope = {"__name__": module.__name__, "__package__": module.__package__}
+    exec(compile(source.replace(old, new), "mutant", "exec"), scope)
+    return scope
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_in_the_kernel_is_found(mistake, run, rng, monkeypatch):
-    old, new = MISTAKES[mistake]
-    source = inspect.getsource(implicit_gemm)
-    assert old in source
-    scope = {"__name__": implicit_gemm.__name__, "__package__": implicit_gemm.__package__}
-    exec(compile(source.replace(old, new), "mutant", "exec"), scope)
-    monkeypatch.setattr(implicit_gemm, "gather_kernel", scope["gather_kernel"])
+    monkeypatch.setattr(implicit_gemm, "gather_kernel", mutant(implicit_gemm, *MISTAKES[mistake])["gather_kernel"])
     case = Case("steps", "several steps, a last tile that is not full", (1, 8, 4, 5), (36, 8, 3, 3), padding=1)
     x, w = operands("forward", case, lambda shape: integers(rng, shape, "float32"))
     try:
@@ -231,9 +241,8 @@ def test_the_choice_of_tile(sizes):
     assert 2 * sizes[0] > tile.rows or tile.rows == min(t.rows for t in tiles.TILES)
 
 
-@pytest.mark.parametrize("tile", [*tiles.TILES, TINY, SMALL])
+@pytest.mark.parametrize("tile", [*tiles.TILES, *tiles.WIDE_TILES, *tiles.TENSOR_TILES])
 def test_tiles_can_be_fetched_and_multiplied(tile):
     assert tile.rows % tile.thread_rows == tile.columns % tile.thread_columns == 0
     assert tile.thread_rows % 4 == tile.thread_columns % 4 == 0
     assert tile.threads % tile.columns == 0 or tile.columns % tile.threads == 0
-    assert 2 * tiles.DEPTH * 4 * (tile.row_pitch + tile.column_pitch) <= 48 * 1024
