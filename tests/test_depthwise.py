@@ -12,7 +12,7 @@ import pytest
 
 import fastconv as fc
 import oracle
-from fastconv.cpu import convolution, depthwise, simd
+from fastconv.cpu import convolution, depthwise, depthwise_channels, simd
 from fastconv.geometry import PADDING_MODES, ConvGeometry
 from helpers import LAYOUTS, VIEWS, channels_first, channels_last, functions, integers, normal, output_of, run_python
 from shapes import Case
@@ -82,6 +82,34 @@ CASES = [
 ]  # fmt: skip
 BY_NAME = {case.name: case for case in CASES}
 
+# more channels than half a vector of every machine: the vectors hold channels, in both layouts
+CHANNEL_CASES = [
+    *(filters(f"channels_{n}", n, (5, 6), (3, 3), padding=1) for n in (8, 13, 16, 17, 32, 37)),
+    # fewer pixels than a vector, rows that are and are not runs of their own, widths around the pixels at once
+    *(
+        filters(f"channels_{h}x{w}", 19, (h, w), (3, 3), padding=1)
+        for h, w in ((1, 1), (2, 3), (7, 7), (9, 14), (3, 29))
+    ),
+    *(filters(f"channels_{k}x{k}", 18, (9, 17), (k, k), padding=k // 2) for k in (1, 2, 4, 5, 6, 7, 9, 11)),
+    *(
+        filters(f"channels_stride2_{k}x{k}", 18, (10, 13), (k, k), stride=2, padding=k // 2) for k in (2, 3, 4, 5, 7)
+    ),
+    filters("channels_stride3", 17, (11, 19), (4, 5), stride=3, padding=2),
+    filters("channels_stride_over_kernel", 17, (11, 19), (2, 2), stride=3),
+    filters("channels_dilated", 17, (11, 19), (3, 3), dilation=(2, 3), padding=(2, 3)),
+    filters("channels_dilated_stride2", 17, (11, 19), (3, 3), dilation=3, stride=2, padding=3),
+    filters("channels_columns_left", 17, (8, 12), (3, 3), stride=2),
+    filters("channels_padding_over_input", 17, (2, 3), (3, 3), padding=7),
+    filters("channels_tiles", 17, (90, 70), (7, 7), batch=1, padding=3),
+    filters("channels_tiles_stride2", 17, (151, 90), (5, 5), batch=1, padding=2, stride=2),
+    filters("channels_1d", 17, (1000,), (4,), padding=((3, 0),)),
+    filters("channels_1d_k40", 17, (500,), (40,), stride=2, padding=7),
+    filters("channels_3d", 17, (4, 5, 6), (3, 3, 3), padding=1),
+    filters("channels_3d_stride2", 17, (5, 6, 7), (3, 3, 3), padding=1, stride=2),
+    filters("channels_3d_tiles", 17, (12, 20, 30), (3, 3, 3), batch=1, padding=1),
+]  # fmt: skip
+BY_NAME |= {case.name: case for case in CHANNEL_CASES}
+
 
 def test_the_cases_run_on_these_kernels(monkeypatch):
     seen = []
@@ -92,17 +120,30 @@ def test_the_cases_run_on_these_kernels(monkeypatch):
     assert len(seen) == len(CASES)
 
 
+def test_where_vectors_hold_channels(monkeypatch):
+    seen = []
+    monkeypatch.setattr(depthwise_channels, "correlate", lambda *arguments: seen.append(arguments))
+    for case in CHANNEL_CASES:
+        x, w = np.zeros(case.input, np.float32), np.zeros(case.weight, np.float32)
+        functions(case.ndim).conv(x, w, **case.options)
+    assert len(seen) == len(CHANNEL_CASES)
+
+
 SOME = [
     BY_NAME[name]
     for name in (
         "width_13", "height_11", "rows_12", "stride2_5x5_13x70", "stride2_4x4_9x17", "stride3", "dilated_3",
         "multiplier_stride2", "plane_to_4", "1d_k4", "1d_k400", "3d_stride2", "reflect_stride2", "tiles_of_rows",
+        "channels_13", "channels_2x3", "channels_stride2_5x5", "channels_stride3", "channels_tiles",
+        "channels_3d_stride2",
     )
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), [*((case, "float32") for case in CASES), *((case, "float64") for case in SOME)], ids=str
+    ("case", "dtype"),
+    [*((case, "float32") for case in [*CASES, *CHANNEL_CASES]), *((case, "float64") for case in SOME)],
+    ids=str,
 )
 def test_passes(case, dtype, rng):
     """Forward with bias and both gradients against the oracle, in either layout."""
@@ -217,7 +258,7 @@ def plans_of(shape, kernel, stride, dtype):
     return (
         convolution._depthwise_forward_plan(geometry, dtype, *steps, 2)[1],
         convolution._depthwise_input_grad_plan(geometry, dtype, *steps[::-1], 2)[1],
-        convolution._depthwise_weight_grad_plan(geometry, dtype, *steps),
+        convolution._depthwise_weight_grad_plan(geometry, dtype, *steps)[1],
     )
 
 
@@ -226,7 +267,7 @@ def test_blocks_of_filter_rows():
     allowed = {stride: (1, *(rows for rows, s in simd.SHARED_ROWS if s == stride)) for stride in (1, 2)}
     for stride, rows in allowed.items():
         for taps in range(1, 40):
-            cut = depthwise._cut(taps, rows)
+            cut = depthwise.cut(taps, rows)
             assert sum(cut) == taps
             assert set(cut) <= set(rows)
             assert len(cut) <= -(-taps // 7) + 2, (stride, taps)
@@ -250,7 +291,7 @@ def test_other_vectors(name, features, dtype, lanes, tmp_path):
         import oracle, test_depthwise
         from helpers import functions, integers
         rng = np.random.default_rng(0)
-        for name in ("width_13", "width_130", "stride2_3x3_13x70", "multiplier_3", "1d_k4"):
+        for name in ("width_13", "stride2_3x3_13x70", "multiplier_3", "1d_k4", "channels_13", "channels_stride2_5x5"):
             case = test_depthwise.BY_NAME[name]
             f, plain = functions(case.ndim), case.plain_options
             x, w, dy = (integers(rng, s, sys.argv[2]) for s in (case.input, case.weight, case.output))

@@ -21,6 +21,7 @@ MACHINERY = {
         "__init__": "says what the folder is",
         "contraction": "the register-blocked sum of products that all passes of a convolution are made of",
         "depthwise": "convolution with one input channel a group; CUDA has the direct sum only",
+        "depthwise_channels": "the same with channels in the lanes of the vectors",
         "elementary": "exp, log and tanh in vectors; CUDA has its own",
         "fft": "convolution by Fourier transforms; CUDA has the direct sum only",
         "jit": "how kernels are compiled",

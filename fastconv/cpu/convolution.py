@@ -17,7 +17,7 @@ import numpy as np
 from numba import prange, types
 
 from ..geometry import ConvGeometry
-from . import contraction, depthwise, fft, tasks, winograd
+from . import contraction, depthwise, depthwise_channels, fft, tasks, winograd
 from .jit import array_of, kernel, output_of
 from .threads import get_num_threads
 
@@ -98,13 +98,27 @@ def _forward_plan(
 @functools.lru_cache(maxsize=1024)
 def _depthwise_forward_plan(
     geometry: ConvGeometry, dtype: np.dtype, x: tuple[int, ...], y: tuple[int, ...], workers: int
-) -> tuple[depthwise.Lines, contraction.Plan]:
+) -> tuple[depthwise.Lines | None, contraction.Plan]:
+    """For `_run_depthwise`."""
     depth, height, width = map(depthwise.forward_line, _axes(geometry))
     lines = (depth, height, width)
+    if depthwise_channels.applies(geometry, dtype, lines, x, y):
+        return None, depthwise_channels.plan_correlation(dtype, geometry.batch, geometry.groups, lines, x, y, workers)
     zeros = geometry.padding_mode == "zeros"
     return lines, depthwise.plan_correlation(
         dtype, geometry.batch, geometry.groups, geometry.out_channels_per_group, 1, lines, x, y, zeros, workers
     )
+
+
+def _run_depthwise(
+    lines: depthwise.Lines | None, plan: contraction.Plan, x: np.ndarray, weight: np.ndarray, y: np.ndarray,
+    bias: np.ndarray | None, relu: bool, add: bool,
+) -> None:  # fmt: skip
+    """`lines` are those of a plan whose vectors run along the rows; None says that they hold channels."""
+    if lines is None:
+        depthwise_channels.correlate(plan, x, weight, y, bias, relu, add)
+    else:
+        depthwise.correlate(plan, x, depthwise.order_weights(lines, weight), y, bias, relu, add)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -161,7 +175,7 @@ def forward(
     strides = _elements(input), _elements(out)
     if depthwise.applies(geometry):
         lines, plan = _depthwise_forward_plan(geometry, out.dtype, *strides, get_num_threads())
-        depthwise.correlate(plan, input, depthwise.order_weights(lines, weight), out, bias, relu, False)
+        _run_depthwise(lines, plan, input, weight, out, bias, relu, False)
         return
     blocks, plan = _forward_plan(geometry, out.dtype, *strides, get_num_threads())
     if packed is None:
@@ -210,10 +224,14 @@ def _winograd_input_grad(geometry, weight, grad_output, bias, relu, out):
 @functools.lru_cache(maxsize=1024)
 def _depthwise_weight_grad_plan(
     geometry: ConvGeometry, dtype: np.dtype, x: tuple[int, ...], dy: tuple[int, ...]
-) -> contraction.Plan:
+) -> tuple[Callable[..., None], contraction.Plan]:
     depth, height, width = map(depthwise.forward_line, _axes(geometry))
-    return depthwise.plan_weight_gradient(
-        dtype, geometry.batch, geometry.groups, geometry.out_channels_per_group, (depth, height, width), x, dy,
+    lines = (depth, height, width)
+    if depthwise_channels.applies(geometry, dtype, lines, x, dy):
+        plan = depthwise_channels.plan_weight_gradient(dtype, geometry.batch, geometry.groups, lines, x, dy)
+        return depthwise_channels.weight_gradient, plan
+    return depthwise.weight_gradient, depthwise.plan_weight_gradient(
+        dtype, geometry.batch, geometry.groups, geometry.out_channels_per_group, lines, x, dy,
         geometry.padding_mode == "zeros",
     )  # fmt: skip
 
@@ -247,8 +265,8 @@ def weight_grad(
         return
     strides = _elements(input), _elements(grad_output)
     if depthwise.applies(geometry):
-        plan = _depthwise_weight_grad_plan(geometry, out.dtype, *strides)
-        depthwise.weight_gradient(plan, input, grad_output, out, accumulate)
+        run, plan = _depthwise_weight_grad_plan(geometry, out.dtype, *strides)
+        run(plan, input, grad_output, out, accumulate)
         return
     plan = _weight_grad_plan(geometry, out.dtype, *strides, _elements(out))
     contraction.weight_gradient(plan, input, grad_output, out, accumulate)
@@ -286,7 +304,8 @@ def _phase_axis(
 @functools.lru_cache(maxsize=1024)
 def _depthwise_input_grad_plan(
     geometry: ConvGeometry, dtype: np.dtype, dy: tuple[int, ...], dx: tuple[int, ...], workers: int
-) -> tuple[depthwise.Lines, contraction.Plan]:
+) -> tuple[depthwise.Lines | None, contraction.Plan]:
+    """For `_run_depthwise`."""
     each = []
     for size, taps, stride, dilation, before, positions in zip(
         geometry.input_size, geometry.kernel_size, geometry.stride, geometry.dilation, geometry.pad_before,
@@ -298,6 +317,9 @@ def _depthwise_input_grad_plan(
         each.append(depthwise.backward_line(tuple(phases), stride, positions))
     depth, height, width = each
     lines = (depth, height, width)
+    if depthwise_channels.applies(geometry, dtype, lines, dy, dx):
+        plan = depthwise_channels.plan_correlation(dtype, geometry.batch, geometry.groups, lines, dy, dx, workers)
+        return None, plan
     return lines, depthwise.plan_correlation(
         dtype, geometry.batch, geometry.groups, 1, geometry.out_channels_per_group, lines, dy, dx, True, workers
     )
@@ -385,8 +407,7 @@ def input_grad(
             _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
             return
         lines, plan = _depthwise_input_grad_plan(geometry, out.dtype, *strides, get_num_threads())
-        weight = depthwise.order_weights(lines, weight)
-        depthwise.correlate(plan, grad_output, weight, out, bias, relu, accumulate)
+        _run_depthwise(lines, plan, grad_output, weight, out, bias, relu, accumulate)
         return
     phases = _input_grad_phases(geometry, out.dtype, *strides, get_num_threads())
     sizes = [0 if phase.blocks is None else phase.blocks.packed_size for phase in phases]

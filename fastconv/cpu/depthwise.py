@@ -404,11 +404,11 @@ def backward_line(phases: tuple[tuple[tuple[int, ...], Axis], ...], stride: int,
 
 
 @functools.cache
-def _cut(taps: int, allowed: tuple[int, ...]) -> tuple[int, ...]:
+def cut(taps: int, allowed: tuple[int, ...]) -> tuple[int, ...]:
     """Cut a number of rows of the filter into numbers that there is a function for, as few as possible."""
     if taps == 0:
         return ()
-    ways = ((*_cut(taps - rows, allowed), rows) for rows in sorted(allowed, reverse=True) if rows <= taps)
+    ways = ((*cut(taps - rows, allowed), rows) for rows in sorted(allowed, reverse=True) if rows <= taps)
     return min(ways, key=len)
 
 
@@ -424,8 +424,8 @@ _functions: list[Any] = []  # they must outlive their addresses
 
 
 @functools.cache
-def _address_of(function: Callable[..., None], taps: int, stride: int, dtype: np.dtype) -> int:
-    """Address of `_rows` or `_accumulate` for one of simd.SHARED_ROWS, compiled on first use.
+def address_of(function: Callable[..., None], taps: int, stride: int, dtype: np.dtype) -> int:
+    """Address of a function (taps, stride, arguments, real) for these taps and stride, compiled on first use.
 
     Not a part of the bodies, since Numba would compile every one of them with each, three times over.
     """
@@ -451,13 +451,13 @@ def _phase_table(line: Line, function: Callable[..., None] | None, dtype: np.dty
         shared = [rows for rows, stride in simd.SHARED_ROWS if stride == ratio]
         if not shared or len(phase.taps) == 1:
             shared, classes = [1], 1
-        cuts = _cut(len(phase.taps), (1, *shared)) if function else ()
+        cuts = cut(len(phase.taps), (1, *shared)) if function else ()
         at = len(line.phases) * PHASE_FIELDS + len(blocks) - n * PHASE_FIELDS
         table += [phase.first, phase.count, len(phase.taps), phase.shift, phase.tap_step, start, classes, at]
         blocks.append(len(cuts))
         i = 0
         for rows in cuts:
-            blocks += [_address_of(function, rows, ratio if rows > 1 else 1, dtype), rows > 1, i]
+            blocks += [address_of(function, rows, ratio if rows > 1 else 1, dtype), rows > 1, i]
             i += rows
         start += len(phase.taps)
     return np.array(table + blocks, np.int64)

@@ -2207,3 +2207,395 @@ def scale_columns(typingctx, tile, rows, width, factor):
         return context.get_dummy_value()
 
     return types.void(tile, types.int64, types.int64, tile), codegen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Depthwise convolution with a vector of channels: pixels of `lanes` channels each
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _pixel_mover(name: str, meaning: str, write):
+    """An intrinsic (target, table or pitch, source, pitch, pixels, channels), pixels and channels >= 1."""
+
+    @intrinsic
+    def move(typingctx, target, where, source, pitch, pixels, channels):
+        def codegen(context, builder, sig, args):
+            element, t = _element(sig.args[0]), _tile_of(sig.args[0])
+            kinds = [value.type for value in args]
+            function, new = _internal(builder.module, f"fastconv_{name}_{element}", kinds)
+            if new:
+                write(builder.module, function, ir.VectorType(element, t.lanes))
+            builder.call(function, args)
+            return context.get_dummy_value()
+
+        i = types.int64
+        return types.void(target, where, target, i, i, i), codegen
+
+    move.__doc__ = meaning
+    return move
+
+
+def _with_channels(module: ir.Module, function: ir.Function, vector: ir.VectorType, write) -> None:
+    """A body for whole vectors of channels, and one with a mask: write(b, load, store)."""
+    channels = function.args[-1]
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    whole, part, end = (b.append_basic_block(name) for name in ("whole", "part", "end"))
+    b.cbranch(b.icmp_signed(">=", channels, _i64(vector.count)), whole, part)
+    b.position_at_end(whole)
+    write(b, lambda pointer: _load(b, pointer, vector), lambda value, pointer: _store(b, value, pointer))
+    b.branch(end)
+    b.position_at_end(part)
+    mask = _lane_mask(b, channels, vector.count)
+    write(
+        b, lambda pointer: _load_lanes(b, module, pointer, mask, vector),
+        lambda value, pointer: _store_lanes(b, module, value, pointer, mask),
+    )  # fmt: skip
+    b.branch(end)
+    b.position_at_end(end)
+    b.ret_void()
+
+
+def _write_spread_pixels(module: ir.Module, function: ir.Function, vector: ir.VectorType) -> None:
+    target, places, source, pitch, pixels, _ = function.args
+    for p in (target, source):
+        p.add_attribute("noalias")
+
+    def write(b: ir.IRBuilder, load, _) -> None:
+        loop = _Loop(b, "pixels", pixels, [source])
+        place = b.load(b.gep(places, [loop.k]))
+        _store(b, load(loop.values[0]), b.gep(target, [place]))
+        loop.close([b.gep(loop.values[0], [pitch])])
+
+    _with_channels(module, function, vector, write)
+
+
+def _write_collect_pixels(module: ir.Module, function: ir.Function, vector: ir.VectorType) -> None:
+    target, target_pitch, source, pitch, pixels, _ = function.args
+    for p in (target, source):
+        p.add_attribute("noalias")
+
+    def write(b: ir.IRBuilder, _, store) -> None:
+        loop = _Loop(b, "pixels", pixels, [target, source])
+        store(_load(b, loop.values[1], vector), loop.values[0])
+        loop.close([b.gep(loop.values[0], [target_pitch]), b.gep(loop.values[1], [pitch])])
+
+    _with_channels(module, function, vector, write)
+
+
+def _blocks_of_pixels(b: ir.IRBuilder, pixels: ir.Value, n: int, write) -> None:
+    """write(first, mask) for blocks of n pixels, the last of which may overlap the one before: the mask is None; for
+    fewer pixels than one block, the mask of those there are."""
+    last = b.sub(pixels, _i64(n))
+    few, many, end = (b.append_basic_block(name) for name in ("few", "many", "moved"))
+    b.cbranch(b.icmp_signed("<", last, _i64(0)), few, many)
+    b.position_at_end(few)
+    write(_i64(0), _lane_mask(b, pixels, n))
+    b.branch(end)
+    b.position_at_end(many)
+    loop = _Loop(b, "blocks", b.sdiv(b.add(pixels, _i64(n - 1)), _i64(n)), [])
+    first = b.mul(loop.k, _i64(n))
+    write(b.select(b.icmp_signed("<", first, last), first, last), None)
+    loop.close([])
+    b.branch(end)
+    b.position_at_end(end)
+
+
+def _planes_of(b: ir.IRBuilder, pointer: ir.Value, pitch: ir.Value, channels: ir.Value, n: int) -> list[ir.Value]:
+    """Pointers to n planes, to the last of them again for those there are not."""
+    last = b.sub(channels, _i64(1))
+    indices = [b.select(b.icmp_signed("<", _i64(i), last), _i64(i), last) for i in range(n)]
+    return [b.gep(pointer, [b.mul(pitch, index)]) for index in indices]
+
+
+def _write_spread_planes(module: ir.Module, function: ir.Function, vector: ir.VectorType) -> None:
+    target, places, source, pitch, pixels, channels = function.args
+    for p in (target, source):
+        p.add_attribute("noalias")
+    n = vector.count
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    planes = _planes_of(b, source, pitch, channels, n)
+
+    def write(first: ir.Value, mask: ir.Value | None) -> None:
+        at = [b.gep(plane, [first]) for plane in planes]
+        rows = [_load(b, p, vector) if mask is None else _load_lanes(b, module, p, mask, vector) for p in at]
+        last = b.sub(pixels, _i64(1))
+        for k, row in reversed(list(enumerate(_transpose_vectors(b, rows)))):
+            index = b.add(first, _i64(k))
+            if mask is not None:  # a pixel that is not there goes where the last one is stored after it
+                index = b.select(b.icmp_signed("<", index, last), index, last)
+            _store(b, row, b.gep(target, [b.load(b.gep(places, [index]))]))
+
+    _blocks_of_pixels(b, pixels, n, write)
+    b.ret_void()
+
+
+def _write_collect_planes(module: ir.Module, function: ir.Function, vector: ir.VectorType) -> None:
+    target, target_pitch, source, pitch, pixels, channels = function.args
+    for p in (target, source):
+        p.add_attribute("noalias")
+    n = vector.count
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    planes = _planes_of(b, target, target_pitch, channels, n)
+
+    def write(first: ir.Value, mask: ir.Value | None) -> None:
+        at = [b.gep(source, [b.mul(b.add(first, _i64(k)), pitch)]) for k in range(n)]
+        if mask is not None:
+            last = b.gep(source, [b.mul(b.sub(pixels, _i64(1)), pitch)])
+            at = [b.select(b.icmp_signed("<", _i64(k), pixels), p, last) for k, p in enumerate(at)]
+        rows = _transpose_vectors(b, [_load(b, p, vector) for p in at])
+        for plane, row in reversed(list(zip(planes, rows, strict=True))):  # the last channel overwrites what is not one
+            place = b.gep(plane, [first])
+            if mask is None:
+                _store(b, row, place)
+            else:
+                _store_lanes(b, module, row, place, mask)
+
+    _blocks_of_pixels(b, pixels, n, write)
+    b.ret_void()
+
+
+spread_pixels = _pixel_mover("spread_pixels", """target[places[k] + c] = source[k * pitch + c].
+
+Zeros for c from `channels` on.
+""", _write_spread_pixels)  # fmt: skip
+spread_planes = _pixel_mover("spread_planes", """target[places[k] + c] = source[c * pitch + k].
+
+The last channel again for c from `channels` on. Pixels may be stored in any order, and more than once.
+""", _write_spread_planes)  # fmt: skip
+collect_pixels = _pixel_mover(
+    "collect_pixels", """target[k * target_pitch + c] = source[k * pitch + c], c < channels.""", _write_collect_pixels
+)
+collect_planes = _pixel_mover(
+    "collect_planes", """target[c * target_pitch + k] = source[k * pitch + c], c < channels.""", _write_collect_planes
+)
+
+# (taps of a row at once, stride): pixels that several of these taps meet are loaded once
+CHANNEL_TAPS = ((1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (7, 1), (3, 2), (5, 2), (7, 2))
+
+
+def _pixels_at_once(t: Tile) -> tuple[int, ...]:
+    """Pixels of a row of output that have their accumulators in registers, beside the weights of a row of up to seven
+    taps: multiples of seven, since the planes of so many networks have 7, 14, 28, 56 and 112 columns."""
+    return (14, 7, 4, 2, 1) if t.rows > 8 else (7, 4, 2, 1)
+
+
+def _correlate_pixels_function(
+    module: ir.Module, element: ir.Type, t: Tile, taps: int, stride: int, many: int
+) -> ir.Function:
+    pointer = element.as_pointer()
+    function, new = _internal(
+        module, f"fastconv_correlate_pixels_{element}_{taps}_{stride}_{many}",
+        [pointer, _I64, pointer, _I64, pointer, *[_I64] * 10, pointer, element],
+    )  # fmt: skip
+    if not new:
+        return function
+    (
+        y, y_pitch, x, x_pitch, w, depths, x_depth, w_depth, heights, x_height, w_height, widths, x_width, w_width, add,
+        bias, least,
+    ) = function.args  # fmt: skip
+    for p in (y, x, w, bias):
+        p.add_attribute("noalias")
+    vector = ir.VectorType(element, t.lanes)
+    zero = ir.Constant(vector, [0.0] * t.lanes)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    targets = [b.gep(y, [b.mul(y_pitch, _i64(q))]) for q in range(many)]
+    sums = _where(
+        b, b.icmp_signed("!=", add, _i64(0)), [zero] * many, lambda _: [_load(b, p, vector) for p in targets]
+    )
+    depth = _Loop(b, "depths", depths, [x, w, *sums])
+    height = _Loop(b, "heights", heights, depth.values)
+    width = _Loop(b, "widths", widths, height.values)
+    x_now, w_now, *sums = width.values
+    weights = [_load(b, b.gep(w_now, [_i64(a * t.lanes)]), vector) for a in range(taps)]
+    for i in range(stride * (many - 1) + taps):
+        meeting = [(q, i - stride * q) for q in range(many) if 0 <= i - stride * q < taps]
+        if not meeting:
+            continue
+        place = b.mul(x_pitch, _i64(i)) if taps == 1 else _i64(i * t.lanes)
+        value = _load(b, b.gep(x_now, [place]), vector)
+        for q, a in meeting:
+            sums[q] = _multiply_add(b, module, t.fma, weights[a], value, sums[q])
+    width.close([b.gep(x_now, [x_width]), b.gep(w_now, [w_width]), *sums])
+    height.close([b.gep(height.values[0], [x_height]), b.gep(height.values[1], [w_height]), *sums])
+    depth.close([b.gep(depth.values[0], [x_depth]), b.gep(depth.values[1], [w_depth]), *sums])
+    bias, least = _load(b, bias, vector), _splat(b, least, t.lanes)
+    for value, target in zip(sums, targets, strict=True):
+        value = b.fadd(value, bias)
+        _store(b, b.select(b.fcmp_ordered("<", value, least), least, value), target)  # nan stays nan
+    b.ret_void()
+    return function
+
+
+def _correlate_pixels_dispatcher(module: ir.Module, element: ir.Type, t: Tile, taps: int, stride: int) -> ir.Function:
+    """Cuts rows into what the generated functions take."""
+    pointer, table = element.as_pointer(), _I64.as_pointer()
+    function, new = _internal(
+        module, f"fastconv_correlate_pixels_{element}_{taps}_{stride}",
+        [pointer, _I64, _I64, pointer, _I64, pointer, table, _I64, _I64, *[_I64] * 9, pointer, element],
+    )  # fmt: skip
+    if not new:
+        return function
+    (
+        y, y_row, y_pitch, x, x_pitch, w, reach, rows, columns, depths, x_depth, w_depth, x_height, w_height, widths,
+        x_width, w_width, add, bias, least,
+    ) = function.args  # fmt: skip
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    row = _Loop(b, "rows", rows, [y])
+    entry = b.gep(reach, [b.mul(row.k, _i64(3))])
+    x_offset, w_offset, heights = (b.load(b.gep(entry, [_i64(n)])) for n in range(3))
+    x_now, w_now = b.gep(x, [x_offset]), b.gep(w, [w_offset])
+    done = _i64(0)
+    for many in _pixels_at_once(t):
+        count = b.sdiv(b.sub(columns, done), _i64(many))
+
+        def every(_: list[ir.Value], many=many, count=count, done=done) -> list[ir.Value]:
+            loop = _Loop(b, "blocks", count, [])
+            first = b.add(done, b.mul(loop.k, _i64(many)))
+            b.call(
+                _correlate_pixels_function(module, element, t, taps, stride, many),
+                [
+                    b.gep(row.values[0], [b.mul(first, y_pitch)]), y_pitch, b.gep(x_now, [b.mul(first, x_pitch)]),
+                    x_pitch, w_now, depths, x_depth, w_depth, heights, x_height, w_height, widths, x_width, w_width,
+                    add, bias, least,
+                ],
+            )  # fmt: skip
+            loop.close([])
+            return []
+
+        _where(b, b.icmp_signed(">", count, _i64(0)), [], every)
+        done = b.add(done, b.mul(count, _i64(many)))
+    row.close([b.gep(row.values[0], [y_row])])
+    b.ret_void()
+    return function
+
+
+correlate_pixels = _literal_function(_correlate_pixels_dispatcher, """What `call_correlate_pixels` calls.""")
+
+
+@intrinsic
+def call_correlate_pixels(
+    typingctx, address, y, y_row, y_pitch, x, x_pitch, w, reach, rows, columns, depths, x_depth, w_depth, x_height,
+    w_height, widths, x_width, w_width, flags, bias,
+):  # fmt: skip
+    """Rows of output pixels, each a vector of channels: y[r, q] = sum over d, h, k, a of w[..] * x[..].
+
+    `address` is that of a C function compiled from `correlate_pixels` for this (taps, stride), one of CHANNEL_TAPS. Row
+    r has its first tap at ``x + reach[3r]`` and ``w + reach[3r + 1]`` and reach[3r + 2] rows of taps, x_height and
+    w_height from one another, in each of `depths` planes of them; a row of taps is `widths` times `taps` neighbours.
+    Column q of the output is x_pitch further on in x, which is stride * lanes if there are several taps, and y_pitch in
+    y. All counts >= 1. `flags` are as for `contract`; `bias` is a vector, and read always.
+    The sum of an element is one chain of multiply-adds, in the order of d, h, k, a, that begins with what y holds if
+    ADD is set.
+    """
+    i, table = types.int64, types.CPointer(types.int64)
+    signature = types.void(i, y, i, i, y, i, y, table, *[i] * 11, y)
+
+    def codegen(context, builder, sig, args):
+        element = _element(sig.args[1])
+        *between, flags, bias = args[1:]
+        relu = builder.icmp_signed("!=", builder.and_(flags, _i64(RELU)), _i64(0))
+        least = builder.select(relu, ir.Constant(element, 0.0), ir.Constant(element, -math.inf))
+        arguments = [*between, builder.and_(flags, _i64(ADD)), bias, least]
+        _call_compiled(builder, args[0], arguments, element.as_pointer())
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+_GRADIENT_PIXELS = 4  # pixels of the output gradient at once
+
+
+def gradient_tap_rows(t: Tile, taps: int) -> tuple[int, ...]:
+    """Numbers of rows of the filter, of `taps` each, that `accumulate_pixels` takes at once: an accumulator each."""
+    registers = 32 if t.rows > 8 else 16
+    return tuple(n for n in (1, 2, 3, 5) if n == 1 or n * taps + _GRADIENT_PIXELS + 1 < registers)
+
+
+def _accumulate_pixels_function(
+    module: ir.Module, element: ir.Type, t: Tile, taps: int, stride: int, tap_rows: int
+) -> ir.Function:
+    pointer = element.as_pointer()
+    function, new = _internal(
+        module, f"fastconv_accumulate_pixels_{element}_{taps}_{stride}_{tap_rows}",
+        [pointer, _I64, pointer, _I64, _I64, _I64, pointer, _I64, _I64, _I64, _I64],
+    )  # fmt: skip
+    if not new:
+        return function
+    sums, sums_pitch, x, x_row, x_height, x_pitch, dy, dy_row, dy_pitch, rows, columns = function.args
+    for p in (sums, x, dy):
+        p.add_attribute("noalias")
+    vector = ir.VectorType(element, t.lanes)
+    zero = ir.Constant(vector, [0.0] * t.lanes)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    row = _Loop(b, "rows", rows, [x, dy, *[zero] * (taps * tap_rows)])
+    x_now, dy_now, *values = row.values
+    full = b.sdiv(columns, _i64(_GRADIENT_PIXELS))
+    rest = b.srem(columns, _i64(_GRADIENT_PIXELS))
+
+    def add(values: list[ir.Value], first: ir.Value, many: int, count: ir.Value) -> list[ir.Value]:
+        loop = _Loop(b, "pixels", count, values)
+        values = list(loop.values)
+        place = b.add(first, b.mul(loop.k, _i64(many)))
+        x_at, dy_at = b.gep(x_now, [b.mul(place, x_pitch)]), b.gep(dy_now, [b.mul(place, dy_pitch)])
+        gradients = [_load(b, b.gep(dy_at, [b.mul(dy_pitch, _i64(q))]), vector) for q in range(many)]
+        for h in range(tap_rows):
+            x_tap = b.gep(x_at, [b.mul(x_height, _i64(h))])
+            for i in range(stride * (many - 1) + taps):
+                meeting = [(q, i - stride * q) for q in range(many) if 0 <= i - stride * q < taps]
+                if not meeting:
+                    continue
+                offset = b.mul(x_pitch, _i64(i)) if taps == 1 else _i64(i * t.lanes)
+                value = _load(b, b.gep(x_tap, [offset]), vector)
+                for q, a in meeting:
+                    n = h * taps + a
+                    values[n] = _multiply_add(b, module, t.fma, gradients[q], value, values[n])
+        loop.close(values)
+        return values
+
+    values = _where(
+        b, b.icmp_signed(">", full, _i64(0)), values, lambda vs: add(vs, _i64(0), _GRADIENT_PIXELS, full)
+    )
+    done = b.mul(full, _i64(_GRADIENT_PIXELS))
+    values = _where(b, b.icmp_signed(">", rest, _i64(0)), values, lambda vs: add(vs, done, 1, rest))
+    row.close([b.gep(x_now, [x_row]), b.gep(dy_now, [dy_row]), *values])
+    for n, value in enumerate(values):
+        place = b.gep(sums, [b.add(b.mul(sums_pitch, _i64(n // taps)), _i64(n % taps * t.lanes))])
+        _store(b, b.fadd(value, _load(b, place, vector)), place)
+    b.ret_void()
+    return function
+
+
+def _accumulate_pixels_dispatcher(module: ir.Module, element: ir.Type, t: Tile, taps: int, stride: int) -> ir.Function:
+    pointer = element.as_pointer()
+    arguments = [pointer, _I64, pointer, _I64, _I64, _I64, pointer, _I64, _I64, _I64, _I64]
+    function, new = _internal(module, f"fastconv_accumulate_pixels_{element}_{taps}_{stride}", [_I64, *arguments])
+    if new:
+        b = ir.IRBuilder(function.append_basic_block("entry"))
+        cases = {
+            n: _accumulate_pixels_function(module, element, t, taps, stride, n) for n in gradient_tap_rows(t, taps)
+        }
+        _switch(b, function.args[0], cases, list(function.args[1:]))
+        b.ret_void()
+    return function
+
+
+accumulate_pixels = _literal_function(_accumulate_pixels_dispatcher, """What `call_accumulate_pixels` calls.""")
+
+
+@intrinsic
+def call_accumulate_pixels(
+    typingctx, address, tap_rows, sums, sums_pitch, x, x_row, x_height, x_pitch, dy, dy_row, dy_pitch, rows, columns
+):
+    """sums[h, a] += sum over r < rows, q < columns of dy[r, q] * x[r, h, q + a], each of them a vector of channels.
+
+    `address` is that of a C function compiled from `accumulate_pixels` for this (taps, stride); a < taps, h < tap_rows,
+    one of `gradient_tap_rows`. The sum is made first, in the order of r, then q, and then added.
+    """
+    i = types.int64
+    signature = types.void(i, i, sums, i, sums, i, i, i, sums, i, i, i, i)
+
+    def codegen(context, builder, sig, args):
+        _call_compiled(builder, args[0], args[1:], _element(sig.args[2]).as_pointer())
+        return context.get_dummy_value()
+
+    return signature, codegen
