@@ -542,15 +542,19 @@ def pack_panel(typingctx, panel, source, channels, channel_pitch, taps, tap_offs
     return types.void(panel, panel, i, i, i, table, table, i), codegen
 
 
+def _lane_bits(b: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
+    """The bits of lanes 0 .. count of a vector; none if count is negative."""
+    count = b.select(b.icmp_signed("<", count, _i64(0)), _i64(0), count)
+    count = b.select(b.icmp_signed(">", count, _i64(lanes)), _i64(lanes), count)
+    return b.sub(b.shl(_i64(1), count), _i64(1))
+
+
 def _load_up_to(
     b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, vector: ir.VectorType, count: ir.Value
 ) -> ir.Value:
     """The first `count` elements of a vector (none if negative), zeros after; no other memory is read."""
-    n = vector.count
-    none, every = b.icmp_signed("<=", count, _i64(0)), b.icmp_signed(">=", count, _i64(n))
-    few = b.sub(b.shl(_i64(1), b.and_(count, _i64(63))), _i64(1))
-    bits = b.select(none, _i64(0), b.select(every, _i64(2**n - 1), few))
-    return _masked_load(b, module, pointer, bits, ir.Constant(vector, [0.0] * n))
+    bits = _lane_bits(b, count, vector.count)
+    return _masked_load(b, module, pointer, bits, ir.Constant(vector, [0.0] * vector.count))
 
 
 def _separator(phases: int):
@@ -1150,9 +1154,8 @@ infinite or nan output.
 
 
 def _lane_mask(b: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
-    """Lanes 0 .. count of a vector, for count >= 0."""
-    numbers = ir.Constant(ir.VectorType(_I64, lanes), list(range(lanes)))
-    return b.icmp_signed("<", numbers, _splat(b, count, lanes))
+    """Lanes 0 .. count of a vector; none if count is negative."""
+    return b.bitcast(b.trunc(_lane_bits(b, count, lanes), ir.IntType(lanes)), ir.VectorType(_I1, lanes))
 
 
 def _load_lanes(
