@@ -419,10 +419,14 @@ def input_grad(
             # is no such product. The plain loops sum only what exists.
             _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
             return
+    zeroed = bias is None and not accumulate and any(phase.plan is None for phase in phases)
+    if zeroed:  # one pass over memory that lies together, in the place of one for each phase without taps
+        out[...] = 0
     for phase, weights in zip(phases, packed, strict=True):
         part = out[phase.where]
         if phase.plan is None:
-            _fill_without_taps(part, bias, relu, accumulate)
+            if not zeroed:
+                _fill_without_taps(part, bias, relu, accumulate)
         else:
             contraction.correlate(phase.plan, grad_output, weights, part, bias, relu, accumulate)
 
