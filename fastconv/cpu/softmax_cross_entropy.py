@@ -43,8 +43,8 @@ written back whole. Where the exponentials are too many to be kept they are comp
 
 Each lane of a vector keeps a maximum and a sum of its own; by class they are then combined in a fixed tree. So an
 operation on an element is the same instruction wherever the element lies, and the bits of a position's results depend
-on C and on which of the two ways its strides choose: not on threads, batch or place in the batch. No more than 64
-numbers are added before float64 takes over.
+on C and on which of the two ways its strides choose: not on threads, batch or place in the batch. No lane adds
+more than 64 numbers (128 with vectors of SSE or NEON) before float64 takes over.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ from .simd import (
     span_scale,
 )
 
-LANES = 64  # of a tile by position, of which every width is a multiple: 4 AVX-512 or 8 AVX2 vectors of float32
+LANES = 64  # each width of a tile by position is a multiple of it: 4 AVX-512 or 8 AVX2 vectors of float32
 PIECE = 2048  # classes at once: 8 KB of float32, a quarter of a small L1, half of it with the exponentials
 TILE_BYTES = 16 * 1024  # of a tile by position, where its classes allow
 KEPT_BYTES = 1024 * 1024  # most exponentials that are kept: the L2 of a Zen 4, half of that of a Golden Cove core
