@@ -625,7 +625,7 @@ class _Shape(NamedTuple):
         periods = geometry.stride if inverse else (1, 1, 1)
         last = _is_channels_last(source)
         vector = _longest_vector(source)
-        if last:
+        if last or (vector == 1 and result[1] == 1):  # several results of a single row, or there would be but one
             width = periods[2] * max(1, VECTOR // periods[2])
         else:
             # a single row gives a thread little to wait for: two vectors then
@@ -641,7 +641,8 @@ class _Shape(NamedTuple):
         result = geometry.output_size
         last = _is_channels_last(input) and _is_channels_last(grad)
         vector = _longest_vector(input, grad)
-        width = vector if vector > 1 or not last else _divisor_up_to(VECTOR, result[2])
+        several = vector == 1 and (last or result[1] == 1)
+        width = _divisor_up_to(VECTOR, result[2]) if several else vector
         if result[1] == 1 and vector > 1 and result[2] % (2 * vector) == 0:
             width *= 2
         height = _divisor_up_to(2 if geometry.stride[1] > 1 else PATCH_ROWS, result[1])
