@@ -1,5 +1,7 @@
 """Convolution and softmax cross-entropy kernels, forward and backward, written in Python and compiled by Numba."""
 
+import sys as _sys
+
 from .backends import (
     BackendUnavailableError,
     backends,
@@ -82,3 +84,10 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# Numba asks for `jitted` by itself (the entry point `numba_extensions` in pyproject.toml), so that this import need not
+# load Numba. Where Numba is there already it may have asked before this package was installed.
+if "numba" in _sys.modules:
+    from .jitted import register as _register
+
+    _register()

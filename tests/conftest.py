@@ -12,6 +12,7 @@ if not ON_GPU:
 # More threads than cores, so that the tests of determinism have seven to split over on any machine.
 os.environ.setdefault("NUMBA_NUM_THREADS", "7")
 
+import numba  # noqa: E402, F401 - before fastconv, which then registers with it also where it is not installed
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 

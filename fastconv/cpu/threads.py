@@ -66,8 +66,14 @@ if hasattr(os, "register_at_fork"):
 
 
 def parallel_allowed() -> bool:
-    """Whether a parallel loop may be started in this process: not in a child forked under omp or workqueue."""
-    return not _in_forked_child
+    """Whether a parallel loop may be started here.
+
+    Not in a child forked under omp or workqueue. Nor, on workqueue, in a thread that Python did not start: it may be
+    one of Numba's, running the user's own `prange` loop, and a loop inside a loop aborts the process there.
+    """
+    if _in_forked_child:
+        return False
+    return load_layer() != "workqueue" or not isinstance(threading.current_thread(), threading._DummyThread)
 
 
 def exclusive() -> Any:

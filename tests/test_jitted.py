@@ -1,0 +1,160 @@
+"""The public functions inside the user's own jitted functions: same bits, same errors, same arguments."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+
+import numpy as np
+import pytest
+from numba import njit, prange
+from numba.core.errors import TypingError
+
+import fastconv as fc
+from fastconv import jitted
+from helpers import VIEWS, output_of, run_python
+
+X = np.random.default_rng(1).standard_normal((2, 4, 7, 6))
+W = np.random.default_rng(2).standard_normal((6, 2, 3, 2))
+DY = np.random.default_rng(3).standard_normal((2, 6, 4, 3))
+Z = np.random.default_rng(4).standard_normal((3, 5, 4))
+T = np.random.default_rng(5).integers(0, 5, (3, 4))
+OPTIONS = "stride=2, padding=((1, 1), (0, 1)), groups=2"
+
+CALLS = [
+    ("conv1d", "fc.conv1d(x[:, :, :, 0], w[:, :, :, 0], None, 2, groups=2)"),
+    ("conv2d", f"fc.conv2d(x, w, {OPTIONS})"),
+    ("conv2d_positional", "fc.conv2d(x, w, None, (1, 2), 1, 1, 2)"),
+    ("conv2d_words", 'fc.conv2d(x, w, padding="same", padding_mode="reflect", activation="relu", groups=2)'),
+    ("conv2d_unbatched", "fc.conv2d(x[0], w, groups=2)"),
+    ("conv2d_bare", 'fc.conv2d(x[0, 0], w[0, 0], padding="full")'),
+    ("conv2d_bias", "fc.conv2d(x, w, bias=dy[0, :, 0, 0], groups=2)"),
+    ("conv2d_layout", 'fc.conv2d(x.transpose((0, 2, 3, 1)), w, groups=2, layout="NHWC")'),
+    ("weight_grad", f"fc.conv2d_weight_grad(x, w.shape, dy, {OPTIONS})"),
+    ("weight_grad_bare", "fc.conv2d_weight_grad(x[0, 0], (4, 4), dy[0, 0])"),
+    ("input_grad", f"fc.conv2d_input_grad(x.shape, w, dy, {OPTIONS})"),
+    ("bias_grad", "fc.conv_bias_grad(dy)"),
+    ("backward", f"fc.conv2d_backward(x, w, dy, {OPTIONS})"),
+    ("backward_some", f'fc.conv2d_backward(x, w, dy, {OPTIONS}, needs=("weight", "bias"))'),
+    ("transpose", "fc.conv_transpose2d(dy, w, None, 2, output_padding=1)"),
+    ("loss", "fc.softmax_cross_entropy(z, t)"),
+    ("loss_none", 'fc.softmax_cross_entropy(z, t, reduction="none", label_smoothing=0.1)'),
+    ("loss_grad", "fc.softmax_cross_entropy_grad(z, t, None, 2.0)"),
+    ("loss_with_grad", 'fc.softmax_cross_entropy_with_grad(z, t, reduction="sum", ignore_index=1)'),
+    ("loss_1d", "fc.softmax_cross_entropy_with_grad(z[0, :, 0], t[0, 0:1].reshape(()))"),
+    ("loss_lse", "fc.softmax_cross_entropy(z, t, return_lse=True)"),
+    ("softmax", "fc.softmax(z, 2)"),
+    ("log_softmax", "fc.log_softmax(z, axis=0)"),
+]
+
+
+def function(call: str):
+    scope = {"fc": fc}
+    exec(f"def f(x, w, dy, z, t):\n    return {call}", scope)
+    return scope["f"]
+
+
+def same(a, b) -> bool:
+    if isinstance(b, tuple):
+        return len(a) == len(b) and type(a) is type(b) and all(map(same, a, b))
+    return a is b is None or (np.shape(a) == np.shape(b) and np.array_equal(a, b))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("call", [call for _, call in CALLS])
+def test_same_bits_as_from_python(call, dtype):
+    f = function(call)
+    args = (X.astype(dtype), W.astype(dtype), DY.astype(dtype), Z.astype(dtype), T)
+    assert same(njit(f)(*args), f(*args))
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_arrays_of_any_strides(view):
+    if view == "misaligned":
+        pytest.skip("Numba's own functions take no misaligned arrays from Python in every version")
+    assert same(_conv(VIEWS[view](X), VIEWS[view](W), 2), fc.conv2d(X, W, groups=2))
+
+
+@njit
+def _conv(x, w, groups):
+    return fc.conv2d(x, w, groups=groups)
+
+
+def test_out_is_returned():
+    @njit
+    def f(x, w, out):
+        return fc.conv2d(x, w, out=out, groups=2)
+
+    out = np.empty((2, 6, 5, 5))
+    assert f(X, W, out) is out
+    assert same(out, fc.conv2d(X, W, groups=2))
+
+
+@pytest.mark.parametrize(("groups", "kind"), [(3, ValueError), (0, ValueError), (2.0, TypeError)])
+def test_same_errors(groups, kind):
+    with pytest.raises(kind) as expected:
+        fc.conv2d(X, W, groups=groups)
+    with pytest.raises(kind) as found:
+        _conv(X, W, groups)
+    assert str(found.value) == str(expected.value)
+
+
+def test_an_error_can_be_caught():
+    @njit
+    def f(x, w, groups):
+        caught = False
+        try:
+            fc.conv2d(x, w, groups=groups)
+        except Exception:
+            caught = True
+        return caught
+
+    assert [f(X, W, 3), f(X, W, 2)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("fc.conv2d(1, w)", "conv2d: input is a .* .expected an array"),
+        ("fc.conv2d(x, w, stride=2j)", "conv2d: stride is a complex128"),
+        ("fc.conv2d(x, w.astype(np.float32))", "conv2d: weight is float32, but input is float64"),
+        ("fc.conv2d(x)", "conv2d: missing a required argument: 'weight'"),
+        ("fc.conv2d(x, w, None, 1, 0, 1, 1, 'zeros')", "conv2d: too many positional arguments"),
+    ],
+)
+def test_typing_errors_name_function_and_argument(call, message):
+    f = function(call)
+    f.__globals__["np"] = np
+    with pytest.raises(TypingError, match=message):
+        njit(f)(X, W, DY, Z, T)
+
+
+def test_every_function_with_a_backend_is_there():
+    public = {n for n in fc.__all__ if inspect.isfunction(getattr(fc, n)) and
+              "backend" in inspect.signature(getattr(fc, n)).parameters}  # fmt: skip
+    assert public == set(jitted.FUNCTIONS) == set(jitted._results())
+
+
+def test_in_a_parallel_loop():
+    @njit(parallel=True)
+    def f(x, w, y):
+        for i in prange(x.shape[0]):
+            y[i] = fc.conv2d(x[i], w, groups=2)
+
+    y = np.empty((2, 6, 5, 5))
+    f(X, W, y)
+    assert same(y, fc.conv2d(X, W, groups=2))
+
+
+def test_a_cached_function_runs_in_a_fresh_process(tmp_path):
+    (tmp_path / "user.py").write_text(textwrap.dedent("""
+        import numba, numpy as np
+        import fastconv as fc
+        @numba.njit(cache=True)
+        def f(x, w):
+            return fc.conv2d(x, w).sum()
+        print(f(np.ones((1, 1, 3, 3)), np.ones((1, 1, 2, 2))), sum(f.stats.cache_hits.values()))
+    """))
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import user"
+    runs = [output_of(run_python(code, str(tmp_path), NUMBA_CACHE_DIR=str(tmp_path / "cache"))) for _ in range(2)]
+    assert runs == ["16.0 0", "16.0 1"]
