@@ -1,10 +1,11 @@
-"""Where the FFT overtakes the direct sum: both, on one thread, over kernel, size and channels; docs/algorithms.md.
+"""Where the FFT and Winograd overtake the direct sum, over kernel, size and channels; docs/algorithms.md.
 
-    python -m bench.crossover             # prints the table
-    python -m bench.crossover --write     # and puts it into docs/algorithms.md
+    python -m bench.crossover fft                 # prints the table
+    python -m bench.crossover winograd --write    # and puts it into docs/algorithms.md
 
 Each figure is the best of many calls, the two algorithms taking turns, so that what else runs on the machine disturbs
-both alike. Forward pass, float32, a batch of one, stride 1, "same" padding.
+both alike. float32, stride 1, "same" padding. The FFT: forward pass, a batch of one, one thread. Winograd: forward pass
+and input gradient, batches of one and four, all threads.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import numpy as np
 import fastconv as fc
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "algorithms.md"
-BEGIN, END = "<!-- table: python -m bench.crossover --write -->", "<!-- end of table -->"
-SECONDS = 0.5  # for each row
+BEGIN, END = "<!-- table: python -m bench.crossover {} --write -->", "<!-- end of table -->"
+SECONDS = 0.5  # for each row, or figure
 
 # (spatial size, in channels, out channels, groups), and the kernels to try in each dimension
 SHAPES = [
@@ -48,7 +49,12 @@ def best_of(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str,
     return best
 
 
-def rows() -> Iterator[str]:
+CHANNELS = (16, 32, 48, 64, 128, 256)  # of Winograd, for each batch and size
+
+
+def fft_rows() -> Iterator[str]:
+    yield "| size | channels | kernel | direct, ms | FFT, ms | direct / FFT | auto takes | and loses |"
+    yield "| --- | --- | --- | --: | --: | --: | --- | --: |"
     rng = np.random.default_rng(0)
     for size, channels, out_channels, groups, k in SHAPES:
         ndim = len(size)
@@ -71,21 +77,47 @@ def rows() -> Iterator[str]:
         )
 
 
+def winograd_rows() -> Iterator[str]:
+    yield f"| batch | size | {' | '.join(f'{c} channels' for c in CHANNELS)} |"
+    yield f"| --: | --- |{' --: |' * len(CHANNELS)}"
+    rng = np.random.default_rng(0)
+    for batch, n in ((b, n) for b in (1, 4) for n in (7, 14, 28, 56)):
+        figures = []
+        for channels in CHANNELS:
+            x = rng.standard_normal((batch, channels, n, n), np.float32)
+            w = rng.standard_normal((channels, channels, 3, 3), np.float32)
+            y = np.empty_like(x)
+
+            def forward(algorithm: str, x=x, w=w, y=y) -> Callable[[], object]:
+                return lambda: fc.conv2d(x, w, padding=1, algorithm=algorithm, out=y)
+
+            def backward(algorithm: str, x=x, w=w, y=y) -> Callable[[], object]:
+                return lambda: fc.conv2d_input_grad(x.shape, w, x, padding=1, algorithm=algorithm, out=y)
+
+            ratios = []
+            for call in (forward, backward):
+                best = best_of({a: call(a) for a in ("direct", "winograd")}, SECONDS / 4)
+                ratios.append(f"{best['direct'] / best['winograd']:.2f}")
+            auto = fc.explain(x.shape, w.shape, padding=1).algorithm
+            figures.append(" / ".join(ratios) + (" (taken)" if auto == "winograd" else ""))
+        yield f"| {batch} | {n}x{n} | {' | '.join(figures)} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.crossover", description=__doc__.splitlines()[0])
+    parser.add_argument("algorithm", choices=["fft", "winograd"])
     parser.add_argument("--write", action="store_true", help=f"put the table into {DOCUMENT.name}")
     options = parser.parse_args()
-    fc.set_num_threads(1)
-    lines = [
-        "| size | channels | kernel | direct, ms | FFT, ms | direct / FFT | auto takes | and loses |",
-        "| --- | --- | --- | --: | --: | --: | --- | --: |",
-    ]
-    for line in rows():
+    if options.algorithm == "fft":
+        fc.set_num_threads(1)
+    lines = []
+    for line in fft_rows() if options.algorithm == "fft" else winograd_rows():
         lines.append(line)
         print(line, flush=True)
     if options.write:
-        before, rest = DOCUMENT.read_text().split(BEGIN)
-        DOCUMENT.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}")
+        begin = BEGIN.format(options.algorithm)
+        before, rest = DOCUMENT.read_text().split(begin)
+        DOCUMENT.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"\n{END}{rest.split(END, 1)[1]}")
 
 
 if __name__ == "__main__":

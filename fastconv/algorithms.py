@@ -17,7 +17,7 @@ from .geometry import ConvGeometry
 OPERATIONS = ("forward", "input_grad", "weight_grad")
 
 # Operations a nanosecond of the direct sum on one core, in float32: with one channel in one dimension, and otherwise.
-# Measured by `python -m bench.crossover` on AVX2 (docs/algorithms.md has the table), as the rates of the FFT in
+# Measured by `python -m bench.crossover fft` on AVX2 (docs/algorithms.md has the table), as the rates of the FFT in
 # `cpu.fft` are. float64 halves all of them.
 DIRECT_RATE_OF_LINES, DIRECT_RATE = 60.0, 90.0
 
@@ -29,9 +29,11 @@ FFT_MARGIN = 1.6
 # unless there is one channel.
 LONGEST_CHAIN = 384
 
-# Winograd pays from this many channels on both sides, of at least this many output pixels: fewer leave its transforms
-# and its (m + 2)^2 small matrix products more time than the direct sum takes.
-WINOGRAD_CHANNELS, WINOGRAD_PIXELS = 32, 14 * 14
+# Winograd pays for planes of at least so many pixels, from so many channels times the square root of the pixels on:
+# from 79 channels of 14 x 14, 40 of 28 x 28 and 20 of 56 x 56 pixels. Fewer leave its transforms, that of the weights
+# included, more time than they save. Measured by `python -m bench.crossover winograd` (docs/algorithms.md); since the
+# choice must not depend on the batch, it is between what pays for one sample and for four.
+WINOGRAD_PIXELS, WINOGRAD_SIZE = 14 * 14, 1100
 
 
 def why_not(algorithm: str, operation: str, geometry: ConvGeometry, dtype: np.dtype, backend: str) -> str | None:
@@ -54,10 +56,12 @@ def why_slower(algorithm: str, operation: str, geometry: ConvGeometry) -> str | 
     if algorithm == "winograd":
         channels = min(geometry.in_channels, geometry.out_channels)
         size = geometry.output_size if operation == "forward" else geometry.input_size
-        if channels < WINOGRAD_CHANNELS:
-            return f"it pays from {WINOGRAD_CHANNELS} channels on, here are {channels}"
-        if size[1] * size[2] < WINOGRAD_PIXELS:
-            return f"it pays from {WINOGRAD_PIXELS} pixels on, here are {size[1] * size[2]}"
+        pixels = size[1] * size[2]
+        if pixels < WINOGRAD_PIXELS:
+            return f"it pays from {WINOGRAD_PIXELS} pixels on, here are {pixels}"
+        enough = math.ceil(WINOGRAD_SIZE / math.sqrt(pixels))
+        if channels < enough:
+            return f"of {size[1]}x{size[2]} pixels it pays from {enough} channels on, here are {channels}"
         return None
     direct, by_fft = direct_nanoseconds(geometry), fft.nanoseconds(operation, geometry)
     if FFT_MARGIN * by_fft < direct:
@@ -149,7 +153,8 @@ def expected_error(algorithm: str, operation: str, geometry: ConvGeometry, dtype
             added = geometry.batch * math.prod(tiling.count)
         return eps * math.sqrt(0.3 * math.log2(math.prod(tiling.tile)) + added / 50)
     if operation == "weight_grad":
-        chain = terms / 4  # split over tasks, the fewer the more channels there are
+        # split over tasks, the fewer the more channels there are; not where channels are the lanes of depthwise vectors
+        chain = terms if geometry.in_channels_per_group == 1 else terms / 4
     elif geometry.in_channels_per_group == 1 or terms <= LONGEST_CHAIN:
         chain = terms
     else:
