@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 from fastconv import reference
 from fastconv.bench import cases, checks, results
 from fastconv.bench import cuda as bench
+from fastconv.bench import cuda_predictions as predictions
 from helpers import output_of, run_python
 
 ROOT = Path(__file__).parent.parent
@@ -399,3 +401,51 @@ print(bench.cuda.main(["--check-only"]))
     lines = done.stdout.splitlines()
     assert Path(lines[0]) == ROOT / "cuda_kernels" / "_cuda.py"
     assert lines[-1] == "2"
+
+
+# Predictions
+
+
+@pytest.fixture
+def code(monkeypatch):
+    """Machine code that is easy to count: a hundred instructions, of 32 registers."""
+    block = Counter({"FFMA": 60, "LDG.E.128.CONSTANT": 10, "IMAD": 30})
+    made = SimpleNamespace(registers=32, shared=0, blocks=[block], opcodes=block)
+    monkeypatch.setattr(predictions, "machine_code", lambda kernel: made)
+
+
+LAYER = {case.name: case for case in cases.network("mobilenet_v2")}
+
+
+@pytest.mark.parametrize("which", ["forward", "weight_grad", "input_grad"])
+@pytest.mark.parametrize(
+    ("name", "module"), [("features.1.conv.0.0", "depthwise"), ("features.1.conv.1", "implicit_gemm")]
+)
+def test_a_prediction_is_of_the_kernels_that_a_launch_would_take(name, module, which, code):
+    case = predictions.for_gpu(LAYER[name])
+    assert case.batch == 32
+    found = predictions.predict(case, which, "float32")
+    assert {launch.module for launch in found.launches} == {module}
+    assert found.memory == case.bytes(which, 4) / 4.3e12
+    assert found.seconds > max(found.memory, found.issue) > 0
+
+
+def test_instructions_are_those_of_all_warps(code):
+    case = predictions.for_gpu(LAYER["features.1.conv.0.0"])
+    (launch,) = predictions.launches(case, "forward", "float32")
+    # patches of 4 x 4 of 32 x 32 planes of 112 x 112, 256 to a block; 8 blocks of 32 registers to a multiprocessor
+    assert launch.blocks == 32 * 32 * 28 * 28 // 256
+    waves = math.ceil(launch.blocks / (132 * 8))
+    expected = waves * 132 * 8 * 8 * 100 / predictions.ISSUED
+    assert predictions.predict(case, "forward", "float32").issue == pytest.approx(expected)
+
+
+def test_nothing_is_predicted_for_the_simple_kernels(code):
+    wide = cases.ConvolutionCase("test", "wide", 1, 4, (80,), 4, (33,), (1,), (0,), (1,), 4)
+    assert predictions.predict(wide, "forward", "float32") is None
+
+
+def test_the_page_says_that_nothing_was_run():
+    text = predictions.PAGE.read_text()
+    assert text.startswith(predictions.HEAD)
+    assert "**Predictions, not measurements.**" in text
