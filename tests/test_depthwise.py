@@ -61,6 +61,7 @@ CASES = [
     filters("tiles_of_rows_stride2", 1, (301, 401), (5, 3), batch=1, padding=2, stride=2),
     filters("tiles_of_columns", 1, (3, 60_000), (2, 3), batch=1, padding=1),
     # one dimension
+    filters("1d_k4_channels", 17, (300,), (4,), padding=((3, 0),)),
     filters("1d_k4", 5, (200,), (4,), padding=((3, 0),)),
     filters("1d_long", 2, (70_001,), (4,), padding=((3, 0),)),
     filters("1d_long_stride2", 1, (120_001,), (5,), stride=2, padding=2),
@@ -102,7 +103,7 @@ CHANNEL_CASES = [
     filters("channels_padding_over_input", 17, (2, 3), (3, 3), padding=7),
     filters("channels_tiles", 17, (90, 70), (7, 7), batch=1, padding=3),
     filters("channels_tiles_stride2", 17, (151, 90), (5, 5), batch=1, padding=2, stride=2),
-    filters("channels_1d", 17, (1000,), (4,), padding=((3, 0),)),
+    filters("channels_1d", 17, (1000,), (6,), padding=((5, 0),)),
     filters("channels_1d_k40", 17, (500,), (40,), stride=2, padding=7),
     filters("channels_3d", 17, (4, 5, 6), (3, 3, 3), padding=1),
     filters("channels_3d_stride2", 17, (5, 6, 7), (3, 3, 3), padding=1, stride=2),

@@ -227,7 +227,7 @@ def _depthwise_weight_grad_plan(
 ) -> tuple[Callable[..., None], contraction.Plan]:
     depth, height, width = map(depthwise.forward_line, _axes(geometry))
     lines = (depth, height, width)
-    if depthwise_channels.applies(geometry, dtype, lines, x, dy):
+    if depthwise_channels.applies(geometry, dtype, lines, x, dy, weight_gradient=True):
         plan = depthwise_channels.plan_weight_gradient(dtype, geometry.batch, geometry.groups, lines, x, dy)
         return depthwise_channels.weight_gradient, plan
     return depthwise.weight_gradient, depthwise.plan_weight_gradient(

@@ -45,6 +45,9 @@ SOURCE, BEFORE, SIZE, STRIDE, STEP, OUT, TILE, TILES, REACH, PHASES, TABLE = ran
 FIRST, COUNT, PHASE_TAPS, SHIFT, TAP_STEP, START, CLASSES, BLOCKS, PHASE_FIELDS = range(9)
 
 SLAB_BYTES = 192 * 1024
+# Rows of the filter that `simd.correlate_rows` takes at once. With up to seven, filters of 7x7 to 15x15 took 1.3 to 1.9
+# times as long on planes of 512 x 512 (AVX-512).
+_MOST_SHARED = 5
 _TILE_BYTES = 64 * 1024  # rows that are put together before they are stored, where they cannot be stored at once
 _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the bits do not depend on the threads
 
@@ -448,7 +451,8 @@ def _phase_table(line: Line, function: Callable[..., None] | None, dtype: np.dty
     for n, phase in enumerate(line.phases):
         divisor = math.gcd(line.stride, phase.tap_step)
         ratio, classes = line.stride // divisor, phase.tap_step // divisor
-        shared = [rows for rows, stride in simd.SHARED_ROWS if stride == ratio]
+        most = _MOST_SHARED if function is _rows else math.inf
+        shared = [rows for rows, stride in simd.SHARED_ROWS if stride == ratio and rows <= most]
         if not shared or len(phase.taps) == 1:
             shared, classes = [1], 1
         cuts = cut(len(phase.taps), (1, *shared)) if function else ()
