@@ -286,6 +286,13 @@ def order_kernel(element: Element):
     return order_kernel
 
 
+def _resident(tile: Tile, tensor: bool) -> int | None:
+    """Two blocks of the largest tile, which alone would hide little latency. The compiler saves registers for more of
+    the smaller tiles by itself, and on the tensor cores moves or spills them for it in the innermost loop.
+    """
+    return 2 if tile.rows * tile.columns == 128 * 128 else 1 if tensor else None
+
+
 @functools.cache
 def gather_kernel(
     kind: str, tile: Tile, checked: bool, chunked: bool = False, rows_together: bool = False
@@ -548,8 +555,7 @@ def gather_kernel(
         flat(operand), flat(operand), array_of(result, 1), words, words, types.UniTuple(types.uint32, GATHER_NUMBERS),
         types.uint32, types.uint32, types.boolean, types.boolean, flat(result),
     )  # fmt: skip
-    # A block of 128 x 128 sums has registers to itself for all of them only if it is alone, which hides little latency.
-    return BlockKernel(gather, threads, signature, resident=2 if rows_of_tile * columns_of_tile == 128 * 128 else 1)
+    return BlockKernel(gather, threads, signature, _resident(tile, tensor))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -602,22 +608,29 @@ def _weight_plan(
     return (*numbers, *steps), -(-positions // part), table
 
 
-def _weight_grad(
-    geometry: ConvGeometry, input: DeviceArray, grad_output: DeviceArray, accumulate: bool, out: DeviceArray
-) -> None:
-    kind = _kind(out.dtype)
+class WeightPass(NamedTuple):
+    """What the weight gradient sums over some samples."""
+
+    input: DeviceArray
+    grad_output: DeviceArray
+    numbers: tuple[np.uint32, ...]
+    parts: int
+    table: DeviceArray
+
+
+def _weight_grad(kind: str, passes: list[WeightPass], groups: int, accumulate: bool, out: DeviceArray) -> None:
     arithmetic = ARITHMETIC[kind]
-    numbers, parts, table = _weight_plan(
-        kind, geometry, _elements(input), _elements(grad_output), current_device()
-    )
-    rows, columns = map(int, numbers[:2])
+    rows, columns = map(int, passes[0].numbers[:2])
     tile = _weight_tile(rows, columns, kind)
-    partial = empty((parts, out.size), arithmetic.real, input)[1]
     tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
-    launch_blocks(
-        weight_kernel(kind, tile), (tiles, parts, geometry.groups), grad_output.flat(arithmetic.operand),
-        input.flat(arithmetic.operand), table.flat(), numbers, partial.flat(),
-    )  # fmt: skip
+    partial = empty((sum(p.parts for p in passes), out.size), arithmetic.real, passes[0].input)[1]
+    first = 0
+    for x, dy, numbers, parts, table in passes:
+        launch_blocks(
+            weight_kernel(kind, tile), (tiles, parts, groups), dy.flat(arithmetic.operand), x.flat(arithmetic.operand),
+            table.flat(), numbers, partial.samples(first, parts).flat(),
+        )  # fmt: skip
+        first += parts
     launch(add_parts_kernel[out.dtype], out.size, partial, accumulate, out)
 
 
@@ -756,7 +769,7 @@ def weight_kernel(kind: str, tile: Tile) -> BlockKernel:
 
     words = flat(types.uint32)
     signature = (flat(operand), flat(operand), words, types.UniTuple(types.uint32, WEIGHT_NUMBERS), flat(real))
-    return BlockKernel(weight_grad, threads, signature)
+    return BlockKernel(weight_grad, threads, signature, 1 if arithmetic.tensor else None)
 
 
 @kernel(
@@ -814,8 +827,12 @@ def weight_grad(
 ) -> bool:
     if not _applies(geometry, input, grad_output) or out.size > MOST_ELEMENTS // (2 * ENOUGH_BLOCKS):
         return False
-    for i, (part, (x, dy)) in enumerate(_samples(geometry, input, grad_output)):
-        _weight_grad(part, x, dy, accumulate or i > 0, out)
+    kind, device = _kind(out.dtype), current_device()
+    passes = [
+        WeightPass(x, dy, *_weight_plan(kind, samples, _elements(x), _elements(dy), device))
+        for samples, (x, dy) in _samples(geometry, input, grad_output)
+    ]
+    _weight_grad(kind, passes, geometry.groups, accumulate, out)
     return True
 
 

@@ -134,18 +134,19 @@ def flat(element: types.Type) -> types.Array:
 class BlockKernel:
     """A kernel whose threads work together, in blocks of `threads`; to be given to `_cuda.launch_blocks`.
 
-    `function` is its Python source, `signature` the types of its arguments, `resident` the least number of blocks that
-    a multiprocessor should have registers for.
+    `function` is its Python source, `signature` the types of its arguments, `resident` how many blocks a
+    multiprocessor must have registers for at least: given, the compiler does not save registers for more.
     """
 
     def __init__(
-        self, function: Callable[..., None], threads: int, signature: tuple[types.Type, ...], resident: int = 1
-    ) -> None:
+        self, function: Callable[..., None], threads: int, signature: tuple[types.Type, ...],
+        resident: int | None = None,
+    ) -> None:  # fmt: skip
         self.__name__ = function.__name__
         self.function, self.threads, self.signature, self.resident = function, threads, signature, resident
 
     @functools.cached_property
     def compiled(self) -> Any:
         # the bound lets the compiler give a thread as many registers as fit a block of this size, or several of them
-        bounds = self.threads if self.resident == 1 else (self.threads, self.resident)
+        bounds = self.threads if self.resident is None else (self.threads, self.resident)
         return cuda.jit(launch_bounds=bounds)(self.function)

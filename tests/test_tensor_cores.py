@@ -168,6 +168,16 @@ def test_parts_of_a_gradient_are_added_before_they_are_rounded(run, monkeypatch)
     np.testing.assert_array_equal(run("weight_grad", case, x, dy, **options("bfloat16")).astype(float), 266)
 
 
+def test_samples_of_a_gradient_are_added_before_they_are_rounded(run, monkeypatch):  # noqa: F811
+    """As above, for arrays beyond the reach of 32-bit offsets, which are taken one sample at a time."""
+    case = Case("batch", "", (3, 1, 2), (1, 1, 1))
+    x = np.array([256, 0, 1, 0, 0, 1]).reshape(case.input).astype(DTYPES["bfloat16"])
+    monkeypatch.setattr(implicit_gemm, "MOST_ELEMENTS", 3)
+    monkeypatch.setattr(implicit_gemm, "ENOUGH_BLOCKS", 0.5)
+    actual = run("weight_grad", case, x, np.ones_like(x), **options("bfloat16"))
+    np.testing.assert_array_equal(actual.astype(float), 258)
+
+
 @pytest.mark.parametrize("kind", TENSOR)
 def test_nan_and_infinity_stay_where_they_are(kind, run):  # noqa: F811
     dtype = "float32" if kind == "tf32" else kind
