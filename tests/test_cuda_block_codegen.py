@@ -126,7 +126,7 @@ def tensor_budgets():
             yield (
                 f"weight-{name}",
                 Budget(
-                    implicit_gemm.weight_kernel(kind, tile), max(budget, 168 if largest else 0),
+                    implicit_gemm.weight_kernel(kind, tile), max(budget, 192 if sums == 32 else 0),
                     required | {"STS.128": 2 * sum(fetched)}, ("HMMA", 0.8 * share),
                     quick=largest and kind != "float16",
                 ),
