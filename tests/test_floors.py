@@ -20,7 +20,7 @@ MACHINERY = {
     cpu: {
         "__init__": "says what the folder is",
         "contraction": "the register-blocked sum of products that all passes of a convolution are made of",
-        "depthwise": "convolution with one input channel a group; CUDA has the direct sum only",
+        "depthwise": "the kernels of convolution for one input channel a group",
         "depthwise_channels": "the same with channels in the lanes of the vectors",
         "elementary": "exp, log and tanh in vectors; CUDA has its own",
         "fft": "convolution by Fourier transforms; CUDA has the direct sum only",
@@ -33,6 +33,7 @@ MACHINERY = {
     cuda_kernels: {
         "__init__": "says what the folder is",
         "_cuda": "device arrays and launches",
+        "depthwise": "the kernels of convolution for few channels in a group",
         "implicit_gemm": "the faster kernels of convolution, as matrix products",
         "intrinsics": "instructions that Numba has no name for",
         "jit": "how kernels are compiled",
