@@ -2,15 +2,15 @@
 
 Such a call is typed here from the types of its arguments, and compiled to a call of the Python function of that name,
 under the GIL, which the kernels let go of while they compute. So there is one judge of arguments and one plan for each
-shape, with the caches they have, and results and errors are those of Python; it costs what the call from Python costs
-and about a microsecond for each array.
+shape, with the caches they have, and results and errors are those of Python; it costs what the call from Python costs.
+An error inside a `prange` loop is as lost as any error there is in Numba.
 
 What was considered and not taken:
 
 `numba.extending.overload` binds keyword-only parameters to the last positional arguments (`fold_arguments` in Numba),
 so ``fc.conv2d(x, w, layout="NHWC")`` fails, and it compiles one more function for every way to call. ``objmode`` can
 have its error neither caught by ``try`` nor raised in a ``prange`` loop: the caller gets a SystemError. Compiling the
-planning of a convolution (shapes, blocks, tables) into the caller would take minutes, for microseconds in a call.
+planning of a convolution (shapes, blocks, tables) into every caller would cost it seconds, for microseconds in a call.
 
 A user function compiled with ``cache=True`` keeps the name of `_run` and its first arguments, and outlives this version
 of fastconv. Whoever changes what they mean gives `_run` another name.
@@ -32,13 +32,13 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import lower_builtin
 from numba.np.numpy_support import as_dtype
 
-from . import arguments, conv, loss
+from . import arguments, conv, linear_loss, loss
 
 __all__ = ["register"]
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(module, name)
-    for module in (conv, loss)
+    for module in (conv, loss, linear_loss)
     for name in module.__all__
     if inspect.isfunction(getattr(module, name))
 }
@@ -48,7 +48,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------------
 
-_OPERANDS = {"input", "weight", "bias", "grad_output", "logits"}  # of one floating-point type
+_OPERANDS = {"input", "weight", "bias", "grad_output", "logits", "hidden", "class_weight"}  # of one floating-point type
 _ARRAYS = {*_OPERANDS, "target", "out", "grad_out"}
 
 
@@ -141,6 +141,22 @@ class _Call:
         bound = self.signature.bind(*args, **dict(kws)).arguments
         return tuple(bound.get(name) for name in self.signature.parameters)
 
+    def needed(self, grads: list[Any]) -> list[Any]:
+        """Of the types of all gradients, those that `needs` asks for; none in the place of the others."""
+        every = self.signature.parameters["needs"].default
+        try:
+            needs = _constant(self.given["needs"]) if "needs" in self.given else every
+        except ValueError:
+            raise TypingError(
+                f"{self.function}: needs is a {self.given['needs']} (expected literal strings: they decide the "
+                "type of the result)"
+            ) from None
+        needs = (needs,) if isinstance(needs, str) else needs
+        if not isinstance(needs, tuple):
+            names = ", ".join(map(repr, every))
+            raise TypingError(f"{self.function}: needs is {needs!r} (expected a tuple of {names})")
+        return [kind if name in needs else types.none for name, kind in zip(every, grads, strict=True)]
+
     def result(self, ndim: int, out: str = "out") -> Any:
         """`out` if it was given; otherwise a fresh array, or a number if it would have no dimensions."""
         if not _is_none(self.given.get(out)):
@@ -171,22 +187,24 @@ def _backward(ndim: int) -> Callable[[_Call], Any]:
     def result(call: _Call) -> Any:
         x = call.array("input")
         every = [types.Array(call.dtype, n, "C") for n in (x.ndim, _weight_ndim(ndim, x), 1)]
-        try:
-            needs = _constant(call.given["needs"]) if "needs" in call.given else conv.ConvGrads._fields
-        except ValueError:
-            raise TypingError(
-                f"{call.function}: needs is a {call.given['needs']} (expected literal strings: they decide the "
-                "type of the result)"
-            ) from None
-        needs = (needs,) if isinstance(needs, str) else needs
-        if not isinstance(needs, tuple):
-            raise TypingError(f"{call.function}: needs is {needs!r} (expected a tuple of 'input', 'weight', 'bias')")
-        grads = [
-            kind if name in needs else types.none for name, kind in zip(conv.ConvGrads._fields, every, strict=True)
-        ]
-        return types.BaseTuple.from_types(grads, conv.ConvGrads)
+        return types.BaseTuple.from_types(call.needed(every), conv.ConvGrads)
 
     return result
+
+
+def _linear_cross_entropy(call: _Call) -> Any:
+    positions = call.array("hidden").ndim - 1
+    decides = positions and _is_none(call.given.get("out"))
+    each = decides and call.literal("reduction", "it decides the type of the loss") == "none"
+    results = [call.result(positions if each else 0)]
+    if call.function == "linear_cross_entropy_with_grad":
+        bias = types.none if _is_none(call.given.get("bias")) else types.Array(call.dtype, 1, "C")
+        results += call.needed([types.Array(call.dtype, positions + 1, "C"), types.Array(call.dtype, 2, "C"), bias])
+    if call.literal("return_lse", "it decides the type of the result"):
+        results.append(types.Array(call.dtype, positions, "C") if positions else call.dtype)
+    elif len(results) > 1:
+        return types.BaseTuple.from_types(results, linear_loss.LinearCrossEntropyGrads)
+    return types.BaseTuple.from_types(results) if len(results) > 1 else results[0]
 
 
 def _cross_entropy(wants_loss: bool, wants_grad: bool) -> Callable[[_Call], Any]:
@@ -215,6 +233,8 @@ def _results() -> dict[str, Callable[[_Call], Any]]:
         "softmax_cross_entropy": _cross_entropy(True, False),
         "softmax_cross_entropy_grad": _cross_entropy(False, True),
         "softmax_cross_entropy_with_grad": _cross_entropy(True, True),
+        "linear_cross_entropy": _linear_cross_entropy,
+        "linear_cross_entropy_with_grad": _linear_cross_entropy,
     }
     for ndim in (1, 2, 3):
         rules[f"conv{ndim}d"] = rules[f"conv_transpose{ndim}d"] = _like("input")
@@ -239,8 +259,8 @@ def _ndims(kind: Any) -> tuple[int | None, ...]:
 # The call
 # ---------------------------------------------------------------------------------------------------------------------
 
-# What jitted code raises by itself, so that its `try` and its parallel loops can handle it; by place, from 1. Anything
-# else (KeyboardInterrupt) ends the jitted function.
+# What jitted code raises by itself, so that its `try` can handle it; by place, from 1. Anything else
+# (KeyboardInterrupt) ends the jitted function.
 _ERRORS = (ValueError, TypeError, MemoryError)
 
 
@@ -262,9 +282,9 @@ def _run(
             f"{function}: the result has {[getattr(a, 'ndim', None) for a in results]} dimensions, but the calling "
             f"function was compiled for {list(ndims)}; was it cached with another version of fastconv?"
         )
-    if answer is results:
-        return 0, answer if isinstance(answer, conv.ConvGrads) else delivered
-    return 0, delivered[0]
+    if answer is not results:
+        return 0, delivered[0]
+    return 0, type(answer)(*delivered) if hasattr(answer, "_fields") else delivered
 
 
 def _cpu_backend(function: str, backend: Any) -> Any:

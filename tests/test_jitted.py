@@ -20,6 +20,9 @@ DY = np.random.default_rng(3).standard_normal((2, 6, 4, 3))
 Z = np.random.default_rng(4).standard_normal((3, 5, 4))
 T = np.random.default_rng(5).integers(0, 5, (3, 4))
 OPTIONS = "stride=2, padding=((1, 1), (0, 1)), groups=2"
+X1, W1, DY1 = (f"{name}[:, :, :, 0]" for name in ("x", "w", "dy"))
+X3, W3 = "x.reshape((2, 4, 7, 3, 2))", "w.reshape((6, 2, 3, 2, 1))"
+LINEAR = "z[:, :, 0], z.reshape((12, 5)), t[:, 0]"
 
 CALLS = [
     ("conv1d", "fc.conv1d(x[:, :, :, 0], w[:, :, :, 0], None, 2, groups=2)"),
@@ -37,6 +40,21 @@ CALLS = [
     ("backward", f"fc.conv2d_backward(x, w, dy, {OPTIONS})"),
     ("backward_some", f'fc.conv2d_backward(x, w, dy, {OPTIONS}, needs=("weight", "bias"))'),
     ("transpose", "fc.conv_transpose2d(dy, w, None, 2, output_padding=1)"),
+    ("conv1d_weight_grad", f"fc.conv1d_weight_grad({X1}, (6, 4, 4), {DY1})"),
+    ("conv1d_input_grad", f"fc.conv1d_input_grad((2, 2, 6), {W1}, {DY1})"),
+    ("conv1d_backward", f'fc.conv1d_backward({X1}, {W1}, {DY1}, 2, 1, groups=2, needs="bias")'),
+    ("transpose1d", f"fc.conv_transpose1d({DY1}, {W1}, dy[0, :2, 0, 0])"),
+    ("conv3d", f"fc.conv3d({X3}, {W3}, groups=2)"),
+    ("conv3d_weight_grad", f"fc.conv3d_weight_grad({X3}, (6, 2, 3, 2, 1), fc.conv3d({X3}, {W3}, groups=2), groups=2)"),
+    ("conv3d_input_grad", f"fc.conv3d_input_grad((2, 2, 6, 2, 3), {W3}, dy.reshape((2, 6, 4, 1, 3)))"),
+    ("conv3d_backward", f"fc.conv3d_backward({X3}, {W3}, fc.conv3d({X3}, {W3}, groups=2), groups=2)"),
+    ("transpose3d", f"fc.conv_transpose3d(dy.reshape((2, 6, 4, 1, 3)), {W3}, stride=(1, 2, 1))"),
+    ("linear", f"fc.linear_cross_entropy({LINEAR})"),
+    ("linear_none", f'fc.linear_cross_entropy({LINEAR}, reduction="none", return_lse=True)'),
+    ("linear_one", "fc.linear_cross_entropy_with_grad(z[0, :, 0], z.reshape((12, 5)), t[0, 0:1].reshape(()))"),
+    ("linear_with_grad", f"fc.linear_cross_entropy_with_grad({LINEAR}, x[0].copy().ravel()[:12])"),
+    ("linear_some", f'fc.linear_cross_entropy_with_grad({LINEAR}, needs=("weight",))'),
+    ("linear_lse", f"fc.linear_cross_entropy_with_grad({LINEAR}, return_lse=True)"),
     ("loss", "fc.softmax_cross_entropy(z, t)"),
     ("loss_none", 'fc.softmax_cross_entropy(z, t, reduction="none", label_smoothing=0.1)'),
     ("loss_grad", "fc.softmax_cross_entropy_grad(z, t, None, 2.0)"),
