@@ -286,11 +286,14 @@ def order_kernel(element: Element):
     return order_kernel
 
 
-def _resident(tile: Tile, tensor: bool) -> int | None:
-    """Two blocks of the largest tile, which alone would hide little latency. The compiler saves registers for more of
-    the smaller tiles by itself, and on the tensor cores moves or spills them for it in the innermost loop.
+def _resident(tile: Tile, tensor: bool, checked: bool) -> int | None:
+    """Two blocks of the largest tile, which alone would hide little latency. Without checks of coordinates its float32
+    kernel fits by itself, and would be made to spill. The compiler saves registers for more of the smaller tiles by
+    itself, and on the tensor cores moves or spills them for it in the innermost loop.
     """
-    return 2 if tile.rows * tile.columns == 128 * 128 else 1 if tensor else None
+    if tile.rows * tile.columns == 128 * 128 and (tensor or checked):
+        return 2
+    return 1 if tensor else None
 
 
 @functools.cache
@@ -555,7 +558,7 @@ def gather_kernel(
         flat(operand), flat(operand), array_of(result, 1), words, words, types.UniTuple(types.uint32, GATHER_NUMBERS),
         types.uint32, types.uint32, types.boolean, types.boolean, flat(result),
     )  # fmt: skip
-    return BlockKernel(gather, threads, signature, _resident(tile, tensor))
+    return BlockKernel(gather, threads, signature, _resident(tile, tensor, checked))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
