@@ -29,9 +29,9 @@ from numba import types
 from ..geometry import ConvGeometry
 from . import intrinsics
 from ._cuda import DeviceArray, cuda, empty, launch, launch_blocks
-from .implicit_gemm import LEAST_ROWS, MOST_ELEMENTS, _elements, _extent, _numbers, _samples
+from .implicit_gemm import LEAST_ROWS, MOST_ELEMENTS, _elements, _extent, _numbers, _samples, add_parts_kernel
 from .intrinsics import load1_where, load2_where, load4_where, store2, store4, u32
-from .jit import ELEMENTS, BlockKernel, Element, array_of, flat, inlined, kernel
+from .jit import ELEMENTS, BlockKernel, array_of, flat, inlined
 from .tiles import ENOUGH_BLOCKS
 
 __all__ = ["forward", "input_grad", "weight_grad"]
@@ -550,32 +550,6 @@ def weight_kernel(patch: Patch) -> BlockKernel:
     arrays = _array_type(dtype, vector)
     signature = (arrays, arrays, types.UniTuple(types.uint32, WEIGHT_NUMBERS), flat(number))
     return BlockKernel(weight_grad, THREADS, signature)
-
-
-@kernel(lambda element: (array_of(_number_of(element), 2), types.boolean, array_of(element.stored, 5)))
-def add_parts_kernel(element: Element):
-    """The parts of each weight's gradient, added in order and rounded once."""
-    load, store, zero = element.load, element.store, element.real(0)
-
-    def add_parts_kernel(partial, accumulate, grad):
-        _, channels, kernel_d, kernel_h, kernel_w = grad.shape
-        for index in range(cuda.grid(1), grad.size, cuda.gridsize(1)):
-            total = zero
-            for part in range(partial.shape[0]):
-                total += partial[part, index]
-            rest, w = divmod(index, kernel_w)
-            rest, h = divmod(rest, kernel_h)
-            rest, d = divmod(rest, kernel_d)
-            o, c = divmod(rest, channels)
-            if accumulate:
-                total += load(grad[o, c, d, h, w])
-            grad[o, c, d, h, w] = store(total)
-
-    return add_parts_kernel
-
-
-def _number_of(element: Element) -> types.Type:
-    return types.float64 if element.real is np.float64 else types.float32
 
 
 # ---------------------------------------------------------------------------------------------------------------------

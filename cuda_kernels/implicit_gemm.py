@@ -779,7 +779,7 @@ def weight_kernel(kind: str, tile: Tile) -> BlockKernel:
     lambda element: (array_of(from_dtype(np.dtype(element.real)), 2), types.boolean, array_of(element.stored, 5))
 )
 def add_parts_kernel(element: Element):
-    """The parts of each weight's gradient, added in order."""
+    """The parts of each weight's gradient, added in order and rounded once."""
     load, store, zero = element.load, element.store, element.real(0)
 
     def add_parts_kernel(partial, accumulate, grad):

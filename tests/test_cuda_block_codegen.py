@@ -282,14 +282,11 @@ def test_launches_of_depthwise_pass_what_was_compiled(dtype, monkeypatch):
         assert made == expected_parameters(arguments)
     ((kernel, elements, *arguments),) = sums
     assert elements == w.size
-    signature = depthwise.add_parts_kernel.signature(ELEMENTS[dtype])
+    signature = implicit_gemm.add_parts_kernel.signature(ELEMENTS[dtype])
     assert tuple(kernel.typeof_pyval(a) for a in arguments) == signature
 
 
-SIMPLE = {
-    "parts": implicit_gemm.add_parts_kernel, "depthwise-parts": depthwise.add_parts_kernel,
-    "order": implicit_gemm.order_kernel,
-}  # fmt: skip
+SIMPLE = {"parts": implicit_gemm.add_parts_kernel, "order": implicit_gemm.order_kernel}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=name_of)

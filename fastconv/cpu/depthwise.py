@@ -588,6 +588,11 @@ def weight_gradient(plan: contraction.Plan, x: np.ndarray, dy: np.ndarray, dw: n
     parameters = plan.parameters.copy()
     parameters[[X, Y, W]] = address(x), address(dy), address(parts)
     tasks.run(_weight_gradient, dw.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
+    store_sum(parts, dw, add)
+
+
+def store_sum(parts: np.ndarray, dw: np.ndarray, add: bool) -> None:
+    """dw (+)= the parts of a weight gradient, added in order; they are overwritten."""
     total = parts[0]
     for part in parts[1:]:
         total += part

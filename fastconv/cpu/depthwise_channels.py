@@ -25,7 +25,7 @@ from numba import njit
 from ..geometry import ConvGeometry
 from . import contraction, simd, tasks
 from .contraction import Strides, address
-from .depthwise import Line, Lines, Phase, address_of, cut
+from .depthwise import Line, Lines, Phase, address_of, cut, store_sum
 
 # Parameters of the bodies (int64, in this order), and
 (
@@ -493,13 +493,7 @@ def weight_gradient(plan: contraction.Plan, x: np.ndarray, dy: np.ndarray, dw: n
     parameters = plan.parameters.copy()
     parameters[[X, Y, W]] = address(x), address(dy), address(parts)
     tasks.run(_weight_gradient, dw.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
-    total = parts[0]
-    for part in parts[1:]:
-        total += part
-    if add:
-        dw += total
-    else:
-        dw[...] = total
+    store_sum(parts, dw, add)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
