@@ -1933,8 +1933,7 @@ def _transfer(
 
     An ordinary store first reads the line that it changes. What is larger than the caches and written once is better
     off without: 8 bytes of memory traffic for a float32 that is read and one that is written, instead of 12. Such
-    stores are for whole lines; what is left at both ends is stored by halves, quarters and so on of a vector. A store
-    with a mask would be shorter to write, but takes some 70 cycles on Zen 4, for no lanes as for many.
+    stores are for whole lines; what is left at both ends is stored by halves, quarters and so on of a vector.
     """
     element = target.type.pointee if isinstance(target.type, ir.PointerType) else target.type
     vector = ir.VectorType(element, t.lanes)
