@@ -192,8 +192,12 @@ class Form:
     axes: tuple[int, ...]
     index: tuple[Any, ...]
 
+    @functools.cached_property
+    def _in_order(self) -> bool:
+        return self.axes == tuple(range(len(self.axes)))
+
     def __call__(self, array: Any) -> Any:
-        return array.transpose(self.axes)[self.index]
+        return (array if self._in_order else array.transpose(self.axes))[self.index]
 
 
 @dataclass(frozen=True)
@@ -270,17 +274,14 @@ def shape_of(function: str, argument: str, shape: Any) -> tuple[int, ...]:
     return tuple(_integer(function, argument, n, 0) for n in shape)
 
 
-_PLAIN = {int, str}
-_PLAIN_OR_TUPLE = {int, str, tuple}
+_PLAIN = frozenset((int, str))
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether a cache may remember the answer to `value`: 1, 1.0 and True are one key, but not one answer."""
-    kind = type(value)
-    if kind is tuple:
-        kinds = set(map(type, value))
-        return kinds <= _PLAIN or (kinds <= _PLAIN_OR_TUPLE and all(map(_is_plain, value)))
-    return kind in _PLAIN
+def _is_plain(values: tuple[Any, ...]) -> bool:
+    """Whether a cache may remember the answer to `values`: 1, 1.0 and True are one key, but not one answer."""
+    if _PLAIN.issuperset(map(type, values)):
+        return True
+    return all(type(value) in _PLAIN or (type(value) is tuple and _is_plain(value)) for value in values)
 
 
 def convolution_plan(
@@ -292,7 +293,11 @@ def convolution_plan(
         function, ndim, input_shape, weight_shape, stride, padding, dilation, groups, padding_mode, layout,
         input_name, weight_name,
     )  # fmt: skip
-    return _convolution_plan(*question) if _is_plain(question) else _convolution_plan.__wrapped__(*question)
+    options = (stride, padding, dilation, groups, padding_mode, layout)
+    shapes_are_tuples = type(input_shape) is type(weight_shape) is tuple
+    if shapes_are_tuples and _is_plain(input_shape + weight_shape) and _is_plain(options):
+        return _convolution_plan(*question)
+    return _convolution_plan.__wrapped__(*question)
 
 
 @functools.lru_cache(maxsize=4096)

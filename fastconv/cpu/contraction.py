@@ -29,6 +29,7 @@ import numpy as np
 from numba import njit
 
 from . import simd, tasks
+from .tasks import address
 
 # Blocking, in bytes. A panel is read once per panel of output channels, from L1 or just beyond: 48 KiB is 2 to 4 %
 # faster than 24 KiB where there are many channels (1x1 of 1024, 3x3 of 512), and the same elsewhere. A group of panels
@@ -811,10 +812,6 @@ class Plan:
     flops: int
 
 
-def address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]
-
-
 def is_flat(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Are the pixels (D, H, W) of a plane evenly spaced in memory?"""
     real = [(n, step) for n, step in zip(shape, strides, strict=True) if n > 1]
@@ -950,15 +947,15 @@ def plan_correlation(
     return Plan(parameters, tables, blocks.groups * pixel_tasks * row_tasks, scratch, flops)
 
 
-def correlate(
+def correlation(
     plan: Plan, x: np.ndarray, packed: np.ndarray, y: np.ndarray, bias: np.ndarray | None, relu: bool, add: bool
-) -> None:
-    """Run a plan on arrays of the strides it was made for."""
+) -> tasks.Stage:
+    """A plan on arrays of the strides it was made for, to be run once; it waits until the weights are packed."""
     parameters = plan.parameters.copy()
     parameters[X : X_N] = (
         address(x), address(packed), address(y), 0 if bias is None else address(bias), relu, add
     )  # fmt: skip
-    tasks.run(_correlate, x.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
+    return _correlate, plan.tasks, parameters, plan.scratch, plan.flops, True
 
 
 @dataclass(frozen=True)
@@ -992,14 +989,18 @@ def plan_packing(
     return Packing(parameters, offsets, below, above)
 
 
-def pack_weights(packing: Packing, blocks: Blocks, w: np.ndarray, packed: np.ndarray) -> bool:
-    """Pack weights for `correlate` into `packed`; return whether all are finite."""
-    parameters = packing.parameters.copy()
+def packing(plan: Packing, blocks: Blocks, w: np.ndarray, packed: np.ndarray) -> tasks.Stage:
+    """Packing of weights for `correlation` into `packed`, to be run once."""
+    parameters = plan.parameters.copy()
     first = address(w)
-    parameters[FROM:GROUP_STEP] = first, address(packed), first + packing.below, first + packing.above
+    parameters[FROM:GROUP_STEP] = first, address(packed), first + plan.below, first + plan.above
     # counted as 16 operations an element, since reading and writing is most of the work
-    tasks.run(_pack_weights, w.dtype, blocks.groups * blocks.panels, parameters, 64, 16 * packed.size)
-    return not parameters[NOT_FINITE]
+    return _pack_weights, blocks.groups * blocks.panels, parameters, 64, 16 * packed.size, False
+
+
+def all_finite(packing: tasks.Stage) -> bool:
+    """Whether all weights of a packing that has run are finite."""
+    return not packing[2][NOT_FINITE]
 
 
 _UNIT_PIXELS = 448  # output pixels of a unit of the weight gradient
@@ -1077,11 +1078,13 @@ def plan_weight_gradient(
 def weight_gradient(plan: Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, add: bool) -> None:
     """Run a plan on arrays of the strides it was made for."""
     parameters = plan.parameters.copy()
-    parameters[[X, Y, W, ADD]] = address(x), address(dy), address(dw), add
+    parameters[X : BIAS] = address(x), address(dw), address(dy)
+    parameters[ADD] = add
     splits = int(parameters[SPLITS])
     if splits > 1:
         partial = np.empty(plan.tasks * int(parameters[TILE_SIZE]), dw.dtype)
         parameters[PARTIAL] = address(partial)
-    tasks.run(_weight_gradient, dw.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
+    stages: list[tasks.Stage] = [(_weight_gradient, plan.tasks, parameters, plan.scratch, plan.flops, False)]
     if splits > 1:
-        tasks.run(_sum_splits, dw.dtype, plan.tasks // splits, parameters, 64, 16 * partial.size)
+        stages.append((_sum_splits, plan.tasks // splits, parameters.copy(), 64, 16 * partial.size, True))
+    tasks.run_stages(dw.dtype, stages)

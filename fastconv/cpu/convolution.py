@@ -24,31 +24,21 @@ from .threads import get_num_threads
 if TYPE_CHECKING:
     from ..prepared import PackedWeights
 
+Strides = tuple[int, ...]
+
 _size3 = types.UniTuple(types.int64, 3)
 # the index of a prange loop is unsigned, and Numba makes unsigned // signed a float: hence int64(task) below
 _tables = types.UniTuple(array_of(types.int64, 1), 3)
 
 
-def _through_float32(operation: Callable[..., None]) -> Callable[..., None]:
-    """Let an operation on float32 take float16 and bfloat16: converted on the way in, rounded once on the way out."""
-
-    @functools.wraps(operation)
-    def converting(*arguments):
-        *inputs, out = arguments
-        if out.dtype.itemsize != 2:
-            return operation(*arguments)
-        inputs = [a.astype(np.float32) if isinstance(a, np.ndarray) else a for a in inputs]
-        result = out.astype(np.float32)  # its values matter where the operation accumulates
-        operation(*inputs, result)
-        out[...] = result
-
-    return converting
+def _in_elements(strides: Strides, dtype: np.dtype) -> Strides:
+    size = dtype.itemsize
+    return tuple([step // size for step in strides])
 
 
-def _elements(array: np.ndarray) -> tuple[int, ...]:
+def _elements(array: np.ndarray) -> Strides:
     """Strides in elements."""
-    size = array.itemsize
-    return tuple([step // size for step in array.strides])
+    return _in_elements(array.strides, array.dtype)
 
 
 def _readable(array: np.ndarray) -> np.ndarray:
@@ -58,18 +48,26 @@ def _readable(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def _into_writable(operation: Callable[..., None]) -> Callable[..., None]:
-    """Let an operation fill an `out` whose elements do not lie at multiples of their size, by way of one that does."""
+def _on_reals(operation: Callable[..., None]) -> Callable[..., None]:
+    """Let an operation that fills a float32 or float64 `out`, its last argument, fill any.
+
+    float16 and bfloat16 are converted on the way in, and rounded once on the way out. Where the elements of `out` do
+    not lie at multiples of their size, the operation fills an array where they do.
+    """
 
     @functools.wraps(operation)
-    def writing(*arguments):
-        *inputs, out = arguments
-        whole = _readable(out)
-        operation(*inputs, whole)
-        if whole is not out:
-            out[...] = whole
+    def converting(*arguments):
+        out = arguments[-1]
+        if out.dtype.itemsize == 2:
+            inputs = [a.astype(np.float32) if isinstance(a, np.ndarray) else a for a in arguments[:-1]]
+            result = out.astype(np.float32)  # its values matter where the operation accumulates
+        else:
+            inputs, result = arguments[:-1], _readable(out)
+        operation(*inputs, result)
+        if result is not out:
+            out[...] = result
 
-    return writing
+    return converting
 
 
 def _axes(geometry: ConvGeometry) -> tuple[contraction.Axis, ...]:
@@ -84,15 +82,23 @@ def _axes(geometry: ConvGeometry) -> tuple[contraction.Axis, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _forward_plan(
-    geometry: ConvGeometry, dtype: np.dtype, x: tuple[int, ...], y: tuple[int, ...], workers: int
-) -> tuple[contraction.Blocks, contraction.Plan]:
+    geometry: ConvGeometry, dtype: np.dtype, x: Strides, w: Strides, y: Strides, workers: int
+) -> tuple[contraction.Blocks, contraction.Packing, contraction.Plan]:
+    """How the reduction is cut, how weights are packed, and the product; from strides in bytes."""
+    x, w, y = (_in_elements(strides, dtype) for strides in (x, w, y))
     axes, x = contraction.fold_strides(_axes(geometry), x)
     in_place = contraction.can_stay_in_place(axes, x, y)
     blocks = contraction.make_blocks(
         dtype, geometry.groups, geometry.out_channels_per_group, geometry.in_channels_per_group, axes, in_place
     )
+    # rows are output channels, and the reduction is (input channel, tap)
+    row, channel, *steps = w
+    shape = (geometry.out_channels, geometry.in_channels_per_group, *geometry.kernel_size)
+    offsets = _offsets([range(n) for n in geometry.kernel_size], steps)
+    packing = contraction.plan_packing(blocks, shape, w, dtype.itemsize, (blocks.rows * row, row, channel), offsets)
     zeros = geometry.padding_mode == "zeros"
-    return blocks, contraction.plan_correlation(dtype, geometry.batch, blocks, axes, x, y, zeros, in_place, workers)
+    plan = contraction.plan_correlation(dtype, geometry.batch, blocks, axes, x, y, zeros, in_place, workers)
+    return blocks, packing, plan
 
 
 @functools.lru_cache(maxsize=1024)
@@ -121,24 +127,6 @@ def _run_depthwise(
         depthwise.correlate(plan, x, depthwise.order_weights(lines, weight), y, bias, relu, add)
 
 
-@functools.lru_cache(maxsize=1024)
-def _forward_packing(
-    blocks: contraction.Blocks, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
-) -> contraction.Packing:
-    """Rows are output channels, and the reduction is (input channel, tap)."""
-    row, channel, *steps = strides
-    offsets = _offsets([range(n) for n in shape[2:]], steps)
-    return contraction.plan_packing(blocks, shape, strides, itemsize, (blocks.rows * row, row, channel), offsets)
-
-
-def _pack_forward(blocks: contraction.Blocks, weight: np.ndarray, keep: bool = False) -> np.ndarray:
-    size = blocks.packed_size
-    packed = np.empty(size, weight.dtype) if keep else tasks.workspace(size, weight.dtype)
-    packing = _forward_packing(blocks, weight.shape, _elements(weight), weight.itemsize)
-    contraction.pack_weights(packing, blocks, weight, packed)
-    return packed
-
-
 def _offsets(places: Sequence[Sequence[int]], steps: Sequence[int]) -> np.ndarray:
     """Offset in memory of every combination of these places in each dimension, in order."""
     offsets = np.zeros(1, np.int64)
@@ -147,8 +135,7 @@ def _offsets(places: Sequence[Sequence[int]], steps: Sequence[int]) -> np.ndarra
     return offsets
 
 
-@_through_float32
-@_into_writable
+@_on_reals
 def forward(
     geometry: ConvGeometry, input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, relu: bool,
     algorithm: str, packed: PackedWeights | None, out: np.ndarray,
@@ -172,17 +159,29 @@ def forward(
         return
     if bias is not None:
         bias = np.ascontiguousarray(bias)
-    strides = _elements(input), _elements(out)
     if depthwise.applies(geometry):
+        strides = _elements(input), _elements(out)
         lines, plan = _depthwise_forward_plan(geometry, out.dtype, *strides, get_num_threads())
         _run_depthwise(lines, plan, input, weight, out, bias, relu, False)
         return
-    blocks, plan = _forward_plan(geometry, out.dtype, *strides, get_num_threads())
+    blocks, packing, plan = _forward_plan(
+        geometry, out.dtype, input.strides, weight.strides, out.strides, tasks.workers(geometry.flops)
+    )
     if packed is None:
-        weights = _pack_forward(blocks, weight)
+        weights = tasks.workspace(blocks.packed_size, out.dtype)
+        stages = [contraction.packing(packing, blocks, weight, weights)]
     else:
-        weights = packed.get(("direct", out.dtype, blocks), lambda: _pack_forward(blocks, weight, keep=True))
-    contraction.correlate(plan, input, weights, out, bias, relu, False)
+        weights = packed.get(("direct", out.dtype, blocks), lambda: _packed_alone(blocks, packing, weight))
+        stages = []
+    stages.append(contraction.correlation(plan, input, weights, out, bias, relu, False))
+    tasks.run_stages(out.dtype, stages)
+
+
+def _packed_alone(blocks: contraction.Blocks, packing: contraction.Packing, weight: np.ndarray) -> np.ndarray:
+    """The packed weights, in memory of their own."""
+    packed = np.empty(blocks.packed_size, weight.dtype)
+    tasks.run_stages(weight.dtype, [contraction.packing(packing, blocks, weight, packed)])
+    return packed
 
 
 def _safe_runs(
@@ -249,8 +248,7 @@ def _weight_grad_plan(
     )  # fmt: skip
 
 
-@_through_float32
-@_into_writable
+@_on_reals
 def weight_grad(
     geometry: ConvGeometry, input: np.ndarray, grad_output: np.ndarray, accumulate: bool, algorithm: str,
     out: np.ndarray,
@@ -277,9 +275,18 @@ class _Phase:
     """The elements of the input gradient that see the same taps: every stride-th element in each dimension."""
 
     where: tuple[slice, ...]  # of the input gradient (N, C, D, H, W)
-    taps: tuple[tuple[int, ...], ...]  # per dimension, in the order of the output elements they meet
-    blocks: contraction.Blocks | None  # None: no tap reaches these elements
-    plan: contraction.Plan | None
+    blocks: contraction.Blocks
+    packing: contraction.Packing
+    packed: slice  # of the packed weights of all phases
+    plan: contraction.Plan
+
+
+@dataclass(frozen=True)
+class _Phases:
+    each: tuple[_Phase, ...]
+    untouched: tuple[tuple[slice, ...], ...]  # `where` of elements that no tap reaches
+    packed_size: int
+    padded: tuple[bool, ...]  # does a phase see zeros around the output gradient?
 
 
 def _phase_axis(
@@ -327,9 +334,13 @@ def _depthwise_input_grad_plan(
 
 @functools.lru_cache(maxsize=1024)
 def _input_grad_phases(
-    geometry: ConvGeometry, dtype: np.dtype, dy: tuple[int, ...], dx: tuple[int, ...], workers: int
-) -> tuple[_Phase, ...]:
-    phases = []
+    geometry: ConvGeometry, dtype: np.dtype, w: Strides, dy: Strides, dx: Strides, workers: int
+) -> _Phases:
+    """From strides in bytes. Rows are input channels, and the reduction is (output channel, tap of the phase)."""
+    w, dy, dx = (_in_elements(strides, dtype) for strides in (w, dy, dx))
+    channel, row, *tap_steps = w
+    shape = (geometry.out_channels, geometry.in_channels_per_group, *geometry.kernel_size)
+    phases, untouched, size = [], [], 0
     for first in itertools.product(*map(range, map(min, geometry.stride, geometry.input_size))):
         taps, axes = zip(
             *map(
@@ -340,41 +351,25 @@ def _input_grad_phases(
         )  # fmt: skip
         where = (slice(None), slice(None), *map(slice, first, (None,) * 3, geometry.stride))
         if not all(taps):
-            phases.append(_Phase(where, taps, None, None))
+            untouched.append(where)
             continue
         steps = (*dx[:2], *(step * stride for step, stride in zip(dx[2:], geometry.stride, strict=True)))
         in_place = contraction.can_stay_in_place(axes, dy, steps)
         blocks = contraction.make_blocks(
             dtype, geometry.groups, geometry.in_channels_per_group, geometry.out_channels_per_group, axes, in_place
         )
+        packing = contraction.plan_packing(
+            blocks, shape, w, dtype.itemsize, (geometry.out_channels_per_group * channel, row, channel),
+            _offsets(taps, tap_steps),
+        )  # fmt: skip
         plan = contraction.plan_correlation(dtype, geometry.batch, blocks, axes, dy, steps, True, in_place, workers)
-        phases.append(_Phase(where, taps, blocks, plan))
-    return tuple(phases)
+        phases.append(_Phase(where, blocks, packing, slice(size, size + blocks.packed_size), plan))
+        size += blocks.packed_size
+    padded = tuple(bool(phase.plan.parameters[contraction.PADDED]) for phase in phases)
+    return _Phases(tuple(phases), tuple(untouched), size, padded)
 
 
-@functools.lru_cache(maxsize=1024)
-def _phase_packing(
-    blocks: contraction.Blocks, taps: tuple[tuple[int, ...], ...], out_per_group: int, shape: tuple[int, ...],
-    strides: tuple[int, ...], itemsize: int,
-) -> contraction.Packing:  # fmt: skip
-    """Rows are input channels, and the reduction is (output channel, tap of the phase)."""
-    channel, row, *tap_steps = strides
-    steps = (out_per_group * channel, row, channel)
-    return contraction.plan_packing(blocks, shape, strides, itemsize, steps, _offsets(taps, tap_steps))
-
-
-def _pack_phase(phase: _Phase, weight: np.ndarray, out_per_group: int, packed: np.ndarray) -> bool:
-    """Pack the weights of the phase; return whether all are finite."""
-    if phase.blocks is None:
-        return True
-    packing = _phase_packing(
-        phase.blocks, phase.taps, out_per_group, weight.shape, _elements(weight), weight.itemsize
-    )
-    return contraction.pack_weights(packing, phase.blocks, weight, packed)
-
-
-@_through_float32
-@_into_writable
+@_on_reals
 def input_grad(
     geometry: ConvGeometry, weight: np.ndarray, grad_output: np.ndarray, bias: np.ndarray | None, relu: bool,
     accumulate: bool, algorithm: str, out: np.ndarray,
@@ -401,34 +396,42 @@ def input_grad(
             else:
                 input_grad(some, weight, grad_output[run], bias, relu, accumulate, "direct", out[run])
         return
-    strides = _elements(grad_output), _elements(out)
     if depthwise.applies(geometry):
         if not np.isfinite(weight).all():  # as below
             _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
             return
+        strides = _elements(grad_output), _elements(out)
         lines, plan = _depthwise_input_grad_plan(geometry, out.dtype, *strides, get_num_threads())
         _run_depthwise(lines, plan, grad_output, weight, out, bias, relu, accumulate)
         return
-    phases = _input_grad_phases(geometry, out.dtype, *strides, get_num_threads())
-    sizes = [0 if phase.blocks is None else phase.blocks.packed_size for phase in phases]
-    packed = np.split(tasks.workspace(sum(sizes), out.dtype), np.cumsum(sizes[:-1]))
-    for phase, weights in zip(phases, packed, strict=True):
-        finite = _pack_phase(phase, weight, geometry.out_channels_per_group, weights)
-        if not finite and phase.plan is not None and phase.plan.parameters[contraction.PADDED]:
-            # The zeros around grad_output are no outputs: times an infinite weight they would make a nan where there
-            # is no such product. The plain loops sum only what exists.
+    phases = _input_grad_phases(
+        geometry, out.dtype, weight.strides, grad_output.strides, out.strides, tasks.workers(geometry.flops)
+    )
+    memory = tasks.workspace(phases.packed_size, out.dtype)
+    packed = [memory[phase.packed] for phase in phases.each]
+    packing = [contraction.packing(p.packing, p.blocks, weight, w) for p, w in zip(phases.each, packed, strict=True)]
+    # The zeros around grad_output are no outputs: times an infinite weight they would make a nan where there is no such
+    # product. The plain loops sum only what exists.
+    doubtful = list(itertools.compress(packing, phases.padded))
+    packed_first = accumulate and bool(doubtful)  # once added to, `out` cannot be computed a second time
+    if packed_first:
+        tasks.run_stages(out.dtype, packing)
+        if not all(map(contraction.all_finite, doubtful)):
             _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
             return
-    zeroed = bias is None and not accumulate and any(phase.plan is None for phase in phases)
-    if zeroed:  # one pass over memory that lies together, in the place of one for each phase without taps
-        out[...] = 0
-    for phase, weights in zip(phases, packed, strict=True):
-        part = out[phase.where]
-        if phase.plan is None:
-            if not zeroed:
-                _fill_without_taps(part, bias, relu, accumulate)
-        else:
-            contraction.correlate(phase.plan, grad_output, weights, part, bias, relu, accumulate)
+    if phases.untouched and bias is None and not accumulate:
+        out[...] = 0  # one pass over memory that lies together, not one for each of them
+    else:
+        for where in phases.untouched:
+            _fill_without_taps(out[where], bias, relu, accumulate)
+    stages = [] if packed_first else packing.copy()
+    for phase, weights in zip(phases.each, packed, strict=True):
+        stages.append(
+            contraction.correlation(phase.plan, grad_output, weights, out[phase.where], bias, relu, accumulate)
+        )
+    tasks.run_stages(out.dtype, stages)
+    if not packed_first and not all(map(contraction.all_finite, doubtful)):
+        _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
 
 
 def _fill_without_taps(out: np.ndarray, bias: np.ndarray | None, relu: bool, accumulate: bool) -> None:
@@ -543,7 +546,7 @@ def input_grad_kernel(w, dy, bias, relu, accumulate, firsts, wheres, stride, dil
                     dx[n, channel, d, h, v] = total
 
 
-@_through_float32
+@_on_reals
 def bias_grad(grad_output: np.ndarray, accumulate: bool, out: np.ndarray) -> None:
     """out (+)= grad_output summed over everything but its channels."""
     bias_grad_kernel[out.dtype](grad_output, accumulate, out)

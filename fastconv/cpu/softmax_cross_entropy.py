@@ -98,7 +98,7 @@ FLOPS = 10  # of an element, for the choice between serial and parallel: serial 
 _PARAMETERS = np.dtype(
     [
         *((name, np.int64) for name in (
-            "counter", "scratch", "scratch_bytes",
+            *tasks.HEADER,
             "logits", "logits_n", "logits_c", "logits_s", "grad", "grad_n", "grad_c", "grad_s",
             "labels", "labels_n", "labels_s", "soft", "soft_n", "soft_c", "soft_s", "weight", "weight_c",
             "grad_output", "grad_output_n", "grad_output_s", "loss", "loss_n", "loss_s", "lse", "lse_n", "lse_s",

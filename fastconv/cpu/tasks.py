@@ -6,13 +6,18 @@ time: Numba compiles the body of a `prange` loop several times over (16 s for th
 3 s as a C function). Bodies get all their numbers from an array of int64 parameters, allocate nothing, and use the
 scratch memory of their worker. Threads take tasks as they become free, so a slow thread takes fewer: the result of a
 task must not depend on its worker, nor on other tasks.
+
+Work that needs the results of other work first (a product of weights that are packed for it) is a later *stage* of the
+same call: threads are woken once, and a thread that finds the last task of a stage taken waits no longer than that one
+task takes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba
@@ -24,8 +29,9 @@ from numba.extending import intrinsic
 from . import simd, threads
 from .jit import REAL, compiled, kernel
 
-# Parameters that every body shares. The others begin at FIRST.
-COUNTER, SCRATCH, SCRATCH_BYTES, FIRST = range(4)
+# Parameters that every body shares, filled by `run`. The others begin at FIRST.
+HEADER = ("counter", "done", "scratch", "scratch_bytes", "body", "tasks", "waits", "next")
+COUNTER, DONE, SCRATCH, SCRATCH_BYTES, BODY, TASKS, WAITS, NEXT, FIRST = range(9)
 
 # Below this a parallel call (2 to 3 us on tbb, 70 us on a sleeping omp) costs more than it saves.
 SERIAL_FLOPS = 1_000_000
@@ -58,13 +64,50 @@ def _call(typingctx, body, task, worker, parameters):
     return types.void(*[types.int64] * 4), codegen
 
 
-@kernel(lambda _: types.void(*[types.int64] * 4))
-def _drive(body, tasks, workers, parameters):
+@intrinsic
+def _finish(typingctx, counter):
+    """Add one to the integer at `counter`, after everything this thread has written."""
+
+    def codegen(context, builder, sig, args):
+        builder.atomic_rmw("add", args[0], ir.Constant(ir.IntType(64), 1), "release")
+        return context.get_dummy_value()
+
+    return types.void(types.CPointer(types.int64)), codegen
+
+
+@intrinsic
+def _finished(typingctx, counter):
+    """The integer at `counter`, before anything this thread reads from now on."""
+
+    def codegen(context, builder, sig, args):
+        return builder.load_atomic(args[0], "acquire", 8)
+
+    return types.int64(types.CPointer(types.int64)), codegen
+
+
+@kernel(lambda _: types.void(types.int64, types.int64))
+def _drive(first, workers):
+    """Run the stages whose parameters are at `first` and, from there, at NEXT."""
     for worker in prange(workers):
-        task = simd.fetch_add(_integers(parameters), 1)  # parameters[COUNTER]
-        while task < tasks:
-            _call(body, task, np.int64(worker), parameters)
-            task = simd.fetch_add(_integers(parameters), 1)
+        stage = first
+        while stage != 0:
+            p = _integers(stage)
+            body, tasks = p[BODY], p[TASKS]
+            task = simd.fetch_add(p, 1)  # p[COUNTER]
+            if p[WAITS] and task < tasks:
+                # Whoever comes here has found every task of the stages before taken, so threads are at work on those
+                # that are not done, and these wait for nothing.
+                before = first
+                while before != stage:
+                    q = _integers(before)
+                    while _finished(simd.offset(q, DONE)) < q[TASKS]:
+                        pass
+                    before = q[NEXT]
+            while task < tasks:
+                _call(body, task, np.int64(worker), stage)
+                _finish(simd.offset(p, DONE))
+                task = simd.fetch_add(p, 1)
+            stage = p[NEXT]
 
 
 class Body:
@@ -86,14 +129,25 @@ class Body:
         return self._compiled[-1].address
 
 
+# Where an array object has the address of its data: the first field after the header of every Python object
+# (`PyArrayObject_fields` in numpy/ndarraytypes.h, part of NumPy's stable ABI).
+_DATA = object.__basicsize__
+_integer_at = ctypes.c_ssize_t.from_address
+
+
+def address(array: np.ndarray) -> int:
+    """Address of the first element. (`__array_interface__` and `ctypes.data` say the same, but take 1 us to do so.)"""
+    return _integer_at(id(array) + _DATA).value
+
+
 def _scratch(size: int) -> int:
     """Address of `size` bytes of this Python thread's own scratch memory, aligned to a cache line."""
-    kept, address = getattr(_local, "scratch", (0, 0))
+    kept, place = getattr(_local, "scratch", (0, 0))
     if kept < size:
         _local.scratch_buffer = buffer = np.empty(size + 64, np.uint8)
-        address = -(-buffer.__array_interface__["data"][0] // 64) * 64  # kept, because asking for it takes 1 us
-        _local.scratch = size, address
-    return address
+        place = -(-address(buffer) // 64) * 64
+        _local.scratch = size, place
+    return place
 
 
 def workspace(elements: int, dtype: np.dtype, slot: int = 0) -> np.ndarray:
@@ -104,31 +158,46 @@ def workspace(elements: int, dtype: np.dtype, slot: int = 0) -> np.ndarray:
     """
     kept = _local.__dict__.setdefault("workspaces", {})
     buffer = kept.get(slot)
-    size = elements * dtype.itemsize
-    if buffer is None or buffer.nbytes < size:
+    if buffer is None or buffer.dtype is not dtype or buffer.size < elements:
+        size = elements * dtype.itemsize
         if size > _MOST_KEPT:
             return np.empty(elements, dtype)
-        buffer = kept[slot] = np.empty(size, np.uint8)
-    return buffer[:size].view(dtype)
+        if buffer is None or buffer.nbytes < size:
+            buffer = np.empty(size, np.uint8)
+        buffer = kept[slot] = buffer.view(np.uint8)[: buffer.nbytes // dtype.itemsize * dtype.itemsize].view(dtype)
+    return buffer[:elements]
+
+
+# Work of one body: (body, number of tasks, parameters, bytes of scratch for each worker, flops, whether it waits for
+# the stages before it). `parameters` is an int64 array with FIRST free places at its beginning, used by one call alone.
+Stage = tuple[Body, int, np.ndarray, int, int, bool]
 
 
 def run(body: Body, dtype: np.dtype, tasks: int, parameters: np.ndarray, scratch: int, flops: int) -> None:
-    """Call `body` for every task below `tasks`.
+    """Call `body` for every task below `tasks`; see `Stage` for the arguments."""
+    run_stages(dtype, ((body, tasks, parameters, scratch, flops, False),))
 
-    `parameters` is an int64 array with FIRST free places at its beginning, used by this call alone; `scratch` is in
-    bytes, for each worker; `flops`, the work of the whole call, decides whether it is worth waking threads.
-    """
-    address = body.address(dtype)
-    serial = flops < SERIAL_FLOPS or tasks == 1 or not threads.parallel_allowed()
-    workers = 1 if serial else min(tasks, threads.get_num_threads())
+
+def workers(flops: int) -> int:
+    """How many threads so much work is worth, one of `get_num_threads` at most."""
+    return threads.get_num_threads() if flops >= SERIAL_FLOPS and threads.parallel_allowed() else 1
+
+
+def run_stages(dtype: np.dtype, stages: Sequence[Stage]) -> None:
+    """Call the body of every stage for every task, on the threads that the work of all stages is worth."""
+    most = work = scratch = 0
+    for _, tasks, _, size, flops, _ in stages:
+        most, work, scratch = max(most, tasks), work + flops, max(scratch, size)
+    many = min(most, workers(work))
     scratch = -(-scratch // 64) * 64
-    parameters[COUNTER] = 0
-    parameters[SCRATCH] = _scratch(scratch * workers)
-    parameters[SCRATCH_BYTES] = scratch
-    drive: Any = _drive.compiled(parallel=workers > 1)
-    where = parameters.__array_interface__["data"][0]
-    if workers == 1:
-        drive(address, tasks, 1, where)
+    place = _scratch(scratch * many)
+    following = 0
+    for body, tasks, parameters, _, _, waits in reversed(stages):
+        parameters[:FIRST] = 0, 0, place, scratch, body.address(dtype), tasks, waits, following
+        following = address(parameters)
+    drive: Any = _drive.compiled(None, many > 1)
+    if many <= 1:
+        drive(following, 1)
     else:
         with threads.exclusive():
-            drive(address, tasks, workers, where)
+            drive(following, many)

@@ -91,5 +91,13 @@ def set_num_threads(n: int) -> None:
 def get_num_threads() -> int:
     load_layer()  # before Numba starts its threads by itself to answer
     n, mask = getattr(_local, "asked", (0, 0))
-    now = numba.get_num_threads()
+    now = _numba_threads()()
     return n if now == mask else now
+
+
+@functools.cache
+def _numba_threads() -> Any:
+    """The function of the threading layer behind `numba.get_num_threads`, which makes sure each time that it runs."""
+    from numba.np.ufunc.parallel import _get_num_threads
+
+    return _get_num_threads
