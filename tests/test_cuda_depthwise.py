@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-
 import ml_dtypes
 import numpy as np
 import pytest
 
 import oracle
-from block_simulator import ORDERS, SimulationError
+from block_simulator import ORDERS
 from fastconv.arguments import convolution_plan
 from fastconv.cuda_kernels import _cuda, convolution, depthwise
 from helpers import channels_first, channels_last, integers, normal
@@ -334,44 +332,3 @@ def test_an_axis_holds_every_meeting(taps, stride, dilation, before, inverse, ve
                 if meets == 0:
                     assert 0 <= place // axis.divisor < axis.sources
                     assert axis.first + axis.advance * thread + place // axis.divisor == source
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Mistakes
-# ---------------------------------------------------------------------------------------------------------------------
-
-SUMMED = """            for i in range(t, column_taps * lanes, THREADS):
-                k = u32(i // lanes)
-"""
-STORED = """                    partial[u32(at + channel * channel_step + j * column_taps + k)] = total
-"""
-MISTAKES = {
-    "no barrier before the warps' sums are read": ("weight_grad", "            cuda.syncthreads()\n" + SUMMED, SUMMED),
-    "no barrier before they are stored over": ("weight_grad", STORED + "            cuda.syncthreads()\n", STORED),
-    "a step of the warp's sum left out": ("weight_grad", "x += cuda.shfl_xor_sync(0xFFFFFFFF, x, 4)", "pass"),
-    "the sums of one warp left out": ("weight_grad", "for w in range(WARPS)", "for w in range(1, WARPS)"),
-    "columns of the padding are read": ("forward", "valid and u32(column + i) < width", "valid"),
-    "rows of the padding are read": ("forward", "inside and u32(row + r) < sizes[0]", "inside"),
-    "rows beyond the last are stored": ("forward", "if u32(row + t) < height:", "if True:"),
-    "a vector at the wrong column": ("forward", "meetings) // vector * vector", "meetings)"),
-    "the wrong tap": ("input_grad", "place = tap_step * k + result_step", "place = -tap_step * k + result_step"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_the_kernels_is_found(mistake, run, rng, monkeypatch):
-    operation, old, new = MISTAKES[mistake]
-    source = inspect.getsource(depthwise)
-    assert old in source
-    scope = {"__name__": depthwise.__name__, "__package__": depthwise.__package__}
-    exec(compile(source.replace(old, new), "mutant", "exec"), scope)
-    scope.update(THREADS=64, WARPS=2)
-    for name in ("gather_kernel", "weight_kernel", "Axis"):
-        monkeypatch.setattr(depthwise, name, scope[name])
-    case = NAMED["vectors"]
-    arrays = operands(operation, case, lambda shape: integers(rng, shape, "float32"))
-    try:
-        actual = run(operation, case, *arrays)
-    except SimulationError:
-        return
-    assert not np.array_equal(actual, reference(operation, case)(*arrays))

@@ -1,17 +1,16 @@
 """Convolutions as matrix products, in the block simulator: every shape they apply to, tile, layout and schedule.
 
-Here in float32; the other types, by the same kernels, are in `test_tensor_cores.py`.
+Here in float32; the other types, by the same kernels, are in `test_tensor_cores.py`; planted mistakes in
+`test_simulator_mutations.py`.
 """
 
 from __future__ import annotations
-
-import inspect
 
 import numpy as np
 import pytest
 
 import oracle
-from block_simulator import SCHEDULES, SimulationError
+from block_simulator import SCHEDULES
 from fastconv.arguments import convolution_plan
 from fastconv.cuda_kernels import _cuda, convolution, implicit_gemm, tiles
 from helpers import channels_first, channels_last, integers, normal
@@ -195,41 +194,6 @@ def test_from_the_public_functions(rng, monkeypatch):
     np.testing.assert_array_equal(grads.input, reference("input_grad", ORDINARY)(w, dy))
     np.testing.assert_array_equal(grads.weight, reference("weight_grad", ORDINARY)(x, dy))
     assert len(launched) == 4  # two phases of the stride
-
-
-BARRIER, END = "            cuda.syncthreads()\n\n", "        first_row, first_column = u32(first_row + row"
-TERM = "column, k_b = u32(t % columns_of_tile), u32("
-CHECK, DIVISION = "if column < columns:\n", "                    n = u32(column // positions)"
-ROW, TAIL = "i // row_run * row_jump + i % ", " * row_spacing)\n                        if r < rows:\n"
-MISTAKES = {
-    "no barrier after a stage is stored": (BARRIER + END, END),
-    "no barrier before the first step": ("        cuda.syncthreads()\n        row_of_thread", "        row_of_thread"),
-    "a stage stored over the one in use": ("stage = u32(1 - stage)", "stage = u32(stage)"),
-    "terms that no one fetched": (TERM + "t", TERM + "1 + t"),
-    "columns beyond the last are stored": (CHECK + DIVISION, "if True:\n" + DIVISION),
-    "the wrong row": (ROW + "row_run" + TAIL, ROW + "3" + TAIL),
-}
-
-
-def mutant(module, old, new):
-    """The names of a module in which `new` stands for `old`."""
-    source = inspect.getsource(module)
-    assert old in source
-    scope = {"__name__": module.__name__, "__package__": module.__package__}
-    exec(compile(source.replace(old, new), "mutant", "exec"), scope)
-    return scope
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_the_kernel_is_found(mistake, run, rng, monkeypatch):
-    monkeypatch.setattr(implicit_gemm, "gather_kernel", mutant(implicit_gemm, *MISTAKES[mistake])["gather_kernel"])
-    case = Case("steps", "several steps, a last tile that is not full", (1, 8, 4, 5), (36, 8, 3, 3), padding=1)
-    x, w = operands("forward", case, lambda shape: integers(rng, shape, "float32"))
-    try:
-        actual = run("forward", case, x, w, tile=SMALL)
-    except SimulationError:
-        return
-    assert not np.array_equal(actual, reference("forward", case)(x, w))
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import fastconv as fc
-from block_simulator import SCHEDULES, SimulationError
+from block_simulator import SCHEDULES
 from fastconv.cuda_kernels import _cuda, convolution, implicit_gemm, tiles
 from helpers import DTYPES, integers, normal
 from shapes import Case
 from simulation import simulated
-from test_implicit_gemm import GROUPED, OPERATIONS, ORDINARY, SMALL, mutant, operands, reference, run  # noqa: F401
+from test_implicit_gemm import GROUPED, OPERATIONS, ORDINARY, SMALL, operands, reference, run  # noqa: F401
 from tolerance import assert_accurate, assert_same_bits, expect
 
 pytestmark = pytest.mark.skipif(
@@ -240,54 +240,3 @@ def test_a_device_without_tensor_cores_has_the_simple_kernels(launched, rng, mon
     monkeypatch.setattr(convolution, "launch", lambda kernel, *a: simple.append(kernel))
     fc.conv1d(integers(rng, (1, 4, 5), "bfloat16"), integers(rng, (4, 4, 1), "bfloat16"), backend="cuda")
     assert (len(simple), launched) == (1, [])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Mistakes
-# ---------------------------------------------------------------------------------------------------------------------
-
-BARRIER = "            cuda.syncthreads()\n\n"
-END = "        first_row, first_column = u32(first_row + row"
-COMMIT = "                if tensor:\n                    copy_commit()\n"
-KERNEL_MISTAKES = {
-    "no barrier after a stage is stored": (BARRIER + END, END),
-    "no barrier before the first step": ("        cuda.syncthreads()\n        row_of_thread", "        row_of_thread"),
-    "no wait for the copies": ("        if tensor:\n            copy_wait_all()\n", ""),
-    "copies are never committed": (COMMIT + "            step(", "            step("),
-    "copies into the stage in use": ("u32((1 - stage) * b_stage", "u32(stage * b_stage"),
-    "a misaligned copy": ("r * weight_row + k * chunk)", "r * weight_row + k * chunk + 1)"),
-    "a chunk of the next column": ("i * columns_apart * b_row), source", "i * columns_apart * b_row + b_row), source"),
-    "chunks outside of the source are read": ("u32(columns[i, 0] + e[0]), inside)", "u32(columns[i, 0] + e[0]), True)"),
-    "sums of the wrong rows": ("first_row + g * row_jump", "first_row + g * 4"),
-}
-PRODUCT_MISTAKES = {
-    "a fragment of the wrong lane": ("lane % 16) * PITCH", "lane % 8) * PITCH"),
-    "the words of a fragment in another order": ("words[4 * i + j] = x[j]", "words[4 * i + j] = x[j ^ 1]"),
-    "the first words for the second": ("short_words[2 * j + 1]", "short_words[2 * j]"),
-    "a misaligned matrix row": ("lane // 16 * 4)", "lane // 16 * 3)"),
-    "half of the terms twice": ("u32(at_b + 8), u32(at_a + 8)", "at_b, at_a"),
-    "a sum in the place of its neighbour": ("new[0], new[1]", "new[1], new[0]"),
-    "the sums of another warp": ("warp // warps * of_short", "0"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("mistake", [*KERNEL_MISTAKES, *PRODUCT_MISTAKES])
-def test_a_mistake_is_found(mistake, run, rng, monkeypatch):  # noqa: F811
-    if mistake in KERNEL_MISTAKES:
-        made = mutant(implicit_gemm, *KERNEL_MISTAKES[mistake])["gather_kernel"]
-        monkeypatch.setattr(implicit_gemm, "gather_kernel", made)
-    else:
-        monkeypatch.setattr(implicit_gemm, "product", mutant(tiles, *PRODUCT_MISTAKES[mistake])["product"])
-        monkeypatch.setattr(implicit_gemm, "gather_kernel", implicit_gemm.gather_kernel.__wrapped__)
-    x, w = operands("forward", CHUNKED, lambda shape: integers(rng, shape, "float16"))
-    try:
-        actual = run("forward", CHUNKED, x, w, last=True, **options("float16"))
-    except SimulationError:
-        return
-    assert not np.array_equal(actual, exactly("forward", CHUNKED, [x, w]))
-
-
-def test_the_kernel_without_a_mistake(run, rng):  # noqa: F811
-    x, w = operands("forward", CHUNKED, lambda shape: integers(rng, shape, "float16"))
-    actual = run("forward", CHUNKED, x, w, last=True, **options("float16"))
-    np.testing.assert_array_equal(actual, exactly("forward", CHUNKED, [x, w]))
