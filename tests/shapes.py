@@ -213,6 +213,10 @@ TAILS = [
     Case("straddle", "blocks of pixels that belong to two samples", (5, 3, 7, 7), (7, 3, 3, 3), padding=1),
     Case("straddle_1x1", "the same without neighbours", (7, 5, 3, 3), (6, 5, 1, 1)),
     Case("straddle_one_pixel", "a block of pixels of sixteen and more samples", (35, 4, 3, 3), (5, 4, 3, 3)),
+    Case("planes_of_one_pixel", "a sample is one column", (35, 20, 1, 1), (9, 20, 1, 1)),
+    Case("planes_of_one_pixel_groups", "the same with groups", (3, 6, 1, 1), (4, 3, 1, 1), groups=2),
+    Case("planes_of_one_pixel_many", "so many samples that a task has a part of them", (1030, 3, 1, 1), (4, 3, 1, 1)),
+    Case("one_pixel_left", "strided down to one pixel", (3, 4, 2, 2), (5, 4, 1, 1), stride=2),
     Case("primes", "no size divides another", (3, 5, 7, 11), (7, 5, 3, 2), padding=(1, 2), stride=(1, 2)),
     Case("primes_large", "the same with several blocks", (3, 13, 17, 19), (23, 13, 3, 3), padding=1),
 ]  # fmt: skip

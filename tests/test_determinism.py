@@ -21,6 +21,7 @@ LARGE = [
     Case("3x3_deep", "long reductions, few pixels", (2, 128, 7, 7), (70, 128, 3, 3), padding=1),
     Case("3x3_stride2", "phases", (3, 24, 29, 30), (33, 24, 3, 3), stride=2, padding=1),
     Case("1x1", "a matrix product", (3, 200, 14, 15), (90, 200, 1, 1)),
+    Case("one_pixel", "a matrix product of few columns", (40, 300, 1, 1), (150, 300, 1, 1)),
     Case("stem", "few channels", (2, 3, 63, 65), (32, 3, 7, 7), stride=2, padding=3),
     Case("groups", "many small products", (3, 32, 21, 22), (32, 8, 3, 3), padding=1, groups=4),
     Case("depthwise", "one filter per channel", (3, 48, 40, 41), (48, 1, 5, 5), padding=2, groups=48),

@@ -745,6 +745,16 @@ def fold_strides(axes: tuple[Axis, ...], x: Strides) -> tuple[tuple[Axis, ...], 
     return tuple(folded), tuple(steps)
 
 
+def fold_batch(
+    batch: int, axes: tuple[Axis, ...], x: Strides, y: Strides
+) -> tuple[int, tuple[Axis, ...], Strides, Strides]:
+    """Images of one pixel as the pixels of one row: read and written by transposes, not each as a row of its own."""
+    if batch == 1 or any(axis.out > 1 or not axis.is_identity() for axis in axes):
+        return batch, axes, x, y
+    row = Axis(batch, 1, 1, 1, np.arange(batch, dtype=np.int64), 0, batch)
+    return 1, (*axes[:2], row), (0, x[1], 0, 0, x[0]), (0, y[1], 0, 0, y[0])
+
+
 def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 

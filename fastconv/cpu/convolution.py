@@ -97,7 +97,9 @@ def _forward_plan(
     offsets = _offsets([range(n) for n in geometry.kernel_size], steps)
     packing = contraction.plan_packing(blocks, shape, w, dtype.itemsize, (blocks.rows * row, row, channel), offsets)
     zeros = geometry.padding_mode == "zeros"
-    plan = contraction.plan_correlation(dtype, geometry.batch, blocks, axes, x, y, zeros, in_place, workers)
+    batch, axes, x, y = contraction.fold_batch(geometry.batch, axes, x, y)
+    in_place = contraction.can_stay_in_place(axes, x, y)
+    plan = contraction.plan_correlation(dtype, batch, blocks, axes, x, y, zeros, in_place, workers)
     return blocks, packing, plan
 
 
@@ -237,13 +239,16 @@ def _depthwise_weight_grad_plan(
 
 @functools.lru_cache(maxsize=1024)
 def _weight_grad_plan(
-    geometry: ConvGeometry, dtype: np.dtype, x: tuple[int, ...], dy: tuple[int, ...], dw: tuple[int, ...]
+    geometry: ConvGeometry, dtype: np.dtype, x: Strides, dy: Strides, dw: Strides
 ) -> contraction.Plan:
+    """From strides in bytes."""
+    x, dy, dw = (_in_elements(strides, dtype) for strides in (x, dy, dw))
     axes, x = contraction.fold_strides(_axes(geometry), x)
+    batch, axes, x, dy = contraction.fold_batch(geometry.batch, axes, x, dy)
     in_place = contraction.can_stay_in_place(axes, x, dy)
     offsets = _offsets([range(n) for n in geometry.kernel_size], dw[2:])
     return contraction.plan_weight_gradient(
-        dtype, geometry.batch, geometry.groups, geometry.out_channels_per_group, geometry.in_channels_per_group, axes,
+        dtype, batch, geometry.groups, geometry.out_channels_per_group, geometry.in_channels_per_group, axes,
         x, dy, dw[:2], offsets, geometry.padding_mode == "zeros", in_place,
     )  # fmt: skip
 
@@ -261,12 +266,11 @@ def weight_grad(
     input, grad_output = _readable(input), _readable(grad_output)
     if algorithm == "fft" and fft.weight_grad(geometry, input, grad_output, accumulate, out):
         return
-    strides = _elements(input), _elements(grad_output)
     if depthwise.applies(geometry):
-        run, plan = _depthwise_weight_grad_plan(geometry, out.dtype, *strides)
+        run, plan = _depthwise_weight_grad_plan(geometry, out.dtype, _elements(input), _elements(grad_output))
         run(plan, input, grad_output, out, accumulate)
         return
-    plan = _weight_grad_plan(geometry, out.dtype, *strides, _elements(out))
+    plan = _weight_grad_plan(geometry, out.dtype, input.strides, grad_output.strides, out.strides)
     contraction.weight_gradient(plan, input, grad_output, out, accumulate)
 
 
@@ -362,7 +366,9 @@ def _input_grad_phases(
             blocks, shape, w, dtype.itemsize, (geometry.out_channels_per_group * channel, row, channel),
             _offsets(taps, tap_steps),
         )  # fmt: skip
-        plan = contraction.plan_correlation(dtype, geometry.batch, blocks, axes, dy, steps, True, in_place, workers)
+        batch, axes, x, y = contraction.fold_batch(geometry.batch, axes, dy, steps)
+        in_place = contraction.can_stay_in_place(axes, x, y)
+        plan = contraction.plan_correlation(dtype, batch, blocks, axes, x, y, True, in_place, workers)
         phases.append(_Phase(where, blocks, packing, slice(size, size + blocks.packed_size), plan))
         size += blocks.packed_size
     padded = tuple(bool(phase.plan.parameters[contraction.PADDED]) for phase in phases)
