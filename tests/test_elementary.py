@@ -193,8 +193,7 @@ def test_spans(n, dtype):
     assert maximum(x, dtype(0)) == x.max()
     y = np.full(n + 64, 7, dtype)
     total = exponentials(x, x.max(), y)
-    assert np.isin(y[n:], (0, 7)).all()
-    assert (y[-(-n // 16) * 16 :] == 7).all(), "beyond the last vector"
+    assert (y[n:] == 7).all(), "beyond the end"
     np.testing.assert_array_equal(y[:n], evaluate("exp", x - x.max()))
     assert total == pytest.approx(y[:n].sum(dtype=np.float64), rel=float(64 * np.finfo(dtype).eps))
     q = rng.random(n).astype(dtype)

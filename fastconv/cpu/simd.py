@@ -1782,49 +1782,50 @@ def _exp_vector(b: ir.IRBuilder, module: ir.Module, t: Tile, x: ir.Value) -> ir.
 
 
 def _span(b: ir.IRBuilder, count: ir.Value, lanes: int, carried: list[ir.Value], step) -> list[ir.Value]:
-    """Walk `count` elements: `step(places, mask, values)` for groups of vectors, then single ones, then what is left.
+    """Walk `count` elements: `step(places, masks, values)` for each group of vectors; only the last group has masks.
 
-    Only the last has a mask. `values` are as many carried values for each vector of a group; a single vector is the
-    first of its group.
+    `values` are as many carried values for each vector of a group.
     """
-    groups, rest = b.sdiv(count, _i64(_GROUP * lanes)), b.srem(count, _i64(_GROUP * lanes))
-    tail = b.mul(groups, _i64(_GROUP * lanes))
-    singles, left = b.sdiv(rest, _i64(lanes)), b.srem(rest, _i64(lanes))
+    group = _i64(_GROUP * lanes)
+    groups, left = b.sdiv(count, group), b.srem(count, group)
+
+    def places(first: ir.Value) -> list[ir.Value]:
+        return [b.add(first, _i64(v * lanes)) for v in range(_GROUP)]
 
     def whole(values: list[ir.Value]) -> list[ir.Value]:
         loop = _Loop(b, "groups", groups, values)
-        first = b.mul(loop.k, _i64(_GROUP * lanes))
-        values = step([b.add(first, _i64(v * lanes)) for v in range(_GROUP)], None, loop.values)
-        loop.close(values)
-        return values
-
-    def single(values: list[ir.Value]) -> list[ir.Value]:
-        loop = _Loop(b, "singles", singles, values)
-        values = step([b.add(tail, b.mul(loop.k, _i64(lanes)))], None, loop.values)
+        values = step(places(b.mul(loop.k, group)), None, loop.values)
         loop.close(values)
         return values
 
     def last(values: list[ir.Value]) -> list[ir.Value]:
-        return step([b.add(tail, b.mul(singles, _i64(lanes)))], _lane_mask(b, left, lanes), values)
+        masks = [_lane_mask(b, b.sub(left, _i64(v * lanes)), lanes) for v in range(_GROUP)]
+        return step(places(b.mul(groups, group)), masks, values)
 
-    for some, change in ((groups, whole), (singles, single), (left, last)):
+    for some, change in ((groups, whole), (left, last)):
         carried = _where(b, b.icmp_signed(">", some, _i64(0)), carried, change)
     return carried
 
 
 def _load_places(
-    b: ir.IRBuilder, module: ir.Module, source: ir.Value, places: list[ir.Value], mask: ir.Value | None,
+    b: ir.IRBuilder, module: ir.Module, source: ir.Value, places: list[ir.Value], masks: list[ir.Value] | None,
     vector: ir.VectorType, otherwise: float = 0.0,
 ) -> list[ir.Value]:  # fmt: skip
     pointers = [b.gep(source, [at]) for at in places]
-    if mask:
-        return [_load_lanes(b, module, p, mask, vector, otherwise) for p in pointers]
+    if masks:
+        return [_load_lanes(b, module, p, m, vector, otherwise) for p, m in zip(pointers, masks, strict=True)]
     return [_load(b, p, vector) for p in pointers]
 
 
-def _changed(values: list[ir.Value], first: list[ir.Value]) -> list[ir.Value]:
-    """The values with others in the place of the first."""
-    return [*first, *values[len(first) :]]
+def _store_places(
+    b: ir.IRBuilder, module: ir.Module, values: list[ir.Value], target: ir.Value, places: list[ir.Value],
+    masks: list[ir.Value] | None,
+) -> None:  # fmt: skip
+    for v, (at, value) in enumerate(zip(places, values, strict=True)):
+        if masks:
+            _store_lanes(b, module, value, b.gep(target, [at]), masks[v])
+        else:
+            _store(b, value, b.gep(target, [at]))
 
 
 def _widened(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
@@ -1869,9 +1870,9 @@ def span_maximum(typingctx, source, count):
             source, count, result = function.args
             b = ir.IRBuilder(function.append_basic_block("entry"))
 
-            def step(places: list[ir.Value], mask: ir.Value | None, values: list[ir.Value]) -> list[ir.Value]:
-                loads = _load_places(b, module, source, places, mask, vector, -math.inf)
-                return _changed(values, [_larger(b, value, most) for value, most in zip(loads, values, strict=False)])
+            def step(places: list[ir.Value], masks: list[ir.Value] | None, values: list[ir.Value]) -> list[ir.Value]:
+                loads = _load_places(b, module, source, places, masks, vector, -math.inf)
+                return [_larger(b, value, most) for value, most in zip(loads, values, strict=True)]
 
             values = _span(b, count, t.lanes, [_constant_vector(vector, -math.inf)] * _GROUP, step)
             b.store(_tree(b, values, lambda x, y: _larger(b, x, y)), result)
@@ -1887,8 +1888,7 @@ def span_maximum(typingctx, source, count):
 def span_exponentials(typingctx, target, source, count, base, ahead):
     """target = exp(source - base), where no number is larger than base; return the sum, in float64.
 
-    Whole vectors are stored, with zeros beyond the end. The source `ahead` elements further on is fetched into the
-    cache.
+    The source `ahead` elements further on is fetched into the cache.
     """
 
     def codegen(context, builder, sig, args):
@@ -1901,17 +1901,15 @@ def span_exponentials(typingctx, target, source, count, base, ahead):
             target, source, count, base, ahead, result = function.args
             b = ir.IRBuilder(function.append_basic_block("entry"))
             bases = _splat(b, base, t.lanes)
-            further = b.gep(source, [ahead])
 
-            def step(places: list[ir.Value], mask: ir.Value | None, values: list[ir.Value]) -> list[ir.Value]:
-                if len(places) == _GROUP:
-                    for at in places:
-                        _prefetch(b, module, b.gep(further, [at]))
-                loads = _load_places(b, module, source, places, mask, vector, -math.inf)
+            def step(places: list[ir.Value], masks: list[ir.Value] | None, values: list[ir.Value]) -> list[ir.Value]:
+                for at in places:
+                    _prefetch(b, module, b.gep(source, [b.add(at, ahead)]))
+                    _prefetch(b, module, b.gep(target, [b.add(at, ahead)]), write=True)
+                loads = _load_places(b, module, source, places, masks, vector, -math.inf)
                 powers = [_exp_vector(b, module, t, b.fsub(value, bases)) for value in loads]
-                for at, power in zip(places, powers, strict=True):
-                    _store(b, power, b.gep(target, [at]))
-                return _changed(values, [b.fadd(total, power) for total, power in zip(values, powers, strict=False)])
+                _store_places(b, module, powers, target, places, masks)
+                return [b.fadd(total, power) for total, power in zip(values, powers, strict=True)]
 
             values = _span(b, count, t.lanes, [_constant_vector(vector, 0)] * _GROUP, step)
             wides = [_widened(b, value) for value in values]
@@ -2061,9 +2059,9 @@ def span_products(typingctx, coefficients, source, count, base, sums):
             bases = _widened(b, _splat(b, base, t.lanes))
             zero = _constant_vector(wide, 0)
 
-            def step(places: list[ir.Value], mask: ir.Value | None, values: list[ir.Value]) -> list[ir.Value]:
+            def step(places: list[ir.Value], masks: list[ir.Value] | None, values: list[ir.Value]) -> list[ir.Value]:
                 pairs = [
-                    [_widened(b, value) for value in _load_places(b, module, p, places, mask, vector)]
+                    [_widened(b, value) for value in _load_places(b, module, p, places, masks, vector)]
                     for p in (coefficients, source)
                 ]
                 products, masses = values[:_GROUP], values[_GROUP:]
@@ -2087,51 +2085,53 @@ def span_products(typingctx, coefficients, source, count, base, sums):
     return signature, codegen
 
 
-def _columns(b: ir.IRBuilder, width: ir.Value, lanes: int, step) -> None:
-    """`step(places)` for each group of vectors of a row of `width` numbers, a multiple of the group's lanes."""
-    loop = _Loop(b, "columns", b.sdiv(width, _i64(_GROUP * lanes)), [])
-    first = b.mul(loop.k, _i64(_GROUP * lanes))
-    step([b.add(first, _i64(v * lanes)) for v in range(_GROUP)])
-    loop.close([])
+def _columns(b: ir.IRBuilder, count: ir.Value, lanes: int, step) -> None:
+    """`_span` for a step that carries nothing."""
+
+    def carrying_nothing(places: list[ir.Value], masks: list[ir.Value] | None, _: list[ir.Value]) -> list[ir.Value]:
+        step(places, masks)
+        return []
+
+    _span(b, count, lanes, [], carrying_nothing)
 
 
 @intrinsic
-def raise_maxima(typingctx, top, tile, rows, width):
-    """top[j] = the largest of top[j] and column j of the tile of `rows` >= 1 rows; nan is passed over."""
+def raise_maxima(typingctx, top, source, pitch, rows, count):
+    """top[j] = the largest of top[j] and column j < `count` of the `rows` >= 1 rows; nan is passed over."""
 
     def codegen(context, builder, sig, args):
         element, t, module = _element(sig.args[0]), _tile_of(sig.args[0]), builder.module
         pointer, vector = element.as_pointer(), ir.VectorType(element, t.lanes)
-        function, new = _internal(module, f"fastconv_raise_maxima_{element}", [pointer, pointer, _I64, _I64])
+        function, new = _internal(module, f"fastconv_raise_maxima_{element}", [pointer, pointer, _I64, _I64, _I64])
         if new:
-            top, numbers, rows, width = function.args
+            top, source, pitch, rows, count = function.args
             b = ir.IRBuilder(function.append_basic_block("entry"))
 
-            def step(places: list[ir.Value]) -> None:
-                loop = _Loop(b, "rows", rows, [_load(b, b.gep(top, [at]), vector) for at in places])
-                row = b.gep(numbers, [b.mul(loop.k, width)])
-                values = [
-                    _larger(b, _load(b, b.gep(row, [at]), vector), most)
-                    for at, most in zip(places, loop.values, strict=True)
-                ]
-                loop.close(values)
-                for at, value in zip(places, values, strict=True):
-                    _store(b, value, b.gep(top, [at]))
+            def step(places: list[ir.Value], masks: list[ir.Value] | None) -> None:
+                loop = _Loop(b, "rows", rows, [source, *_load_places(b, module, top, places, masks, vector)])
+                row, *most = loop.values
+                values = _load_places(b, module, row, places, masks, vector)
+                values = [_larger(b, value, so_far) for value, so_far in zip(values, most, strict=True)]
+                loop.close([b.gep(row, [pitch]), *values])
+                _store_places(b, module, values, top, places, masks)
 
-            _columns(b, width, t.lanes, step)
+            _columns(b, count, t.lanes, step)
             b.ret_void()
         builder.call(function, args)
         return context.get_dummy_value()
 
-    return types.void(top, top, types.int64, types.int64), codegen
+    return types.void(top, top, *[types.int64] * 3), codegen
 
 
 SUM_ROWS = 64  # added in the element type before float64 takes over
 
 
 @intrinsic
-def column_exponentials(typingctx, tile, rows, width, base, total, ahead, ahead_pitch):
-    """tile = exp(tile - base), and the sum of each column, in float64, added to `total`; rows >= 1.
+def column_exponentials(
+    typingctx, target, target_pitch, source, source_pitch, rows, count, base, total, ahead, ahead_pitch
+):
+    """target = exp(source - base) for `rows` >= 1 rows of `count`, and the sum of each column, in float64, added to
+    `total`.
 
     No number of a column is larger than its base. As many rows at `ahead` are fetched into the cache.
     """
@@ -2141,74 +2141,74 @@ def column_exponentials(typingctx, tile, rows, width, base, total, ahead, ahead_
         pointer, vector, wide = element.as_pointer(), ir.VectorType(element, t.lanes), ir.DoubleType()
         function, new = _internal(
             module, f"fastconv_column_exponentials_{element}",
-            [pointer, _I64, _I64, pointer, wide.as_pointer(), pointer, _I64],
+            [pointer, _I64, pointer, _I64, _I64, _I64, pointer, wide.as_pointer(), pointer, _I64],
         )  # fmt: skip
         if new:
-            numbers, rows, width, base, total, ahead, ahead_pitch = function.args
+            target, target_pitch, source, source_pitch, rows, count, base, total, ahead, ahead_pitch = function.args
             wide_vector = ir.VectorType(wide, t.lanes)
             b = ir.IRBuilder(function.append_basic_block("entry"))
             blocks = b.sdiv(b.add(rows, _i64(SUM_ROWS - 1)), _i64(SUM_ROWS))
 
-            def step(places: list[ir.Value]) -> None:
-                bases = [_load(b, b.gep(base, [at]), vector) for at in places]
-                block = _Loop(b, "blocks", blocks, [_load(b, b.gep(total, [at]), wide_vector) for at in places])
-                first = b.mul(block.k, _i64(SUM_ROWS))
-                left = b.sub(rows, first)
-                count = b.select(b.icmp_signed("<", left, _i64(SUM_ROWS)), left, _i64(SUM_ROWS))
-                loop = _Loop(b, "rows", count, [_constant_vector(vector, 0)] * _GROUP)
-                r = b.add(first, loop.k)
-                row, further = b.gep(numbers, [b.mul(r, width)]), b.gep(ahead, [b.mul(r, ahead_pitch)])
+            def step(places: list[ir.Value], masks: list[ir.Value] | None) -> None:
+                bases = _load_places(b, module, base, places, masks, vector)
+                # whole vectors of `total`, whose length is that of whole groups
+                before = [_load(b, b.gep(total, [at]), wide_vector) for at in places]
+                block = _Loop(b, "blocks", blocks, [target, source, ahead, *before])
+                left = b.sub(rows, b.mul(block.k, _i64(SUM_ROWS)))
+                some = b.select(b.icmp_signed("<", left, _i64(SUM_ROWS)), left, _i64(SUM_ROWS))
+                zeros = [_constant_vector(vector, 0)] * _GROUP
+                loop = _Loop(b, "rows", some, [*block.values[:3], *zeros])
+                to, row, further, *parts = loop.values
                 for at in places:
                     _prefetch(b, module, b.gep(further, [at]))
-                sums = []
-                for at, low, part in zip(places, bases, loop.values, strict=True):
-                    power = _exp_vector(b, module, t, b.fsub(_load(b, b.gep(row, [at]), vector), low))
-                    _store(b, power, b.gep(row, [at]))
-                    sums.append(b.fadd(part, power))
-                loop.close(sums)
-                totals = [
-                    b.fadd(before, _widened(b, part)) for before, part in zip(block.values, sums, strict=True)
-                ]
-                block.close(totals)
+                values = _load_places(b, module, row, places, masks, vector)
+                powers = [_exp_vector(b, module, t, b.fsub(z, low)) for z, low in zip(values, bases, strict=True)]
+                _store_places(b, module, powers, to, places, masks)
+                sums = [b.fadd(part, power) for part, power in zip(parts, powers, strict=True)]
+                rows_on = [b.gep(p, [n]) for p, n in ((to, target_pitch), (row, source_pitch), (further, ahead_pitch))]
+                loop.close([*rows_on, *sums])
+                totals = [b.fadd(x, _widened(b, part)) for x, part in zip(block.values[3:], sums, strict=True)]
+                block.close([*rows_on, *totals])
                 for at, value in zip(places, totals, strict=True):
                     _store(b, value, b.gep(total, [at]))
 
-            _columns(b, width, t.lanes, step)
+            _columns(b, count, t.lanes, step)
             b.ret_void()
         builder.call(function, args)
         return context.get_dummy_value()
 
     i = types.int64
-    return types.void(tile, i, i, tile, types.CPointer(types.float64), tile, i), codegen
+    return types.void(target, i, target, i, i, i, target, types.CPointer(types.float64), target, i), codegen
 
 
 @intrinsic
-def scale_columns(typingctx, tile, rows, width, factor):
-    """tile[r, j] *= factor[j], rows >= 1."""
+def scale_columns(typingctx, values, pitch, rows, count, factor):
+    """values[r, j] *= factor[j] for `rows` >= 1 rows of `count`."""
 
     def codegen(context, builder, sig, args):
         element, t, module = _element(sig.args[0]), _tile_of(sig.args[0]), builder.module
         pointer, vector = element.as_pointer(), ir.VectorType(element, t.lanes)
-        function, new = _internal(module, f"fastconv_scale_columns_{element}", [pointer, _I64, _I64, pointer])
+        function, new = _internal(module, f"fastconv_scale_columns_{element}", [pointer, _I64, _I64, _I64, pointer])
         if new:
-            numbers, rows, width, factor = function.args
+            numbers, pitch, rows, count, factor = function.args
             b = ir.IRBuilder(function.append_basic_block("entry"))
 
-            def step(places: list[ir.Value]) -> None:
-                factors = [_load(b, b.gep(factor, [at]), vector) for at in places]
-                loop = _Loop(b, "rows", rows, [])
-                row = b.gep(numbers, [b.mul(loop.k, width)])
-                for at, value in zip(places, factors, strict=True):
-                    place = b.gep(row, [at])
-                    _store(b, b.fmul(_load(b, place, vector), value), place)
-                loop.close([])
+            def step(places: list[ir.Value], masks: list[ir.Value] | None) -> None:
+                factors = _load_places(b, module, factor, places, masks, vector)
+                loop = _Loop(b, "rows", rows, [numbers])
+                row = loop.values[0]
+                values = _load_places(b, module, row, places, masks, vector)
+                _store_places(
+                    b, module, [b.fmul(x, y) for x, y in zip(values, factors, strict=True)], row, places, masks
+                )
+                loop.close([b.gep(row, [pitch])])
 
-            _columns(b, width, t.lanes, step)
+            _columns(b, count, t.lanes, step)
             b.ret_void()
         builder.call(function, args)
         return context.get_dummy_value()
 
-    return types.void(tile, types.int64, types.int64, tile), codegen
+    return types.void(values, *[types.int64] * 3, values), codegen
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,10 +36,12 @@ How it runs. There are two ways, each with a task body of its own; the vector lo
 
 By class, a row is read once, in pieces that stay in the innermost cache: the maximum of a piece, its exponentials
 relative to the maximum so far, and their sum, which is corrected where the maximum grows (Milakov and Gimelshein 2018).
-The next piece is fetched meanwhile, so that memory and arithmetic work at the same time. The exponentials are kept in
-scratch memory, in the second cache, and need only be multiplied to become the gradient: one exp for each element. What
-is read and written is then what a copy of the array reads and writes. By position, a tile is filled, worked on and
-written back whole. Where the exponentials are too many to be kept they are computed again from the logits.
+The next piece is fetched meanwhile, and the lines it will be written to, so that memory and arithmetic work at the same
+time. The exponentials are kept where the gradient will be, or in scratch memory in the second cache where that is
+written past the caches, and need only be multiplied to become the gradient: one exp for each element. What is read and
+written is then what a copy of the array reads and writes. By position the logits are worked on where they lie when
+there are DIRECT_FROM positions side by side; else a tile is filled, worked on and written back whole. Where the
+exponentials are too many to be kept they are computed again from the logits.
 
 Each lane of a vector keeps a maximum and a sum of its own; by class they are then combined in a fixed tree. So an
 operation on an element is the same instruction wherever the element lies, and the bits of a position's results depend
@@ -85,6 +87,7 @@ TILE_BYTES = 16 * 1024  # of a tile by position, where its classes allow
 KEPT_BYTES = 1024 * 1024  # most exponentials that are kept: the L2 of a Zen 4, half of that of a Golden Cove core
 PAST_CACHE = 16 * 1024 * 1024  # bytes of gradient from which it would not stay in a cache anyway
 WIDEST = 512  # lanes of a tile by position
+DIRECT_FROM = 32  # positions side by side from which they are worked on where they lie, without a copy into a tile
 BY_POSITION_BELOW = 64  # classes; below, contiguous classes are transposed into a tile by position
 TASK = 32_768  # elements of a task, about 10 us: small beside a whole call, large beside the 0.1 us of starting it
 ALONE = 8192  # elements up to which a call does not go through `tasks.run`, whose 3 us are felt
@@ -103,7 +106,7 @@ _PARAMETERS = np.dtype(
             "labels", "labels_n", "labels_s", "soft", "soft_n", "soft_c", "soft_s", "weight", "weight_c",
             "grad_output", "grad_output_n", "grad_output_s", "loss", "loss_n", "loss_s", "lse", "lse_n", "lse_s",
             "partial", "task_units", "units", "classes", "positions", "space", "ignore_index",
-            "width", "kept", "past_cache", "log",
+            "width", "run", "parts", "direct", "in_grad", "kept", "past_cache", "log",
         )),
         *((name, np.float64) for name in ("scale", "label_smoothing", "z_loss", "logit_softcap")),
     ]
@@ -199,7 +202,7 @@ def _row_coefficients(out, p, y, weight, start, count, keep, even):
 
 def _by_class(task, worker, parameters, real):
     p = numba.carray(_record(parameters), 1)[0]
-    classes, space, kept, past_cache = p.classes, p.space, p.kept != 0, p.past_cache != 0
+    classes, space, kept, past_cache, in_grad = p.classes, p.space, p.kept != 0, p.past_cache != 0, p.in_grad != 0
     logits, grad, soft, weight = at(real, p.logits), at(real, p.grad), at(real, p.soft), at(real, p.weight)
     labels, loss, lse = at(parameters, p.labels), at(real, p.loss), at(real, p.lse)
     grad_output, partial = at(real, p.grad_output), _pointer(p.partial, 0.0)
@@ -229,6 +232,9 @@ def _by_class(task, worker, parameters, real):
             t = labels[n * p.labels_n + s * p.labels_s]
             label = t if t != p.ignore_index else label
         ignored = p.labels != 0 and label < 0
+        z_hit = zero
+        if label >= 0:
+            z_hit = z[label]  # before the exponentials overwrite it
 
         # 1. Maximum and sum of exponentials, piece by piece. `base` is the maximum so far, or 0 where that is -inf:
         # -inf - -inf would be nan.
@@ -237,7 +243,7 @@ def _by_class(task, worker, parameters, real):
         if not ignored or p.lse != 0:
             for start in range(0, classes, PIECE):
                 count = min(PIECE, classes - start)
-                source, powers = offset(z, start), offset(tile, start)
+                source, powers = offset(z, start), offset(to if in_grad else tile, start)
                 if GENERAL:
                     if cap != zero:
                         copy_span(softened, source, count)
@@ -265,7 +271,7 @@ def _by_class(task, worker, parameters, real):
         if p.labels == 0 and p.soft == 0:  # softmax itself
             q_sum = 1.0
         if label >= 0:
-            z_hit, q_hit = z[label], 1.0 - smoothing
+            q_hit = 1.0 - smoothing
             if GENERAL and cap != zero:
                 z_hit = cap * tanh(z_hit / cap)
                 u = np.float64(z_hit / cap)
@@ -298,7 +304,7 @@ def _by_class(task, worker, parameters, real):
             continue
         for start in range(0, classes, PIECE):
             count = min(PIECE, classes - start)
-            powers, moved = offset(tile, start), factor
+            powers, moved = offset(to if in_grad else tile, start), factor
             if GENERAL:
                 source = offset(z, start)
                 if cap != zero:
@@ -330,9 +336,11 @@ def _by_class(task, worker, parameters, real):
                 for i in range(count):
                     to[(start + i) * p.grad_c] = line[i]
                 continue
+            here = start <= label < start + count
+            power = powers[label - start] if here else zero  # before it is scaled where it is
             span_scale(offset(to, start), powers, count, scale, past_cache)
-            if start <= label < start + count:
-                to[label] = powers[label - start] * scale - taken
+            if here:
+                to[label] = power * scale - taken
     if past_cache:
         drain_stores()
 
@@ -432,6 +440,21 @@ def _set(lane_values, width, value):
 
 
 @_inline_once
+def _sum(values, count):
+    """In a fixed order: four chains of additions, since one alone would wait for each."""
+    quarter = count // 4
+    a, b, c, d = 0.0, 0.0, 0.0, 0.0
+    for j in range(quarter):
+        a += values[j]
+        b += values[quarter + j]
+        c += values[2 * quarter + j]
+        d += values[3 * quarter + j]
+    for j in range(4 * quarter, count):
+        d += values[j]
+    return (a + b) + (c + d)
+
+
+@_inline_once
 def _correct(base, top, low, width, total, weighted, mass):
     """Bring what has been summed relative to the base to the maximum, which has grown."""
     for j in range(width):
@@ -456,6 +479,7 @@ def _add_coefficients(tile, coefficients, rows, width, base, weighted, mass):
 def _by_position(task, worker, parameters, real):
     p = numba.carray(_record(parameters), 1)[0]
     classes, space, width, kept, past_cache = p.classes, p.space, p.width, p.kept != 0, p.past_cache != 0
+    in_grad, run = p.in_grad != 0, p.run
     logits, grad, soft, weight = at(real, p.logits), at(real, p.grad), at(real, p.soft), at(real, p.weight)
     labels, loss, lse = at(parameters, p.labels), at(real, p.loss), at(real, p.lse)
     grad_output, partial = at(real, p.grad_output), _pointer(p.partial, 0.0)
@@ -485,8 +509,9 @@ def _by_position(task, worker, parameters, real):
         block, step = classes if kept else piece_rows, piece_rows
 
     for unit in range(task * p.task_units, min((task + 1) * p.task_units, p.units)):
-        position = unit * width
-        lanes = min(width, p.positions - position)
+        n, s = divmod(unit, p.parts)
+        position = n * run + s * width
+        lanes = min(width, run - s * width)
 
         # 1. The labels, -1 where ignored, and their coefficients.
         ignored = 0
@@ -509,17 +534,23 @@ def _by_position(task, worker, parameters, real):
         _set(base, width, zero)
         fill_zero(total, 4 * width)  # and `weighted`, `mass` and `hit`
         read = ignored < lanes or p.lse != 0
+        z, z_pitch, powers, pitch = tile, width, tile, width
+        if not GENERAL and p.direct != 0:
+            z, z_pitch = offset(logits, n * p.logits_n + s * width * p.logits_s), p.logits_c
+            if in_grad:
+                powers, pitch = offset(grad, n * p.grad_n + s * width * p.grad_s), p.grad_c
         for row in range(0, classes if read else 0, block):
             block_rows = min(block, classes - row)
-            _fetch(tile, logits, p.logits_n, p.logits_c, p.logits_s, space, position, lanes, width, row, block_rows)
+            if GENERAL or p.direct == 0:
+                _fetch(tile, logits, p.logits_n, p.logits_c, p.logits_s, space, position, lanes, width, row, block_rows)
             if GENERAL and cap != zero:
                 _soften(tile, block_rows * width, cap)
             if p.labels != 0:
                 for j in range(lanes):
                     r = label[j] - row
                     if 0 <= r < block_rows:  # not at -1
-                        hit[j] = tile[r * width + j]
-            raise_maxima(top, tile, block_rows, width)
+                        hit[j] = z[r * z_pitch + j]
+            raise_maxima(top, z, z_pitch, block_rows, lanes)
             if GENERAL and row > 0:
                 _correct(base, top, low, width, total, weighted, mass)
             for j in range(width):
@@ -529,9 +560,11 @@ def _by_position(task, worker, parameters, real):
                     count = min(piece_rows, block_rows - r)
                     _fetch_coefficients(coefficients, p, soft, weight, position, lanes, row + r, count, keep, even)
                     _add_coefficients(offset(tile, r * width), coefficients, count, width, base, weighted, mass)
-            n, s = divmod(position + width, space)  # of the next unit
-            following = offset(logits, n * p.logits_n + row * p.logits_c + s * p.logits_s)
-            column_exponentials(tile, block_rows, width, base, total, following, p.logits_c)
+            next_n, next_s = divmod(position + lanes, space)  # of the next unit
+            following = offset(logits, next_n * p.logits_n + row * p.logits_c + next_s * p.logits_s)
+            column_exponentials(
+                powers, pitch, z, z_pitch, block_rows, lanes, base, total, following, p.logits_c
+            )
         for j in range(width):
             log_sum[j] = log(total[j])
 
@@ -581,10 +614,7 @@ def _by_position(task, worker, parameters, real):
                     weighted[j] = 0.0
                     factor[j] = zero  # makes zeros of the exponentials, unless there is a nan among them
                     masked |= total[j] != total[j]
-        unit_loss = 0.0
-        for j in range(lanes):
-            unit_loss += weighted[j]
-        partial[unit] = unit_loss
+        partial[unit] = _sum(weighted, lanes)
         if p.loss != 0:
             for j in range(width):
                 top[j] = weighted[j]
@@ -599,7 +629,7 @@ def _by_position(task, worker, parameters, real):
         # 4. The gradient (or the softmax), all at once in the plain variant, else piece by piece.
         for row in range(0, classes, step):
             count = min(step, classes - row)
-            here, powers = offset(tile, row * width), True
+            here, scaled = offset(powers, row * pitch), True
             if GENERAL:
                 if not kept:
                     here = tile
@@ -608,15 +638,15 @@ def _by_position(task, worker, parameters, real):
                     if cap != zero:
                         _soften(here, count * width, cap)
                 if p.log != 0:
-                    powers = False
+                    scaled = False
                     for r in range(count):
                         line = offset(here, r * width)
                         for j in range(width):
                             line[j] = (line[j] - base[j]) - factor[j]
                 elif not kept:
-                    column_exponentials(here, count, width, base, total, here, none)
-            if powers:
-                scale_columns(here, count, width, factor)
+                    column_exponentials(here, width, here, width, count, lanes, base, total, here, none)
+            if scaled:
+                scale_columns(here, pitch, count, lanes, factor)
             if GENERAL:
                 if dense:
                     _fetch_coefficients(coefficients, p, soft, weight, position, lanes, row, count, keep, even)
@@ -624,7 +654,7 @@ def _by_position(task, worker, parameters, real):
                         line, q_line = offset(here, r * width), offset(coefficients, r * width)
                         for j in range(width):
                             line[j] = line[j] - q_line[j] * scale[j]
-                if cap != zero and read and powers:
+                if cap != zero and read and scaled:
                     _fetch(
                         softened, logits, p.logits_n, p.logits_c, p.logits_s, space, position, lanes, width, row, count
                     )
@@ -632,15 +662,18 @@ def _by_position(task, worker, parameters, real):
                     _bend(here, softened, count * width, cap, one)
             if masked:
                 for r in range(count):
-                    line = offset(here, r * width)
-                    for j in range(width):
+                    line = offset(here, r * pitch)
+                    for j in range(lanes):
                         line[j] = line[j] if label[j] >= 0 else zero
             if p.labels != 0:
                 for j in range(lanes):
                     r = label[j] - row
                     if 0 <= r < count:
-                        here[r * width + j] = here[r * width + j] - hit[j]
-            _deliver(here, grad, p.grad_n, p.grad_c, p.grad_s, space, position, lanes, width, row, count, past_cache)
+                        here[r * pitch + j] = here[r * pitch + j] - hit[j]
+            if GENERAL or not in_grad:
+                _deliver(
+                    here, grad, p.grad_n, p.grad_c, p.grad_s, space, position, lanes, width, row, count, past_cache
+                )
     if past_cache:
         drain_stores()
 
@@ -671,7 +704,7 @@ def _count_labels(labels, p, batch, space, ignore_index, classes):
 
 def _prepare(
     logits, labels, soft, weight, grad_output, ignore_index, mean, log, scale, smoothing, z_loss, cap, loss, grad, lse,
-    partial, words, by_class, body, scratch, alone,
+    partial, words, by_class, plain, body, scratch, alone,
 ):  # fmt: skip
     """Judge the labels and fill `words`, the parameters of the tasks. Arrays of size 0 stand for those not given.
 
@@ -719,16 +752,22 @@ def _prepare(
         p.lse, p.lse_n, p.lse_s = lse.ctypes.data, lse.strides[0] // item, lse.strides[1] // item
     p.log, p.label_smoothing, p.z_loss, p.logit_softcap = log, smoothing, z_loss, cap
     p.scale = scale / denominator if mean else scale
-    p.width = 1
-    if not by_class:
-        fits = TILE_BYTES // (classes * item)
-        p.width = max(LANES, min(WIDEST, fits, p.positions + LANES - 1) // LANES * LANES)
-    p.kept = classes * p.width * item <= KEPT_BYTES
     # Over the logits themselves the lines are in a cache already.
     p.past_cache = batch * classes * space * item >= PAST_CACHE and p.grad != p.logits
+    p.in_grad = plain and grad.size > 0 and not p.past_cache and p.grad_c == 1
+    p.width, p.run, p.parts = 1, p.positions, p.positions
+    if not by_class:
+        p.direct = plain and space >= DIRECT_FROM and p.logits_s == 1
+        p.in_grad = p.direct and grad.size > 0 and not p.past_cache and p.grad_s == 1
+        if p.direct:
+            p.run = space
+        fits = TILE_BYTES // (classes * item)
+        p.width = max(LANES, min(WIDEST, fits, p.run + LANES - 1) // LANES * LANES)
+        p.parts = (p.run + p.width - 1) // p.width
+    p.kept = classes * p.width * item <= KEPT_BYTES
     p.partial = partial.ctypes.data
     partial[p.positions] = denominator
-    p.units = (p.positions + p.width - 1) // p.width
+    p.units = p.positions // p.run * p.parts
     p.task_units = max(1, TASK // (classes * p.width))
     count = (p.units + p.task_units - 1) // p.task_units
     if batch * classes * space > alone:
@@ -758,7 +797,7 @@ def _compiled(dtype: np.dtype) -> tuple[Callable[..., int], tuple[np.ndarray, ..
     signature = types.intp(
         array_of(real, 3), array_of(types.int64, 2), array_of(real, 3), array_of(real, 1), array_of(real, 2),
         types.int64, types.boolean, types.boolean, *(types.float64,) * 4, output_of(real, 2), output_of(real, 3),
-        output_of(real, 2), _doubles, _integers, types.boolean, types.intp, types.intp, types.intp,
+        output_of(real, 2), _doubles, _integers, types.boolean, types.boolean, *(types.intp,) * 3,
     )  # fmt: skip
     none = tuple(np.empty((0,) * ndim, dtype) for ndim in (1, 2, 3))
     return compiled(numba.njit, signature, _prepare, nogil=True), none
@@ -813,7 +852,7 @@ def _launch(
         none_2 if loss is None else loss,
         none_3 if grad is None else grad,
         none_2 if lse is None else lse,
-        partial, words, by_class, body.address(dtype), tasks._scratch(scratch), ALONE,
+        partial, words, by_class, plain, body.address(dtype), tasks._scratch(scratch), ALONE,
     )  # fmt: skip
     if count < 0:
         return count, 0.0
