@@ -76,7 +76,7 @@ def assert_all_same(actual, expected):
 
 def test_there_are_threads_to_share_out_to():
     assert max(THREADS) <= numba.config.NUMBA_NUM_THREADS
-    assert all(2 * case.macs > 1_000_000 for case in LARGE), "too small to be shared out"
+    assert all(2 * case.macs > 2_000_000 for case in LARGE), "too small to be shared out"
 
 
 @pytest.mark.parametrize("algorithm", ["direct", "auto"])

@@ -166,8 +166,9 @@ def forward(
         lines, plan = _depthwise_forward_plan(geometry, out.dtype, *strides, get_num_threads())
         _run_depthwise(lines, plan, input, weight, out, bias, relu, False)
         return
+    workers = tasks.workers(contraction.work(geometry.flops))
     blocks, packing, plan = _forward_plan(
-        geometry, out.dtype, input.strides, weight.strides, out.strides, tasks.workers(geometry.flops)
+        geometry, out.dtype, input.strides, weight.strides, out.strides, workers
     )
     if packed is None:
         weights = tasks.workspace(blocks.packed_size, out.dtype)
@@ -410,8 +411,9 @@ def input_grad(
         lines, plan = _depthwise_input_grad_plan(geometry, out.dtype, *strides, get_num_threads())
         _run_depthwise(lines, plan, grad_output, weight, out, bias, relu, accumulate)
         return
+    workers = tasks.workers(contraction.work(geometry.flops))
     phases = _input_grad_phases(
-        geometry, out.dtype, weight.strides, grad_output.strides, out.strides, tasks.workers(geometry.flops)
+        geometry, out.dtype, weight.strides, grad_output.strides, out.strides, workers
     )
     memory = tasks.workspace(phases.packed_size, out.dtype)
     packed = [memory[phase.packed] for phase in phases.each]
