@@ -46,7 +46,7 @@ def test_a_stage_sees_all_that_the_stages_before_it_wrote(threads, all_threads):
         rest[VALUES] += 20 * values.itemsize
         last[COUNT] = 40
         tasks.run_stages(dtype, (
-            (_put, 20, one, 64, 10**9, False), (_put, 20, rest, 64, 0, False), (_add_up, 60, last, 64, 0, True),
+            (_put, 20, one, 64, 10**9, 0), (_put, 20, rest, 64, 0, 0), (_add_up, 60, last, 64, 0, 2),
         ))  # fmt: skip
         assert (sums == 2 * sum(range(1, 21))).all()
 

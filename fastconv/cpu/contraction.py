@@ -39,6 +39,13 @@ GROUP_BYTES = 96 * 1024
 WEIGHT_BYTES = 256 * 1024
 SLAB_BYTES = 384 * 1024
 
+# Tasks pack the weights themselves where the panels of all pixels fit L2 together (OWN_GROUP_BYTES), or where their
+# weights do (OWN_WEIGHT_BYTES) and packing them in every task is cheaper than a second call of the threads.
+OWN_GROUP_BYTES = 384 * 1024
+OWN_WEIGHT_BYTES = 256 * 1024
+OWN_BLOCK_BYTES = 128 * 1024
+AGAIN_WEIGHTS = 8 * 1024  # elements for each thread
+
 # Parameters of the `correlate` body (int64, in this order).
 (
     X, W, Y, BIAS, RELU, ADD,
@@ -48,8 +55,8 @@ SLAB_BYTES = 384 * 1024
     SOURCE_D, SOURCE_H, SOURCE_W, PADDED_W, BEFORE_W, SIZE_W, ZEROS, PADDED,
     TAP_OFFSET, BLOCK_CHANNELS, BLOCK_TAPS, PANELS, PIXEL_TASKS, CHUNK, CHUNKS, ROW_TASKS, GROUP, WEIGHT_PANELS,
     IN_PLACE, EXTENT, PLANE, SEGMENTS, SEGMENT_ROWS, PHASE_PITCH, ROW_PITCH, ROW_LENGTH, CHANNEL_PITCH,
-    SLAB_SIZE, PANEL_SIZE, TABLE_BYTES, ROW_TABLE, AHEAD, END,
-) = range(tasks.FIRST, tasks.FIRST + 63)  # fmt: skip
+    SLAB_SIZE, PANEL_SIZE, WEIGHT_SIZE, TABLE_BYTES, ROW_TABLE, AHEAD, PACKING, WEIGHTS_STAY, END,
+) = range(tasks.FIRST, tasks.FIRST + 66)  # fmt: skip
 
 # Those of the weight gradient: the same for the slab, where Y stands for the gradient of the output; and
 (
@@ -59,9 +66,9 @@ SLAB_BYTES = 384 * 1024
 
 # Those of packing weights.
 (
-    FROM, TO, FROM_BEGIN, FROM_END, GROUP_STEP, ROW_STEP, CHANNEL_STEP, OFFSETS, RUN_STEP, RUN_CHANNELS,
-    P_ROWS, P_CHANNELS, P_TAPS, P_BLOCK_CHANNELS, P_BLOCK_TAPS, P_PANELS, NOT_FINITE, PACK_END,
-) = range(tasks.FIRST, tasks.FIRST + 18)  # fmt: skip
+    FROM, TO, FROM_BEGIN, FROM_END, GROUP_STEP, ROW_STEP, CHANNEL_STEP, OFFSETS, CONSECUTIVE, RUN_CHANNELS,
+    P_ROWS, P_CHANNELS, P_TAPS, P_BLOCK_CHANNELS, P_BLOCK_TAPS, P_PANELS, P_TASKS, CHECK_FINITE, NOT_FINITE, PACK_END,
+) = range(tasks.FIRST, tasks.FIRST + 20)  # fmt: skip
 
 _jit = njit(error_model="numpy", nogil=True)
 
@@ -247,6 +254,166 @@ def _pack_exactly(p, panel, source, table, channels, first_tap, last_tap, count)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Weights into panels of rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@_jit
+def _pack_run(target, rows, source, row_step, length, left, begin, end):
+    """target[k][row] = source[row * row_step + k] for k < length.
+
+    `left` is how many rows of the target are still to be written, these included: a block of whole vectors may write
+    beyond its own, where later ones follow. Memory outside begin .. end is not read.
+    """
+    lanes = simd.lanes(target)
+    for k in range(0, length, lanes):
+        low = simd.offset(source, k)
+        high = simd.offset(low, (rows - 1) * row_step + lanes)
+        inside = simd.address_of(low) >= simd.address_of(begin) and simd.address_of(high) <= simd.address_of(end)
+        if inside and (left - k - lanes) * rows >= lanes:
+            first = (rows - 1) // lanes * lanes
+            while first >= 0:  # the last columns first: what they write too much is at the beginning of the next row
+                part, place = simd.offset(low, first * row_step), simd.offset(target, k * rows + first)
+                simd.transpose(place, rows, part, row_step, rows - first)
+                first -= lanes
+        else:
+            for j in range(k, min(k + lanes, length)):
+                for row in range(rows):
+                    target[j * rows + row] = source[row * row_step + j]
+
+
+@_jit
+def _find_window(offsets, length, lanes):
+    """How many of the first `length` offsets lie within a vector of one another, and the lowest of these."""
+    lowest = highest = offsets[0]
+    count = 1
+    while count < length:
+        lower, higher = min(lowest, offsets[count]), max(highest, offsets[count])
+        if higher - lower >= lanes:
+            break
+        lowest, highest = lower, higher
+        count += 1
+    return count, lowest
+
+
+# A transposed block costs as much as copying so many of its columns element by element.
+_TRANSPOSED_COLUMNS = 6
+
+
+@_jit
+def _pack_taps(target, rows, source, row_step, offsets, length, count, lowest, left, begin, end):
+    """target[k][row] = source[row * row_step + offsets[k]] for k < length; the rest as for `_pack_run`.
+
+    Taps that lie within a vector of one another are taken from one transposed block: `count` and `lowest` are those of
+    the first.
+    """
+    lanes = simd.lanes(target)
+    k = 0
+    while True:
+        low = simd.offset(source, lowest)
+        high = simd.offset(low, (rows - 1) * row_step + lanes)
+        inside = simd.address_of(low) >= simd.address_of(begin) and simd.address_of(high) <= simd.address_of(end)
+        if count >= _TRANSPOSED_COLUMNS and inside and row_step >= 0 and (left - k - count) * rows >= lanes:
+            first = (rows - 1) // lanes * lanes
+            while first >= 0:
+                part, place = simd.offset(low, first * row_step), simd.offset(target, k * rows + first)
+                simd.transpose_some(place, rows, part, row_step, rows - first, simd.offset(offsets, k), lowest, count)
+                first -= lanes
+        else:
+            for j in range(k, k + count):
+                place, element = simd.offset(target, j * rows), simd.offset(source, offsets[j])
+                for row in range(rows):
+                    place[row] = element[0]
+                    element = simd.offset(element, row_step)
+        k += count
+        if k >= length:
+            break
+        count, lowest = _find_window(simd.offset(offsets, k), length - k, lanes)
+
+
+_RUNS_AT_ONCE = 8
+
+
+@_jit
+def _pack_rows(p, packed, group, first_panel, last_panel, first_channel, channels, first_tap, last_tap, like):
+    """Panels of a group's weights for one block of the reduction: [panel][(channel, tap)][row].
+
+    `p` are the parameters of packing. Memory before and after the array of weights is not read.
+    """
+    begin, end, offsets = simd.at(like, p[FROM_BEGIN]), simd.at(like, p[FROM_END]), simd.at(p, p[OFFSETS])
+    lanes, row_step = simd.lanes(like), p[ROW_STEP]
+    depth = channels * (last_tap - first_tap)
+    first_o, last_o = first_panel * p[P_ROWS] // p[P_PANELS], last_panel * p[P_ROWS] // p[P_PANELS]
+    w = simd.offset(simd.at(like, p[FROM]), group * p[GROUP_STEP] + first_channel * p[CHANNEL_STEP])
+    # a run: the taps of a channel, or of all where these follow one another in memory too
+    runs = 1 if p[RUN_CHANNELS] else channels
+    length = depth // runs
+    done = 0  # runs
+    if row_step == 1 and length == 1:  # rows follow one another: some runs at once, for each panel
+        while done < runs:
+            source = simd.offset(w, done * p[CHANNEL_STEP] + offsets[first_tap])
+            some = min(_RUNS_AT_ONCE, runs - done)
+            # the last vector of a row may write into the next one, never into the panel that follows
+            fits = (depth - done - some) * (p[P_ROWS] // p[P_PANELS]) >= lanes
+            after = simd.offset(source, (some - 1) * p[CHANNEL_STEP] + last_o + lanes)
+            if not fits or simd.address_of(after) > simd.address_of(end):
+                break
+            for i in range(first_panel, last_panel):
+                o = i * p[P_ROWS] // p[P_PANELS]
+                rows = (i + 1) * p[P_ROWS] // p[P_PANELS] - o
+                target = simd.offset(packed, (o - first_o) * depth + done * rows)
+                for run in range(some):
+                    for first in range(0, rows, lanes):
+                        simd.copy_vector(
+                            simd.offset(target, run * rows + first),
+                            simd.offset(source, run * p[CHANNEL_STEP] + o + first),
+                        )
+            done += some
+    count, lowest = _find_window(simd.offset(offsets, first_tap), last_tap - first_tap, lanes)
+    for i in range(first_panel, last_panel):
+        o = i * p[P_ROWS] // p[P_PANELS]
+        rows = (i + 1) * p[P_ROWS] // p[P_PANELS] - o
+        panel = simd.offset(packed, (o - first_o) * depth)
+        for run in range(done, runs):
+            target = simd.offset(panel, run * length * rows)
+            source = simd.offset(w, run * p[CHANNEL_STEP] + o * row_step)
+            left = (runs - run) * length
+            if p[CONSECUTIVE] and (p[RUN_CHANNELS] or length >= lanes):
+                _pack_run(target, rows, simd.offset(source, offsets[first_tap]), row_step, length, left, begin, end)
+            else:
+                _pack_taps(
+                    target, rows, source, row_step, simd.offset(offsets, first_tap), length, count, lowest, left,
+                    begin, end,
+                )  # fmt: skip
+    if p[CHECK_FINITE]:
+        size = (last_o - first_o) * depth
+        not_finite = simd.count_not_finite(packed, size // lanes) if size >= lanes else 0
+        for k in range(size // lanes * lanes, size):
+            if packed[k] * 0 != 0:
+                not_finite = 1
+        if not_finite:
+            simd.fetch_add(simd.offset(p, NOT_FINITE), 1)
+
+
+@tasks.Body
+def _pack_weights(task, worker, p, real):
+    """Task = some panels of output channels of one group: [block of the reduction][panel][r][rows]."""
+    part, group = task % p[P_TASKS], task // p[P_TASKS]
+    first_panel, last_panel = part * p[P_PANELS] // p[P_TASKS], (part + 1) * p[P_PANELS] // p[P_TASKS]
+    o = first_panel * p[P_ROWS] // p[P_PANELS]
+    packed = simd.offset(simd.at(real, p[TO]), group * p[P_ROWS] * p[P_CHANNELS] * p[P_TAPS])
+    reduced = 0
+    for c in range(0, p[P_CHANNELS], p[P_BLOCK_CHANNELS]):
+        channels = min(p[P_BLOCK_CHANNELS], p[P_CHANNELS] - c)
+        for tap in range(0, p[P_TAPS], p[P_BLOCK_TAPS]):
+            last_tap = min(tap + p[P_BLOCK_TAPS], p[P_TAPS])
+            depth = channels * (last_tap - tap)
+            panel = simd.offset(packed, p[P_ROWS] * reduced + o * depth)
+            _pack_rows(p, panel, group, first_panel, last_panel, c, channels, tap, last_tap, real)
+            reduced += depth
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # From the accumulators into the output
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -332,7 +499,8 @@ def _store_tile(p, y, tile, runs, rows):
 def _correlate(task, worker, p, real):
     scratch = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
     panels = simd.offset(scratch, p[SLAB_SIZE])
-    tile = simd.offset(panels, p[PANEL_SIZE])
+    own_weights = simd.offset(panels, p[PANEL_SIZE])
+    tile = simd.offset(own_weights, p[WEIGHT_SIZE])
     table = simd.at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[TABLE_BYTES])
     columns = simd.columns(real)
     out_w = p[OUT_W]
@@ -358,6 +526,7 @@ def _correlate(task, worker, p, real):
     w = simd.offset(simd.at(real, p[W]), group * p[ROW_CHANNELS] * p[CHANNELS] * p[TAPS])
     bias = simd.at(real, p[BIAS])
     tap_offset = simd.at(p, p[TAP_OFFSET])
+    task_o = first_panel * p[ROW_CHANNELS] // p[PANELS]
     slab, rows_table = scratch, simd.offset(table, p[ROW_TABLE])
     listed = 0 if p[IN_PLACE] else _find_rows(p, rows_table, first_row, last_row)
     if p[PADDED]:
@@ -395,6 +564,15 @@ def _correlate(task, worker, p, real):
                         )  # fmt: skip
                 for panel_block in range(first_panel, last_panel, p[WEIGHT_PANELS]):
                     panel_end = min(panel_block + p[WEIGHT_PANELS], last_panel)
+                    first_o = panel_block * p[ROW_CHANNELS] // p[PANELS]
+                    weights = simd.offset(w, p[ROW_CHANNELS] * reduced + first_o * depth)
+                    if p[PACKING]:
+                        weights = simd.offset(own_weights, (first_o - task_o) * depth if p[WEIGHTS_STAY] else 0)
+                    if p[PACKING] and (start == first or not p[WEIGHTS_STAY]):
+                        _pack_rows(
+                            simd.at(p, p[PACKING]), weights, group, panel_block, panel_end, c, channels, tap, last_tap,
+                            real,
+                        )  # fmt: skip
                     for pixel in range(start, stop, columns):
                         end = min(pixel + columns, stop)
                         panel = simd.offset(panels, (pixel - start) * depth)
@@ -407,7 +585,7 @@ def _correlate(task, worker, p, real):
                         for i in range(panel_block, panel_end):
                             o = i * p[ROW_CHANNELS] // p[PANELS]
                             rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o
-                            a = simd.offset(w, p[ROW_CHANNELS] * reduced + o * depth)
+                            a = simd.offset(weights, (o - first_o) * depth)
                             channel_bias = simd.offset(bias, group * p[ROW_CHANNELS] + o)
                             if whole:
                                 place = simd.offset(y, n * p[Y_N] + o * p[Y_O] + pixel - n * plane)
@@ -419,84 +597,6 @@ def _correlate(task, worker, p, real):
                                 simd.contract(rows, vectors, depth, a, panel, tile, columns, flags, channel_bias)
                                 _store_tile(p, place, tile, table, rows)
             reduced += depth
-
-
-@_jit
-def _pack_run(target, rows, source, row_step, step, length, left, begin, end):
-    """target[k][row] = source[row * row_step + k * step] for k < length, step being 1 or -1.
-
-    `left` is how many rows of the target are still to be written, these included: a block of whole vectors may write
-    beyond its own, where later ones follow. Memory outside begin .. end is not read.
-    """
-    lanes = simd.lanes(target)
-    k = 0
-    while k < length:
-        low = simd.offset(source, k if step > 0 else -k - lanes + 1)
-        high = simd.offset(low, (rows - 1) * row_step + lanes)
-        inside = simd.address_of(low) >= simd.address_of(begin) and simd.address_of(high) <= simd.address_of(end)
-        if inside and (left - k - lanes) * rows >= lanes:
-            first = (rows - 1) // lanes * lanes
-            while first >= 0:  # the last columns first: what they write too much is at the beginning of the next row
-                part, place = simd.offset(low, first * row_step), simd.offset(target, k * rows + first)
-                if step > 0:
-                    simd.transpose(place, rows, part, row_step, rows - first)
-                else:
-                    simd.transpose_back(place, rows, part, row_step, rows - first)
-                first -= lanes
-        else:
-            for j in range(k, min(k + lanes, length)):
-                for row in range(rows):
-                    target[j * rows + row] = source[row * row_step + j * step]
-        k += lanes
-
-
-@tasks.Body
-def _pack_weights(task, worker, p, real):
-    """Task = one panel of output channels of one group: [block of the reduction][panel][r][rows]."""
-    w, packed, offsets = simd.at(real, p[FROM]), simd.at(real, p[TO]), simd.at(p, p[OFFSETS])
-    begin, end = simd.at(real, p[FROM_BEGIN]), simd.at(real, p[FROM_END])
-    i, group = task % p[P_PANELS], task // p[P_PANELS]
-    o = i * p[P_ROWS] // p[P_PANELS]
-    rows = (i + 1) * p[P_ROWS] // p[P_PANELS] - o
-    packed = simd.offset(packed, group * p[P_ROWS] * p[P_CHANNELS] * p[P_TAPS])
-    w = simd.offset(w, group * p[GROUP_STEP] + o * p[ROW_STEP])
-    row_step = p[ROW_STEP]
-    lanes = simd.lanes(real)
-    reduced = 0
-    not_finite = 0
-    for c in range(0, p[P_CHANNELS], p[P_BLOCK_CHANNELS]):
-        channels = min(p[P_BLOCK_CHANNELS], p[P_CHANNELS] - c)
-        for tap in range(0, p[P_TAPS], p[P_BLOCK_TAPS]):
-            last_tap = min(tap + p[P_BLOCK_TAPS], p[P_TAPS])
-            depth = channels * (last_tap - tap)
-            panel = simd.offset(packed, p[P_ROWS] * reduced + o * depth)
-            # a run: elements of the reduction that follow one another in memory too, forwards or backwards
-            runs = 1 if p[RUN_CHANNELS] else channels
-            length = depth // runs
-            for run in range(runs):
-                target = simd.offset(panel, run * length * rows)
-                source = simd.offset(w, (c + run) * p[CHANNEL_STEP] + offsets[tap])
-                left = (runs - run) * length
-                last = simd.offset(source, row_step * (rows - 1) + lanes)
-                if (
-                    row_step == 1 and length == 1 and left * rows >= rows + lanes
-                    and simd.address_of(last) <= simd.address_of(end)
-                ):  # fmt: skip
-                    for first in range(0, rows, lanes):
-                        simd.copy_vector(simd.offset(target, first), simd.offset(source, first))
-                elif p[RUN_STEP] != 0:
-                    _pack_run(target, rows, source, row_step, p[RUN_STEP], length, left, begin, end)
-                else:
-                    for k in range(length):
-                        for row in range(rows):
-                            target[k * rows + row] = source[offsets[tap + k] - offsets[tap] + row * row_step]
-            not_finite += simd.count_not_finite(panel, depth * rows // lanes) if depth * rows >= lanes else 0
-            for k in range(depth * rows // lanes * lanes, depth * rows):
-                if panel[k] * 0 != 0:
-                    not_finite = 1
-            reduced += depth
-    if not_finite:
-        simd.fetch_add(simd.offset(p, NOT_FINITE), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -777,7 +877,10 @@ def make_blocks(
         block_channels, block_taps = _ceil(channels, _ceil(channels, most)), taps
     else:
         block_channels, block_taps = 1, _ceil(taps, _ceil(taps, longest))
-    return Blocks(groups, rows, channels, taps, block_channels, block_taps, _ceil(rows, t.rows))
+    panels = _ceil(rows, t.rows)
+    if panels > 8:  # an even number, since two threads may share them
+        panels = _ceil(panels, 2) * 2
+    return Blocks(groups, rows, channels, taps, block_channels, block_taps, panels)
 
 
 @dataclass(frozen=True)
@@ -820,6 +923,7 @@ class Plan:
     tasks: int
     scratch: int
     flops: int
+    packs: bool = False  # the tasks of `_correlate` want `Unpacked` weights
 
 
 def is_flat(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -890,11 +994,12 @@ def _set_common(
 
 def plan_correlation(
     dtype: np.dtype, batch: int, blocks: Blocks, axes: tuple[Axis, ...], x: Strides, y: Strides, zeros: bool,
-    in_place: bool, workers: int, slab_panels: int = 0,
+    in_place: bool, workers: int, slab_panels: int = 0, packed: bool = True,
 ) -> Plan:  # fmt: skip
     """Plan y[n, i, o] = sum over c, k of w[i, c, k] * x[n, c, u(o, k)], with strides of x and y in elements.
 
-    The slab has room for the pixels of a task, or for `slab_panels` panels of them.
+    The slab has room for the pixels of a task, or for `slab_panels` panels of them. Weights that are not `packed` yet
+    may be packed by the tasks: see `Plan.packs`.
     """
     t = simd.tile(dtype.itemsize * 8)
     size = dtype.itemsize
@@ -934,11 +1039,26 @@ def plan_correlation(
     group = max(
         1, min(per_task if not chunk else _ceil(chunk, t.columns), GROUP_BYTES // (blocks.depth * t.columns * size))
     )
+    # Do the tasks pack the weights they need? That saves writing and reading them beyond L2, and a second call of the
+    # threads, but weights are packed again by every task of other pixels.
+    task_weights = _ceil(blocks.panels, row_tasks) * t.rows * blocks.depth
+    weights_stay = task_weights * size <= OWN_WEIGHT_BYTES
+    if pixel_tasks == 1 and all_panels * blocks.depth * t.columns * size <= OWN_GROUP_BYTES:
+        group = all_panels
+    packs = not packed and (
+        group >= all_panels or (weights_stay and pixel_tasks * blocks.packed_size <= AGAIN_WEIGHTS * workers)
+    )
+    at_once = OWN_BLOCK_BYTES if packs and not weights_stay else WEIGHT_BYTES
+    weight_panels = max(1, at_once // (t.rows * blocks.depth * size))
+
     slab_size = 0 if in_place else _ceil(blocks.block_channels * slab.channel + 2 * t.columns, 16) * 16
     panel_size = _ceil((group * blocks.depth + 1) * t.columns, 16) * 16
+    weight_size = 0
+    if packs:
+        weight_size = _ceil(task_weights if weights_stay else weight_panels * t.rows * blocks.depth, 16) * 16
     row_table = t.vectors * simd.piece_stride(t)
     table_bytes = _ceil((row_table + slab.table) * 8, 64) * 64
-    scratch = (slab_size + panel_size + t.rows * t.columns) * size + table_bytes
+    scratch = (slab_size + panel_size + weight_size + t.rows * t.columns) * size + table_bytes
 
     tap_offset = _tap_offsets(axes, slab)
     tables = (depth.source, height.source, width.source, tap_offset)
@@ -949,12 +1069,12 @@ def plan_correlation(
     parameters[[BLOCK_CHANNELS, BLOCK_TAPS, TAP_OFFSET]] = blocks.block_channels, blocks.block_taps, address(tap_offset)
     parameters[[PIXEL_TASKS, ROW_TASKS, CHUNK, CHUNKS]] = pixel_tasks, row_tasks, chunk, chunks
     parameters[GROUP] = group
-    parameters[WEIGHT_PANELS] = max(1, WEIGHT_BYTES // (t.rows * blocks.depth * size))
+    parameters[[WEIGHT_PANELS, WEIGHT_SIZE, WEIGHTS_STAY]] = weight_panels, weight_size, weights_stay
     parameters[EXTENT] = (batch - 1) * x[0] + (blocks.groups * blocks.channels - 1) * x[1] + plane
     parameters[[SLAB_SIZE, PANEL_SIZE, TABLE_BYTES, ROW_TABLE]] = slab_size, panel_size, table_bytes, row_table
     parameters[AHEAD] = group * t.columns if in_place else 0  # the next group of panels, while this one is packed
     flops = 2 * pixels * blocks.rows * blocks.groups * blocks.channels * blocks.taps
-    return Plan(parameters, tables, blocks.groups * pixel_tasks * row_tasks, scratch, flops)
+    return Plan(parameters, tables, blocks.groups * pixel_tasks * row_tasks, scratch, flops, packs)
 
 
 def work(flops: int) -> int:
@@ -966,19 +1086,23 @@ def work(flops: int) -> int:
 
 
 def correlation(
-    plan: Plan, x: np.ndarray, packed: np.ndarray, y: np.ndarray, bias: np.ndarray | None, relu: bool, add: bool
-) -> tasks.Stage:
-    """A plan on arrays of the strides it was made for, to be run once; it waits until the weights are packed."""
+    plan: Plan, x: np.ndarray, weights: np.ndarray | Unpacked, y: np.ndarray, bias: np.ndarray | None, relu: bool,
+    add: bool, waits: int = 0,
+) -> tasks.Stage:  # fmt: skip
+    """A plan on arrays of the strides it was made for, to be run once, when the first `waits` stages are done.
+
+    The weights are packed, unless the plan says that its tasks pack them.
+    """
     parameters = plan.parameters.copy()
-    parameters[X : X_N] = (
-        address(x), address(packed), address(y), 0 if bias is None else address(bias), relu, add
-    )  # fmt: skip
-    return _correlate, plan.tasks, parameters, plan.scratch, work(plan.flops), True
+    packed, packing = (0, address(weights.parameters)) if isinstance(weights, Unpacked) else (address(weights), 0)
+    parameters[X:X_N] = address(x), packed, address(y), 0 if bias is None else address(bias), relu, add
+    parameters[PACKING] = packing
+    return _correlate, plan.tasks, parameters, plan.scratch, work(plan.flops), waits
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How weights of one shape and memory layout are packed: `pack_weights` but for the addresses."""
+    """How weights of one shape and memory layout are packed: all but the addresses."""
 
     parameters: np.ndarray
     offsets: np.ndarray  # whose address stands in the parameters
@@ -986,20 +1110,23 @@ class Packing:
     above: int
 
 
+PACKING_TASKS = 16  # for a group: several panels each, which read whole cache lines where rows are neighbours in memory
+
+
 def plan_packing(
     blocks: Blocks, shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, steps: tuple[int, int, int],
-    offsets: np.ndarray,
+    offsets: np.ndarray, check_finite: bool = False,
 ) -> Packing:  # fmt: skip
     """Plan the packing of an array of `shape` and `strides` (in elements).
 
     Its weight of a group, row and channel is `steps` elements (each) from the first, that of a tap `offsets`.
     """
-    differences = set(np.diff(offsets).tolist()) or {1}
-    step = differences.pop() if len(differences) == 1 and differences <= {1, -1} else 0
+    consecutive = bool((np.diff(offsets) == 1).all())
     parameters = np.zeros(PACK_END, np.int64)
     parameters[GROUP_STEP:NOT_FINITE] = (
-        *steps, address(offsets), step, step == 1 and steps[2] == blocks.taps, blocks.rows, blocks.channels,
-        blocks.taps, blocks.block_channels, blocks.block_taps, blocks.panels,
+        *steps, address(offsets), consecutive, consecutive and steps[2] == blocks.taps, blocks.rows, blocks.channels,
+        blocks.taps, blocks.block_channels, blocks.block_taps, blocks.panels, min(blocks.panels, PACKING_TASKS),
+        check_finite,
     )  # fmt: skip
     ends = [(n - 1) * stride for n, stride in zip(shape, strides, strict=True)]
     below = sum(end for end in ends if end < 0) * itemsize
@@ -1007,18 +1134,25 @@ def plan_packing(
     return Packing(parameters, offsets, below, above)
 
 
-def packing(plan: Packing, blocks: Blocks, w: np.ndarray, packed: np.ndarray) -> tasks.Stage:
+class Unpacked:
+    """Weights as they lie in memory, for tasks to pack."""
+
+    def __init__(self, plan: Packing, w: np.ndarray) -> None:
+        first = address(w)
+        self.parameters = plan.parameters.copy()
+        self.parameters[FROM:GROUP_STEP] = first, 0, first + plan.below, first + plan.above
+
+    def finite(self) -> bool:
+        """Were all weights that were packed finite? Known afterwards, and only if `check_finite` was asked for."""
+        return not self.parameters[NOT_FINITE]
+
+
+def packing(weights: Unpacked, blocks: Blocks, packed: np.ndarray) -> tasks.Stage:
     """Packing of weights for `correlation` into `packed`, to be run once."""
-    parameters = plan.parameters.copy()
-    first = address(w)
-    parameters[FROM:GROUP_STEP] = first, address(packed), first + plan.below, first + plan.above
+    parameters = weights.parameters
+    parameters[TO] = address(packed)
     # counted as 16 operations an element, since reading and writing is most of the work
-    return _pack_weights, blocks.groups * blocks.panels, parameters, 64, 16 * packed.size, False
-
-
-def all_finite(packing: tasks.Stage) -> bool:
-    """Whether all weights of a packing that has run are finite."""
-    return not packing[2][NOT_FINITE]
+    return _pack_weights, blocks.groups * int(parameters[P_TASKS]), parameters, 64, 16 * packed.size, 0
 
 
 _UNIT_PIXELS = 448  # output pixels of a unit of the weight gradient
@@ -1102,7 +1236,7 @@ def weight_gradient(plan: Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, a
     if splits > 1:
         partial = np.empty(plan.tasks * int(parameters[TILE_SIZE]), dw.dtype)
         parameters[PARTIAL] = address(partial)
-    stages: list[tasks.Stage] = [(_weight_gradient, plan.tasks, parameters, plan.scratch, plan.flops, False)]
+    stages: list[tasks.Stage] = [(_weight_gradient, plan.tasks, parameters, plan.scratch, plan.flops, 0)]
     if splits > 1:
-        stages.append((_sum_splits, plan.tasks // splits, parameters.copy(), 64, 16 * partial.size, True))
+        stages.append((_sum_splits, plan.tasks // splits, parameters.copy(), 64, 16 * partial.size, 1))
     tasks.run_stages(dw.dtype, stages)

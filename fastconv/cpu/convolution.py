@@ -82,7 +82,7 @@ def _axes(geometry: ConvGeometry) -> tuple[contraction.Axis, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _forward_plan(
-    geometry: ConvGeometry, dtype: np.dtype, x: Strides, w: Strides, y: Strides, workers: int
+    geometry: ConvGeometry, dtype: np.dtype, x: Strides, w: Strides, y: Strides, workers: int, packed: bool
 ) -> tuple[contraction.Blocks, contraction.Packing, contraction.Plan]:
     """How the reduction is cut, how weights are packed, and the product; from strides in bytes."""
     x, w, y = (_in_elements(strides, dtype) for strides in (x, w, y))
@@ -99,7 +99,7 @@ def _forward_plan(
     zeros = geometry.padding_mode == "zeros"
     batch, axes, x, y = contraction.fold_batch(geometry.batch, axes, x, y)
     in_place = contraction.can_stay_in_place(axes, x, y)
-    plan = contraction.plan_correlation(dtype, batch, blocks, axes, x, y, zeros, in_place, workers)
+    plan = contraction.plan_correlation(dtype, batch, blocks, axes, x, y, zeros, in_place, workers, packed=packed)
     return blocks, packing, plan
 
 
@@ -168,22 +168,25 @@ def forward(
         return
     workers = tasks.workers(contraction.work(geometry.flops))
     blocks, packing, plan = _forward_plan(
-        geometry, out.dtype, input.strides, weight.strides, out.strides, workers
+        geometry, out.dtype, input.strides, weight.strides, out.strides, workers, packed is not None
     )
-    if packed is None:
-        weights = tasks.workspace(blocks.packed_size, out.dtype)
-        stages = [contraction.packing(packing, blocks, weight, weights)]
-    else:
+    stages = []
+    weights: np.ndarray | contraction.Unpacked
+    if packed is not None:
         weights = packed.get(("direct", out.dtype, blocks), lambda: _packed_alone(blocks, packing, weight))
-        stages = []
-    stages.append(contraction.correlation(plan, input, weights, out, bias, relu, False))
+    elif plan.packs:
+        weights = contraction.Unpacked(packing, weight)
+    else:
+        weights = tasks.workspace(blocks.packed_size, out.dtype)
+        stages.append(contraction.packing(contraction.Unpacked(packing, weight), blocks, weights))
+    stages.append(contraction.correlation(plan, input, weights, out, bias, relu, False, waits=len(stages)))
     tasks.run_stages(out.dtype, stages)
 
 
 def _packed_alone(blocks: contraction.Blocks, packing: contraction.Packing, weight: np.ndarray) -> np.ndarray:
     """The packed weights, in memory of their own."""
     packed = np.empty(blocks.packed_size, weight.dtype)
-    tasks.run_stages(weight.dtype, [contraction.packing(packing, blocks, weight, packed)])
+    tasks.run_stages(weight.dtype, [contraction.packing(contraction.Unpacked(packing, weight), blocks, packed)])
     return packed
 
 
@@ -291,7 +294,7 @@ class _Phases:
     each: tuple[_Phase, ...]
     untouched: tuple[tuple[slice, ...], ...]  # `where` of elements that no tap reaches
     packed_size: int
-    padded: tuple[bool, ...]  # does a phase see zeros around the output gradient?
+    padded: bool  # does a phase see zeros around the output gradient?
 
 
 def _phase_axis(
@@ -339,7 +342,7 @@ def _depthwise_input_grad_plan(
 
 @functools.lru_cache(maxsize=1024)
 def _input_grad_phases(
-    geometry: ConvGeometry, dtype: np.dtype, w: Strides, dy: Strides, dx: Strides, workers: int
+    geometry: ConvGeometry, dtype: np.dtype, w: Strides, dy: Strides, dx: Strides, workers: int, packed: bool
 ) -> _Phases:
     """From strides in bytes. Rows are input channels, and the reduction is (output channel, tap of the phase)."""
     w, dy, dx = (_in_elements(strides, dtype) for strides in (w, dy, dx))
@@ -363,16 +366,17 @@ def _input_grad_phases(
         blocks = contraction.make_blocks(
             dtype, geometry.groups, geometry.in_channels_per_group, geometry.out_channels_per_group, axes, in_place
         )
-        packing = contraction.plan_packing(
-            blocks, shape, w, dtype.itemsize, (geometry.out_channels_per_group * channel, row, channel),
-            _offsets(taps, tap_steps),
-        )  # fmt: skip
         batch, axes, x, y = contraction.fold_batch(geometry.batch, axes, dy, steps)
         in_place = contraction.can_stay_in_place(axes, x, y)
-        plan = contraction.plan_correlation(dtype, batch, blocks, axes, x, y, True, in_place, workers)
-        phases.append(_Phase(where, blocks, packing, slice(size, size + blocks.packed_size), plan))
-        size += blocks.packed_size
-    padded = tuple(bool(phase.plan.parameters[contraction.PADDED]) for phase in phases)
+        plan = contraction.plan_correlation(dtype, batch, blocks, axes, x, y, True, in_place, workers, packed=packed)
+        packing = contraction.plan_packing(
+            blocks, shape, w, dtype.itemsize, (geometry.out_channels_per_group * channel, row, channel),
+            _offsets(taps, tap_steps), check_finite=bool(plan.parameters[contraction.PADDED]),
+        )  # fmt: skip
+        needed = 0 if plan.packs else blocks.packed_size
+        phases.append(_Phase(where, blocks, packing, slice(size, size + needed), plan))
+        size += needed
+    padded = any(phase.plan.parameters[contraction.PADDED] for phase in phases)
     return _Phases(tuple(phases), tuple(untouched), size, padded)
 
 
@@ -413,18 +417,21 @@ def input_grad(
         return
     workers = tasks.workers(contraction.work(geometry.flops))
     phases = _input_grad_phases(
-        geometry, out.dtype, weight.strides, grad_output.strides, out.strides, workers
+        geometry, out.dtype, weight.strides, grad_output.strides, out.strides, workers, accumulate
     )
     memory = tasks.workspace(phases.packed_size, out.dtype)
-    packed = [memory[phase.packed] for phase in phases.each]
-    packing = [contraction.packing(p.packing, p.blocks, weight, w) for p, w in zip(phases.each, packed, strict=True)]
+    unpacked = [contraction.Unpacked(phase.packing, weight) for phase in phases.each]
+    stages = [
+        contraction.packing(weights, phase.blocks, memory[phase.packed])
+        for phase, weights in zip(phases.each, unpacked, strict=True)
+        if not phase.plan.packs
+    ]
     # The zeros around grad_output are no outputs: times an infinite weight they would make a nan where there is no such
     # product. The plain loops sum only what exists.
-    doubtful = list(itertools.compress(packing, phases.padded))
-    packed_first = accumulate and bool(doubtful)  # once added to, `out` cannot be computed a second time
-    if packed_first:
-        tasks.run_stages(out.dtype, packing)
-        if not all(map(contraction.all_finite, doubtful)):
+    if phases.padded and accumulate:  # once added to, `out` cannot be computed a second time
+        tasks.run_stages(out.dtype, stages)
+        stages = []
+        if not all(weights.finite() for weights in unpacked):
             _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
             return
     if phases.untouched and bias is None and not accumulate:
@@ -432,13 +439,13 @@ def input_grad(
     else:
         for where in phases.untouched:
             _fill_without_taps(out[where], bias, relu, accumulate)
-    stages = [] if packed_first else packing.copy()
-    for phase, weights in zip(phases.each, packed, strict=True):
-        stages.append(
-            contraction.correlation(phase.plan, grad_output, weights, out[phase.where], bias, relu, accumulate)
-        )
+    number = len(stages)
+    for phase, weights in zip(phases.each, unpacked, strict=True):
+        part = out[phase.where]
+        each, waits = (weights, 0) if phase.plan.packs else (memory[phase.packed], number)
+        stages.append(contraction.correlation(phase.plan, grad_output, each, part, bias, relu, accumulate, waits))
     tasks.run_stages(out.dtype, stages)
-    if not packed_first and not all(map(contraction.all_finite, doubtful)):
+    if not all(weights.finite() for weights in unpacked):
         _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
 
 

@@ -820,34 +820,35 @@ def transpose_block(typingctx, target, target_pitch, source, source_pitch, rows,
     return types.void(target, i, target, i, i, i), codegen
 
 
-def _write_transpose(function: ir.Function, element: ir.Type, n: int, add: bool, backwards: bool) -> None:
-    target, target_pitch, source, source_pitch, count = function.args
-    vector = ir.VectorType(element, n)
-    b = ir.IRBuilder(function.append_basic_block("entry"))
+def _load_transposed(
+    b: ir.IRBuilder, vector: ir.VectorType, source: ir.Value, pitch: ir.Value, count: ir.Value
+) -> list[ir.Value]:
+    """The transposed block of the `count` rows at `source`, the last of which stands for those that do not exist."""
     last = b.sub(count, _i64(1))
     rows = []
-    for i in range(n):
+    for i in range(vector.count):
         row = b.select(b.icmp_signed("<", _i64(i), count), _i64(i), last)
-        rows.append(_load(b, b.gep(source, [b.mul(source_pitch, row)]), vector))
-
-    rows = _transpose_vectors(b, rows)
-    for k, row in enumerate(reversed(rows) if backwards else rows):
-        place = b.gep(target, [b.mul(target_pitch, _i64(k))])
-        _store(b, b.fadd(_load(b, place, vector), row) if add else row, place)
-    b.ret_void()
+        rows.append(_load(b, b.gep(source, [b.mul(pitch, row)]), vector))
+    return _transpose_vectors(b, rows)
 
 
-def _transposer(add: bool, backwards: bool, meaning: str):
+def _transposer(add: bool, meaning: str):
     @intrinsic
     def transpose(typingctx, target, target_pitch, source, source_pitch, rows):
         def codegen(context, builder, sig, args):
             element = _element(sig.args[0])
             function, new = _internal(
-                builder.module, f"fastconv_transpose_{element}_{add}_{backwards}",
+                builder.module, f"fastconv_transpose_{element}_{add}",
                 [element.as_pointer(), _I64, element.as_pointer(), _I64, _I64],
             )  # fmt: skip
             if new:
-                _write_transpose(function, element, _tile_of(sig.args[0]).lanes, add, backwards)
+                target, target_pitch, source, source_pitch, count = function.args
+                vector = ir.VectorType(element, _tile_of(sig.args[0]).lanes)
+                b = ir.IRBuilder(function.append_basic_block("entry"))
+                for k, row in enumerate(_load_transposed(b, vector, source, source_pitch, count)):
+                    place = b.gep(target, [b.mul(target_pitch, _i64(k))])
+                    _store(b, b.fadd(_load(b, place, vector), row) if add else row, place)
+                b.ret_void()
             builder.call(function, args)
             return context.get_dummy_value()
 
@@ -858,13 +859,45 @@ def _transposer(add: bool, backwards: bool, meaning: str):
     return transpose
 
 
-transpose = _transposer(False, False, """target[k * target_pitch + i] = source[i * source_pitch + k], i, k < lanes.
+transpose = _transposer(False, """target[k * target_pitch + i] = source[i * source_pitch + k], i, k < lanes.
 
 Rows of the source from `rows` on are read as the last of these. Stores are whole vectors in the order of k, so where
 target_pitch < lanes a store overwrites what the one before wrote too much.
 """)  # fmt: skip
-transpose_add = _transposer(True, False, "The same, added to what the target holds.")
-transpose_back = _transposer(False, True, "The same with target row k for k -> lanes - 1 - k.")
+transpose_add = _transposer(True, "The same, added to what the target holds.")
+
+
+@intrinsic
+def transpose_some(typingctx, target, target_pitch, source, source_pitch, rows, columns, lowest, count):
+    """target[k * target_pitch + i] = source[i * source_pitch + columns[k] - lowest], k < count, i < lanes.
+
+    The columns are within lowest .. lowest + lanes. The rest is as for `transpose`.
+    """
+    i, table = types.int64, types.CPointer(types.int64)
+
+    def codegen(context, builder, sig, args):
+        element = _element(sig.args[0])
+        pointer = element.as_pointer()
+        function, new = _internal(
+            builder.module, f"fastconv_transpose_some_{element}",
+            [pointer, _I64, pointer, _I64, _I64, _I64.as_pointer(), _I64, _I64],
+        )  # fmt: skip
+        if new:
+            target, target_pitch, source, source_pitch, rows, columns, lowest, count = function.args
+            vector = ir.VectorType(element, _tile_of(sig.args[0]).lanes)
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            block = b.alloca(vector, vector.count)  # vectors cannot be chosen by a number, memory can
+            for k, row in enumerate(_load_transposed(b, vector, source, source_pitch, rows)):
+                b.store(row, b.gep(block, [_i64(k)]))
+            loop = _Loop(b, "columns", count, [target])
+            column = b.sub(b.load(b.gep(columns, [loop.k])), lowest)
+            _store(b, b.load(b.gep(block, [column])), loop.values[0])
+            loop.close([b.gep(loop.values[0], [target_pitch])])
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    return types.void(target, i, target, i, i, table, i, i), codegen
 
 
 @intrinsic

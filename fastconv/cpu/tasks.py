@@ -99,7 +99,7 @@ def _drive(first, workers):
                 # Whoever comes here has found every task of the stages before taken, so threads are at work on those
                 # that are not done, and these wait for nothing.
                 before = first
-                while before != stage:
+                for _ in range(p[WAITS]):
                     q = _integers(before)
                     while _finished(simd.offset(q, DONE)) < q[TASKS]:
                         pass
@@ -169,14 +169,15 @@ def workspace(elements: int, dtype: np.dtype, slot: int = 0) -> np.ndarray:
     return buffer[:elements]
 
 
-# Work of one body: (body, number of tasks, parameters, bytes of scratch for each worker, flops, whether it waits for
-# the stages before it). `parameters` is an int64 array with FIRST free places at its beginning, used by one call alone.
-Stage = tuple[Body, int, np.ndarray, int, int, bool]
+# Work of one body: (body, number of tasks, parameters, bytes of scratch for each worker, flops, number of the first
+# stages that must be done before it begins). `parameters` is an int64 array with FIRST free places at its beginning,
+# used by one call alone.
+Stage = tuple[Body, int, np.ndarray, int, int, int]
 
 
 def run(body: Body, dtype: np.dtype, tasks: int, parameters: np.ndarray, scratch: int, flops: int) -> None:
     """Call `body` for every task below `tasks`; see `Stage` for the arguments."""
-    run_stages(dtype, ((body, tasks, parameters, scratch, flops, False),))
+    run_stages(dtype, ((body, tasks, parameters, scratch, flops, 0),))
 
 
 def workers(flops: int) -> int:

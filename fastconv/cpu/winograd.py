@@ -244,7 +244,7 @@ def _transform_weights(task, worker, p, real):
             target = simd.offset(v, xi * pitch + c * rows)
             source = simd.offset(turned, xi * rows * lanes)
             left = count + _SLACK // rows
-            contraction._pack_run(target, rows, source, lanes, 1, count, left, turned, turned_end)
+            contraction._pack_run(target, rows, source, lanes, count, left, turned, turned_end)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
