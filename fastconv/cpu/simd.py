@@ -2417,27 +2417,44 @@ def _pixels_at_once(t: Tile) -> tuple[int, ...]:
 def _correlate_pixels_function(
     module: ir.Module, element: ir.Type, t: Tile, taps: int, stride: int, many: int
 ) -> ir.Function:
-    pointer = element.as_pointer()
+    """A block of `many` columns of all rows."""
+    pointer, table = element.as_pointer(), _I64.as_pointer()
     function, new = _internal(
         module, f"fastconv_correlate_pixels_{element}_{taps}_{stride}_{many}",
-        [pointer, _I64, pointer, _I64, pointer, *[_I64] * 10, pointer, element],
+        [pointer, _I64, _I64, pointer, _I64, _I64, pointer, _I64, table, *[_I64] * 13, pointer, pointer, element],
     )  # fmt: skip
     if not new:
         return function
     (
-        y, y_pitch, x, x_pitch, w, depths, x_depth, w_depth, heights, x_height, w_height, widths, x_width, w_width, add,
-        bias, least,
+        y, y_row, y_pitch, x, x_row, x_pitch, w, w_block, reach, blocks, rows, low, high, depths, x_depth, w_depth,
+        x_height, w_height, widths, x_width, w_width, add, zeros, bias, least,
     ) = function.args  # fmt: skip
-    for p in (y, x, w, bias):
+    for p in (y, x, w, zeros, bias):
         p.add_attribute("noalias")
     vector = ir.VectorType(element, t.lanes)
     zero = ir.Constant(vector, [0.0] * t.lanes)
     b = ir.IRBuilder(function.append_basic_block("entry"))
-    targets = [b.gep(y, [b.mul(y_pitch, _i64(q))]) for q in range(many)]
+    outside = {}  # neighbours that may lie beside the plane: every output meets one that does not
+    for i in range(stride * (many - 1) + taps):
+        left, right = b.icmp_signed("<", _i64(i), low), b.icmp_signed(">=", _i64(i), high)
+        if i < taps - 1 and i > stride * (many - 1):
+            outside[i] = b.or_(left, right)
+        elif i < taps - 1:
+            outside[i] = left
+        elif i > stride * (many - 1):
+            outside[i] = right
+    least = _splat(b, least, t.lanes)
+    row = _Loop(b, "rows", rows, [y])
+    entry = b.gep(reach, [b.mul(row.k, _i64(3))])
+    first_row, first_tap, heights = (b.load(b.gep(entry, [_i64(n)])) for n in range(3))
+    x_row, w_row = b.gep(x, [b.mul(first_row, x_row)]), b.gep(w, [b.mul(first_tap, w_height)])
+    block = _Loop(b, "blocks", blocks, [row.values[0], x_row, w_row, bias])
+    y_now, x_now, w_now, bias_now = block.values
+    targets = [b.gep(y_now, [b.mul(y_pitch, _i64(q))]) for q in range(many)]
     sums = _where(
         b, b.icmp_signed("!=", add, _i64(0)), [zero] * many, lambda _: [_load(b, p, vector) for p in targets]
     )
-    depth = _Loop(b, "depths", depths, [x, w, *sums])
+    depth = _Loop(b, "depths", depths, [x_now, w_now, *sums])
     height = _Loop(b, "heights", heights, depth.values)
     width = _Loop(b, "widths", widths, height.values)
     x_now, w_now, *sums = width.values
@@ -2446,39 +2463,40 @@ def _correlate_pixels_function(
         meeting = [(q, i - stride * q) for q in range(many) if 0 <= i - stride * q < taps]
         if not meeting:
             continue
-        place = b.mul(x_pitch, _i64(i)) if taps == 1 else _i64(i * t.lanes)
-        value = _load(b, b.gep(x_now, [place]), vector)
+        place = b.gep(x_now, [b.mul(x_pitch, _i64(i))])
+        value = _load(b, b.select(outside[i], zeros, place) if i in outside else place, vector)
         for q, a in meeting:
             sums[q] = _multiply_add(b, module, t.fma, weights[a], value, sums[q])
     width.close([b.gep(x_now, [x_width]), b.gep(w_now, [w_width]), *sums])
     height.close([b.gep(height.values[0], [x_height]), b.gep(height.values[1], [w_height]), *sums])
     depth.close([b.gep(depth.values[0], [x_depth]), b.gep(depth.values[1], [w_depth]), *sums])
-    bias, least = _load(b, bias, vector), _splat(b, least, t.lanes)
+    added = _load(b, bias_now, vector)
     for value, target in zip(sums, targets, strict=True):
-        value = b.fadd(value, bias)
+        value = b.fadd(value, added)
         _store(b, b.select(b.fcmp_ordered("<", value, least), least, value), target)  # nan stays nan
+    lanes = _i64(t.lanes)
+    block.close(
+        [b.gep(p, [step]) for p, step in zip(block.values, (lanes, lanes, w_block, w_block), strict=True)]
+    )
+    row.close([b.gep(row.values[0], [y_row])])
     b.ret_void()
     return function
 
 
 def _correlate_pixels_dispatcher(module: ir.Module, element: ir.Type, t: Tile, taps: int, stride: int) -> ir.Function:
-    """Cuts rows into what the generated functions take."""
+    """Cuts the columns into what the generated functions take."""
     pointer, table = element.as_pointer(), _I64.as_pointer()
     function, new = _internal(
         module, f"fastconv_correlate_pixels_{element}_{taps}_{stride}",
-        [pointer, _I64, _I64, pointer, _I64, pointer, table, _I64, _I64, *[_I64] * 9, pointer, element],
+        [pointer, _I64, _I64, pointer, _I64, _I64, pointer, _I64, table, *[_I64] * 14, pointer, pointer, element],
     )  # fmt: skip
     if not new:
         return function
     (
-        y, y_row, y_pitch, x, x_pitch, w, reach, rows, columns, depths, x_depth, w_depth, x_height, w_height, widths,
-        x_width, w_width, add, bias, least,
+        y, y_row, y_pitch, x, x_row, x_pitch, w, w_block, reach, blocks, rows, columns, low, high, depths, x_depth,
+        w_depth, x_height, w_height, widths, x_width, w_width, add, zeros, bias, least,
     ) = function.args  # fmt: skip
     b = ir.IRBuilder(function.append_basic_block("entry"))
-    row = _Loop(b, "rows", rows, [y])
-    entry = b.gep(reach, [b.mul(row.k, _i64(3))])
-    x_offset, w_offset, heights = (b.load(b.gep(entry, [_i64(n)])) for n in range(3))
-    x_now, w_now = b.gep(x, [x_offset]), b.gep(w, [w_offset])
     done = _i64(0)
     for many in _pixels_at_once(t):
         count = b.sdiv(b.sub(columns, done), _i64(many))
@@ -2486,12 +2504,13 @@ def _correlate_pixels_dispatcher(module: ir.Module, element: ir.Type, t: Tile, t
         def every(_: list[ir.Value], many=many, count=count, done=done) -> list[ir.Value]:
             loop = _Loop(b, "blocks", count, [])
             first = b.add(done, b.mul(loop.k, _i64(many)))
+            place = b.mul(first, _i64(stride))
             b.call(
                 _correlate_pixels_function(module, element, t, taps, stride, many),
                 [
-                    b.gep(row.values[0], [b.mul(first, y_pitch)]), y_pitch, b.gep(x_now, [b.mul(first, x_pitch)]),
-                    x_pitch, w_now, depths, x_depth, w_depth, heights, x_height, w_height, widths, x_width, w_width,
-                    add, bias, least,
+                    b.gep(y, [b.mul(first, y_pitch)]), y_row, y_pitch, b.gep(x, [b.mul(place, x_pitch)]), x_row,
+                    x_pitch, w, w_block, reach, blocks, rows, b.sub(low, place), b.sub(high, place), depths, x_depth,
+                    w_depth, x_height, w_height, widths, x_width, w_width, add, zeros, bias, least,
                 ],
             )  # fmt: skip
             loop.close([])
@@ -2499,7 +2518,6 @@ def _correlate_pixels_dispatcher(module: ir.Module, element: ir.Type, t: Tile, t
 
         _where(b, b.icmp_signed(">", count, _i64(0)), [], every)
         done = b.add(done, b.mul(count, _i64(many)))
-    row.close([b.gep(row.values[0], [y_row])])
     b.ret_void()
     return function
 
@@ -2509,28 +2527,31 @@ correlate_pixels = _literal_function(_correlate_pixels_dispatcher, """What `call
 
 @intrinsic
 def call_correlate_pixels(
-    typingctx, address, y, y_row, y_pitch, x, x_pitch, w, reach, rows, columns, depths, x_depth, w_depth, x_height,
-    w_height, widths, x_width, w_width, flags, bias,
+    typingctx, address, y, y_row, y_pitch, x, x_row, x_pitch, w, w_block, reach, blocks, rows, columns, low, high,
+    depths, x_depth, w_depth, x_height, w_height, widths, x_width, w_width, zeros, flags, bias,
 ):  # fmt: skip
     """Rows of output pixels, each a vector of channels: y[r, q] = sum over d, h, k, a of w[..] * x[..].
 
     `address` is that of a C function compiled from `correlate_pixels` for this (taps, stride), one of CHANNEL_TAPS. Row
-    r has its first tap at ``x + reach[3r]`` and ``w + reach[3r + 1]`` and reach[3r + 2] rows of taps, x_height and
-    w_height from one another, in each of `depths` planes of them; a row of taps is `widths` times `taps` neighbours.
-    Column q of the output is x_pitch further on in x, which is stride * lanes if there are several taps, and y_pitch in
-    y. All counts >= 1. `flags` are as for `contract`; `bias` is a vector, and read always.
+    r has its first tap at ``x + reach[3r] * x_row`` and ``w + reach[3r + 1] * w_height`` and reach[3r + 2] rows of
+    taps, x_height and w_height from one another, in each of `depths` planes of them; a row of taps is `widths` times
+    `taps` neighbours, x_pitch from one another. Column q of the output is stride * x_pitch further on in x, and y_pitch
+    in y. All counts >= 1. `flags` are as for `contract`; `bias` is a vector, and read always.
+    Of the neighbours a row meets, counted from its first, those before `low` and those from `high` on are not read:
+    they are the vector `zeros`. There are at most taps - 1 on either side, and none if `widths` is not 1.
+    And the same for `blocks` blocks of channels: vectors that follow one another in x and y, w_block in w and `bias`.
     The sum of an element is one chain of multiply-adds, in the order of d, h, k, a, that begins with what y holds if
     ADD is set.
     """
     i, table = types.int64, types.CPointer(types.int64)
-    signature = types.void(i, y, i, i, y, i, y, table, *[i] * 11, y)
+    signature = types.void(i, y, i, i, y, i, i, y, i, table, *[i] * 13, y, i, y)
 
     def codegen(context, builder, sig, args):
         element = _element(sig.args[1])
-        *between, flags, bias = args[1:]
+        *between, zeros, flags, bias = args[1:]
         relu = builder.icmp_signed("!=", builder.and_(flags, _i64(RELU)), _i64(0))
         least = builder.select(relu, ir.Constant(element, 0.0), ir.Constant(element, -math.inf))
-        arguments = [*between, builder.and_(flags, _i64(ADD)), bias, least]
+        arguments = [*between, builder.and_(flags, _i64(ADD)), zeros, bias, least]
         _call_compiled(builder, args[0], arguments, element.as_pointer())
         return context.get_dummy_value()
 
