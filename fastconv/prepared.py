@@ -18,6 +18,7 @@ class PackedWeights:
 
     def __init__(self) -> None:
         self._kept: dict[Any, Any] = {}
+        self._bounded: dict[Any, np.ndarray] = {}  # the oldest first
         self._lock = threading.Lock()
 
     def get(self, layout: Any, pack: Callable[[], Any]) -> Any:
@@ -28,6 +29,23 @@ class PackedWeights:
                 found = self._kept.get(layout)
                 if found is None:
                     found = self._kept[layout] = pack()
+        return found
+
+    def get_within(self, most_bytes: int, layout: Any, pack: Callable[[], np.ndarray]) -> np.ndarray:
+        """The same for arrays that depend on the size of the input: the last ones that fit into `most_bytes` are kept.
+
+        The bound is over all layouts asked for this way.
+        """
+        found = self._bounded.get(layout)
+        if found is None:
+            with self._lock:
+                found = self._bounded.get(layout)
+                if found is None:
+                    found = pack()
+                    kept = {**self._bounded, layout: found}
+                    while sum(array.nbytes for array in kept.values()) > most_bytes:
+                        del kept[next(iter(kept))]
+                    self._bounded = kept  # as a whole: others may be reading the old one
         return found
 
 
@@ -78,7 +96,8 @@ class Conv1d(_Prepared):
     """`conv1d` with its weight packed once: the same bits as ``conv1d(input, weight, bias, ...)``, call after call.
 
     The arguments are those of `conv1d`. NumPy weights and biases are copied. The weight is packed at the first call
-    with an input of a new kind and kept. One object may be called by several threads at once; pickling it keeps the
+    with an input of a new kind and kept; where the FFT runs, so are the spectra of the weight for the last sizes of the
+    input, up to 64 MiB. One object may be called by several threads at once; pickling it keeps the
     weights and packs again where it is loaded. ``op(input, out=array)`` fills an array. Raises as `conv1d`.
 
     >>> import numpy as np, fastconv as fc
@@ -94,7 +113,8 @@ class Conv2d(_Prepared):
     """`conv2d` with its weight packed once: the same bits as ``conv2d(input, weight, bias, ...)``, call after call.
 
     The arguments are those of `conv2d`. NumPy weights and biases are copied. The weight is packed at the first call
-    with an input of a new kind and kept. One object may be called by several threads at once; pickling it keeps the
+    with an input of a new kind and kept; where the FFT runs, so are the spectra of the weight for the last sizes of the
+    input, up to 64 MiB. One object may be called by several threads at once; pickling it keeps the
     weights and packs again where it is loaded. ``op(input, out=array)`` fills an array. Raises as `conv2d`.
 
     >>> import numpy as np, fastconv as fc
@@ -110,7 +130,8 @@ class Conv3d(_Prepared):
     """`conv3d` with its weight packed once: the same bits as ``conv3d(input, weight, bias, ...)``, call after call.
 
     The arguments are those of `conv3d`. NumPy weights and biases are copied. The weight is packed at the first call
-    with an input of a new kind and kept. One object may be called by several threads at once; pickling it keeps the
+    with an input of a new kind and kept; where the FFT runs, so are the spectra of the weight for the last sizes of the
+    input, up to 64 MiB. One object may be called by several threads at once; pickling it keeps the
     weights and packs again where it is loaded. ``op(input, out=array)`` fills an array. Raises as `conv3d`.
 
     >>> import numpy as np, fastconv as fc

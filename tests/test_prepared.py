@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 
 import fastconv as fc
+from fastconv.cpu import fft
+from fastconv.prepared import PackedWeights
 
 CASES = {
     "direct": ((2, 5, 12, 13), (7, 5, 5, 5), {"stride": 2, "padding": 2}),
     "winograd": ((1, 64, 28, 28), (64, 64, 3, 3), {"padding": 1}),
     "depthwise": ((2, 6, 11, 9), (6, 1, 3, 3), {"padding": 1, "groups": 6}),
+    "fft": ((2, 3, 40, 37), (4, 3, 15, 13), {"algorithm": "fft", "padding": 3}),
     "grouped": ((2, 6, 11, 9), (8, 3, 3, 3), {"groups": 2, "padding": "same", "padding_mode": "circular"}),
 }
 
@@ -68,11 +71,12 @@ def test_pickled(rng: np.random.Generator) -> None:
     assert repr(loaded) == repr(op)
 
 
-def test_called_by_several_threads_at_once(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("algorithm", ["direct", "fft"])
+def test_called_by_several_threads_at_once(algorithm: str, rng: np.random.Generator) -> None:
     x = rng.standard_normal((2, 16, 20, 20)).astype(np.float32)
     w = rng.standard_normal((24, 16, 3, 3)).astype(np.float32)
-    expected = fc.conv2d(x, w)
-    op, results = fc.Conv2d(w), {}
+    expected = fc.conv2d(x, w, algorithm=algorithm)
+    op, results = fc.Conv2d(w, algorithm=algorithm), {}
 
     def call(n: int) -> None:
         results[n] = [op(x) for _ in range(5)]
@@ -86,6 +90,55 @@ def test_called_by_several_threads_at_once(rng: np.random.Generator) -> None:
     for result in results.values():
         for y in result:
             np.testing.assert_array_equal(y, expected)
+
+
+@pytest.fixture
+def made_spectra(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of the spectra of weights that the FFT has kept or thrown away, in the order they were made."""
+    made: list[int] = []
+    original = PackedWeights.get_within
+
+    def counting(self, most_bytes, layout, pack):  # type: ignore[no-untyped-def]
+        def packing():  # type: ignore[no-untyped-def]
+            spectra = pack()
+            made.append(spectra.nbytes)
+            return spectra
+
+        return original(self, most_bytes, layout, packing)
+
+    monkeypatch.setattr(PackedWeights, "get_within", counting)
+    return made
+
+
+def test_keeps_the_spectra_of_the_weight(made_spectra: list[int], rng: np.random.Generator) -> None:
+    w = rng.standard_normal((3, 2, 500)).astype(np.float32)
+    op = fc.Conv1d(w, padding="same", algorithm="fft")
+    for size in (3000, 3000, 700, 3000, 700):  # two tilings
+        x = rng.standard_normal((2, 2, size)).astype(np.float32)
+        np.testing.assert_array_equal(op(x), fc.conv1d(x, w, padding="same", algorithm="fft"))
+    assert len(made_spectra) == 2
+    loaded = pickle.loads(pickle.dumps(op))
+    np.testing.assert_array_equal(loaded(x), op(x))
+    assert len(made_spectra) == 3
+
+
+def test_spectra_kept_are_bounded(
+    made_spectra: list[int], monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    w = rng.standard_normal((3, 2, 500)).astype(np.float32)
+    op = fc.Conv1d(w, padding="same", algorithm="fft")
+    inputs = [rng.standard_normal((1, 2, size)).astype(np.float32) for size in (3000, 700)]
+    for x in inputs:
+        op(x)
+    monkeypatch.setattr(fft, "SPECTRA_BYTES", sum(made_spectra) - 1)  # room for one of them
+    small = fc.Conv1d(w, padding="same", algorithm="fft")
+    for x in (*inputs, inputs[1], inputs[0]):
+        np.testing.assert_array_equal(small(x), op(x))
+    assert len(made_spectra) == 2 + 3  # the second was still there, the first no more
+    monkeypatch.setattr(fft, "SPECTRA_BYTES", min(made_spectra) - 1)
+    none = fc.Conv1d(w, padding="same", algorithm="fft")
+    for _ in range(2):
+        np.testing.assert_array_equal(none(inputs[0]), op(inputs[0]))
 
 
 def test_errors() -> None:

@@ -155,7 +155,7 @@ def forward(
     if algorithm == "fft":
         for some, run, safe in _safe_runs("forward", geometry, input, weight):
             if safe:
-                fft.forward(some, input[run], weight, bias, relu, out[run])
+                fft.forward(some, input[run], weight, bias, relu, packed, out[run])
             else:
                 forward(some, input[run], weight, bias, relu, "direct", packed, out[run])
         return

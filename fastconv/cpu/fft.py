@@ -33,7 +33,7 @@ import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numba import njit
@@ -42,6 +42,9 @@ from ..geometry import ConvGeometry, Size3
 from . import simd, tasks
 from .contraction import address
 from .threads import get_num_threads
+
+if TYPE_CHECKING:
+    from ..prepared import PackedWeights
 
 # Bytes of the tiles, their spectra and the results that are in memory at a time, and of the spectra of weights, as far
 # as one tile and one output channel allow. Chunks that stay in the last cache are 1.3 times faster than larger ones.
@@ -528,18 +531,19 @@ def _tiles_of_chunk(channels: int, each: int) -> int:
 def _correlate(
     tiling: Tiling, groups: int, array: np.ndarray, source: _Source, filters: np.ndarray, conjugate: bool,
     first: Size3, stride: Size3, bias: np.ndarray | None, relu: bool, add: bool, out: np.ndarray,
+    packed: PackedWeights | None = None,
 ) -> None:  # fmt: skip
     """out[n, row] = sum over terms of filters[row, term] with array[n, term].
 
     `filters` is (rows, terms of a group, D, H, W). With `conjugate` they are correlated, else convolved; the results of
-    a tile begin at its point `first`.
+    a tile begin at its point `first`. `packed` keeps their spectra.
     """
     bias = np.zeros(out.shape[1], out.dtype) if bias is None else np.ascontiguousarray(bias)
     terms = filters.shape[1]
     each = _bytes_of_tile(tiling, out.dtype)
     number = out.shape[0] * math.prod(tiling.count)
     for block in _blocks(groups, filters.shape[0] // groups, terms, SPECTRA_BYTES // each):
-        left = _spectra(filters[block.rows.start : block.rows.stop], tiling)
+        left = _spectra_of_filters(tiling, filters[block.rows.start : block.rows.stop], block, out.dtype, packed)
         for chunk in _chunks(number, _tiles_of_chunk(len(block.rows) + len(block.terms), each)):
             right = _spectra(_tiles(array, source, tiling, block.terms, chunk), tiling)
             right = right.reshape(block.groups, terms, *right.shape[1:])
@@ -551,6 +555,14 @@ def _correlate(
                 results, out, tiling, stride, first[tiling.axes[-1]], block.rows, chunk, bias, relu, add
             )
             del right, results  # before the next ones are made
+
+
+def _spectra_of_filters(
+    tiling: Tiling, filters: np.ndarray, block: _Block, dtype: np.dtype, packed: PackedWeights | None
+) -> np.ndarray:
+    if packed is None:
+        return _spectra(filters, tiling)
+    return packed.get_within(SPECTRA_BYTES, ("fft", dtype, tiling, block), lambda: _spectra(filters, tiling))
 
 
 def _filters(weight: np.ndarray, dilation: Size3) -> np.ndarray:
@@ -590,13 +602,16 @@ def _forward_source(geometry: ConvGeometry) -> _Source:
 
 def forward(
     geometry: ConvGeometry, input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, relu: bool,
-    out: np.ndarray,
+    packed: PackedWeights | None, out: np.ndarray,
 ) -> None:  # fmt: skip
-    """out = input convolved with weight, plus bias, through max(0, .) if relu; for safe samples."""
+    """out = input convolved with weight, plus bias, through max(0, .) if relu; for safe samples.
+
+    `packed` keeps the spectra of the weight of a prepared convolution.
+    """
     tiling = make_tiling("forward", geometry)
     _correlate(
         tiling, geometry.groups, input, _forward_source(geometry), _filters(weight, geometry.dilation), True, (0, 0, 0),
-        geometry.stride, bias, relu, False, out,
+        geometry.stride, bias, relu, False, out, packed,
     )  # fmt: skip
 
 
