@@ -1,7 +1,7 @@
 """Where the FFT and Winograd overtake the direct sum, over kernel, size and channels; docs/algorithms.md.
 
     python -m bench.crossover fft                 # prints the table
-    python -m bench.crossover winograd --write    # and puts it into docs/algorithms.md
+    python -m bench.crossover winograd --write    # and puts it into docs/algorithms.md, with its picture beside it
 
 Each figure is the best of many calls, the two algorithms taking turns, so that what else runs on the machine disturbs
 both alike. float32, stride 1, "same" padding. The FFT: forward pass, a batch of one, one thread. Winograd: forward pass
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -52,72 +53,132 @@ def best_of(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str,
 CHANNELS = (16, 32, 48, 64, 128, 256)  # of Winograd, for each batch and size
 
 
-def fft_rows() -> Iterator[str]:
-    yield "| size | channels | kernel | direct, ms | FFT, ms | direct / FFT | auto takes | and loses |"
-    yield "| --- | --- | --- | --: | --: | --: | --- | --: |"
+@dataclass(frozen=True)
+class Row:
+    """What was measured: `line` of the table, and the point (x, gain) of the curve `curve` in the panel `panel`."""
+
+    line: str
+    points: tuple[tuple[str, str, float, float], ...]  # (panel, curve, x, direct / other)
+
+
+FFT_HEAD = (
+    "| size | channels | kernel | direct, ms | FFT, ms | direct / FFT | auto takes | and loses |",
+    "| --- | --- | --- | --: | --: | --: | --- | --: |",
+)
+
+
+def fft_row(size: tuple[int, ...], channels: int, out_channels: int, groups: int, k: int) -> Row:
     rng = np.random.default_rng(0)
-    for size, channels, out_channels, groups, k in SHAPES:
-        ndim = len(size)
-        x = rng.standard_normal((1, channels, *size), np.float32)
-        w = rng.standard_normal((out_channels, channels // groups, *(k,) * ndim), np.float32)
-        conv = getattr(fc, f"conv{ndim}d")
-        out = conv(x, w, padding="same", groups=groups)
+    ndim = len(size)
+    x = rng.standard_normal((1, channels, *size), np.float32)
+    w = rng.standard_normal((out_channels, channels // groups, *(k,) * ndim), np.float32)
+    conv = getattr(fc, f"conv{ndim}d")
+    out = conv(x, w, padding="same", groups=groups)
 
-        def call(algorithm: str, x=x, w=w, groups=groups, conv=conv, out=out) -> Callable[[], object]:
-            return lambda: conv(x, w, padding="same", groups=groups, algorithm=algorithm, out=out)
+    def call(algorithm: str) -> Callable[[], object]:
+        return lambda: conv(x, w, padding="same", groups=groups, algorithm=algorithm, out=out)
 
-        best = best_of({a: call(a) for a in ("direct", "fft")}, SECONDS)
-        e = fc.explain(x.shape, w.shape, padding="same", groups=groups)
-        faster = min(best, key=best.__getitem__)
-        loss = max(0.0, best[e.algorithm] / best[faster] - 1)
-        yield (
-            f"| {'x'.join(map(str, size))} | {channels} -> {out_channels}{' depthwise' if groups > 1 else ''} | "
-            f"{'x'.join([str(k)] * ndim)} | {1e3 * best['direct']:.3g} | {1e3 * best['fft']:.3g} | "
-            f"{best['direct'] / best['fft']:.2f} | {e.algorithm} | {f'{100 * loss:.0f} %' if loss else ''} |"
-        )
+    best = best_of({a: call(a) for a in ("direct", "fft")}, SECONDS)
+    e = fc.explain(x.shape, w.shape, padding="same", groups=groups)
+    loss = best[e.algorithm] / min(best.values()) - 1
+    shape, kernel = "x".join(map(str, size)), "x".join([str(k)] * ndim)
+    label = f"{channels} -> {out_channels}{' depthwise' if groups > 1 else ''}"
+    gain = best["direct"] / best["fft"]
+    line = (
+        f"| {shape} | {label} | {kernel} | {best['direct'] * 1e3:.3g} | {best['fft'] * 1e3:.3g} "
+        f"| {gain:.2f} | {e.algorithm} | {f'{loss:.0%}'.replace('%', ' %') if loss > 0.02 else ''} |"
+    )
+    return Row(line, ((f"{ndim}-D", f"{shape}, {label}", k, gain),))
 
 
-def winograd_rows() -> Iterator[str]:
-    yield f"| batch | size | {' | '.join(f'{c} channels' for c in CHANNELS)} |"
-    yield f"| --: | --- |{' --: |' * len(CHANNELS)}"
+WINOGRAD_HEAD = (
+    f"| batch | size | {' | '.join(f'{c} channels' for c in CHANNELS)} |",
+    f"| --: | --- |{' --: |' * len(CHANNELS)}",
+)
+
+
+def winograd_row(batch: int, n: int) -> Row:
     rng = np.random.default_rng(0)
-    for batch, n in ((b, n) for b in (1, 4) for n in (7, 14, 28, 56)):
-        figures = []
-        for channels in CHANNELS:
-            x = rng.standard_normal((batch, channels, n, n), np.float32)
-            w = rng.standard_normal((channels, channels, 3, 3), np.float32)
-            y = np.empty_like(x)
+    figures, points = [], []
+    for channels in CHANNELS:
+        x = rng.standard_normal((batch, channels, n, n), np.float32)
+        w = rng.standard_normal((channels, channels, 3, 3), np.float32)
+        y = np.empty_like(x)
 
-            def forward(algorithm: str, x=x, w=w, y=y) -> Callable[[], object]:
-                return lambda: fc.conv2d(x, w, padding=1, algorithm=algorithm, out=y)
+        def forward(algorithm: str, x=x, w=w, y=y) -> Callable[[], object]:
+            return lambda: fc.conv2d(x, w, padding=1, algorithm=algorithm, out=y)
 
-            def backward(algorithm: str, x=x, w=w, y=y) -> Callable[[], object]:
-                return lambda: fc.conv2d_input_grad(x.shape, w, x, padding=1, algorithm=algorithm, out=y)
+        def backward(algorithm: str, x=x, w=w, y=y) -> Callable[[], object]:
+            return lambda: fc.conv2d_input_grad(x.shape, w, x, padding=1, algorithm=algorithm, out=y)
 
-            ratios = []
-            for call in (forward, backward):
-                best = best_of({a: call(a) for a in ("direct", "winograd")}, SECONDS / 4)
-                ratios.append(f"{best['direct'] / best['winograd']:.2f}")
-            auto = fc.explain(x.shape, w.shape, padding=1).algorithm
-            figures.append(" / ".join(ratios) + (" (taken)" if auto == "winograd" else ""))
-        yield f"| {batch} | {n}x{n} | {' | '.join(figures)} |"
+        ratios = []
+        for name, call in (("forward pass", forward), ("input gradient", backward)):
+            best = best_of({a: call(a) for a in ("direct", "winograd")}, SECONDS / 4)
+            ratios.append(best["direct"] / best["winograd"])
+            points.append((f"{name}, batch {batch}", f"{n}x{n}", float(channels), ratios[-1]))
+        auto = fc.explain(x.shape, w.shape, padding=1).algorithm
+        figures.append(" / ".join(f"{r:.2f}" for r in ratios) + (" (taken)" if auto == "winograd" else ""))
+    return Row(f"| {batch} | {n}x{n} | {' | '.join(figures)} |", tuple(points))
+
+
+def picture(algorithm: str, rows: list[Row]) -> Path:
+    """Draw how many times as fast as the direct sum `algorithm` is, beside the document; return the file."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "fastconv"  # the same bytes from the same figures
+    from matplotlib import pyplot as plt
+
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for panel, curve, x, gain in (point for row in rows for point in row.points):
+        panels.setdefault(panel, {}).setdefault(curve, []).append((x, gain))
+    figure, axes = plt.subplots(-(-len(panels) // 2), 2, figsize=(12, 8), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (panel, curves) in zip(axes.flat, panels.items(), strict=False):
+        for curve, points in curves.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=curve)
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set(
+            title=panel, xscale="log", yscale="log", ylabel=f"time of direct / {algorithm}",
+            xlabel="taps of the kernel in each dimension" if algorithm == "fft" else "channels in and out",
+        )  # fmt: skip
+        ticks = sorted({x for points in curves.values() for x, _ in points})
+        axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axis.set_xticks([], minor=True)
+        low, high = axis.get_ylim()
+        gains = [g for g in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20) if low <= g <= high]
+        axis.set_yticks(gains, [f"{g:g}" for g in gains])
+        axis.set_yticks([], minor=True)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    path = DOCUMENT.with_name(f"crossover-{algorithm}.svg")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    return path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.crossover", description=__doc__.splitlines()[0])
     parser.add_argument("algorithm", choices=["fft", "winograd"])
-    parser.add_argument("--write", action="store_true", help=f"put the table into {DOCUMENT.name}")
+    parser.add_argument("--write", action="store_true", help=f"put the table and its picture into {DOCUMENT.name}")
     options = parser.parse_args()
     if options.algorithm == "fft":
         fc.set_num_threads(1)
-    lines = []
-    for line in fft_rows() if options.algorithm == "fft" else winograd_rows():
-        lines.append(line)
-        print(line, flush=True)
+        head, cases = FFT_HEAD, [(fft_row, shape) for shape in SHAPES]
+    else:
+        head, cases = WINOGRAD_HEAD, [(winograd_row, (b, n)) for b in (1, 4) for n in (7, 14, 28, 56)]
+    print(*head, sep="\n")
+    rows = []
+    for measure, case in cases:
+        rows.append(measure(*case))
+        print(rows[-1].line, flush=True)
     if options.write:
         begin = BEGIN.format(options.algorithm)
         before, rest = DOCUMENT.read_text().split(begin)
-        DOCUMENT.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"\n{END}{rest.split(END, 1)[1]}")
+        table = "\n".join([*head, *(row.line for row in rows)])
+        DOCUMENT.write_text(f"{before}{begin}\n{table}\n{END}{rest.split(END, 1)[1]}")
+        picture(options.algorithm, rows)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from .geometry import ConvGeometry
 OPERATIONS = ("forward", "input_grad", "weight_grad")
 
 # Operations a nanosecond of the direct sum on one core, in float32: with one channel in one dimension, and otherwise.
-# Measured by `python -m bench.crossover fft` on AVX2 (docs/algorithms.md has the table), as the rates of the FFT in
-# `cpu.fft` are. float64 halves all of them.
+# Measured by `python -m bench.crossover fft` on AVX2, as the rates of the FFT in `cpu.fft` are; docs/algorithms.md has
+# the table of an AVX-512 machine, which the same rates fit. float64 halves all of them.
 DIRECT_RATE_OF_LINES, DIRECT_RATE = 60.0, 90.0
 
 # The FFT must promise to be this much faster: the estimates are right within a third, its error is of another kind, and

@@ -57,8 +57,7 @@ LARGEST_TILE = 2**20  # points, unless the kernel needs more: larger ones have n
 
 # What the parts cost on one core, for the choice of the tile and `algorithms.choose`: operations a nanosecond of the
 # transforms (2.5 n log2 n for n points) and of the products of spectra (8 for each frequency), and points a nanosecond
-# that are copied. Measured on AVX2 in float32, with SciPy; the table of docs/algorithms.md shows how well
-# they fit.
+# that are copied. Measured in float32, with SciPy; the table of docs/algorithms.md shows how well they fit.
 TRANSFORM_RATE, PRODUCT_RATE, COPY_RATE = 14.0, 30.0, 2.0
 CALL_NANOSECONDS = 60_000  # Python's part
 
