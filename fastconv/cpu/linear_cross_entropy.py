@@ -14,7 +14,7 @@ from . import simd, tasks
 from .contraction import address
 
 # Bytes of the logits that exist at one time. For each chunk the weight is read twice and its whole gradient is read and
-# written, so fewer rows are slower: of 2048 rows, 1024 features and 32000 classes chunks of 144 rows by 4 % against 176.
+# written, so fewer rows are slower: with 1024 features and 32000 classes 144 by 4 % against 176.
 # These are 160: with all else that is allocated, more would exceed a tenth of the size of all the logits.
 CHUNK_BYTES = 20 * 1024 * 1024
 LEAST_ROWS = 128

@@ -2074,51 +2074,87 @@ def drain_stores(typingctx):
     return types.void(), codegen
 
 
-@intrinsic
-def span_products(typingctx, coefficients, source, count, base, sums):
-    """Add sum of q * (source - base) to sums[0] and the sum of q, the coefficients, to sums[1], all in float64.
+def _product(b: ir.IRBuilder, module: ir.Module, t: Tile, q: ir.Value, x: ir.Value, so_far: ir.Value) -> ir.Value:
+    """so_far + q * x, and so_far where q is 0, even for x = -inf."""
+    zero = _constant_vector(q.type, 0)
+    return _multiply_add(b, module, t.fma, q, b.select(b.fcmp_unordered("!=", q, zero), x, zero), so_far)
 
-    Where q is 0, 0 is added even for source = -inf.
+
+@intrinsic
+def span_products(typingctx, coefficients, source, count, base, sums, ahead):
+    """Add sum of q * (source - base) to sums[0] and the sum of q, the coefficients, to sums[1], in float64.
+
+    Where q is 0, 0 is added even for source = -inf. A lane adds count / (4 vectors) numbers in the element type. The
+    coefficients `ahead` elements further on are fetched into the cache.
     """
 
     def codegen(context, builder, sig, args):
-        element, module, t = _element(sig.args[0]), builder.module, tile(64)
+        element, t, module = _element(sig.args[0]), _tile_of(sig.args[0]), builder.module
         pointer, vector = element.as_pointer(), ir.VectorType(element, t.lanes)
-        wide = ir.VectorType(ir.DoubleType(), t.lanes)
         function, new = _internal(
             module, f"fastconv_span_products_{element}",
-            [pointer, pointer, _I64, element, ir.DoubleType().as_pointer()],
+            [pointer, pointer, _I64, element, ir.DoubleType().as_pointer(), _I64],
         )  # fmt: skip
         if new:
-            coefficients, source, count, base, sums = function.args
+            coefficients, source, count, base, sums, ahead = function.args
             b = ir.IRBuilder(function.append_basic_block("entry"))
-            bases = _widened(b, _splat(b, base, t.lanes))
-            zero = _constant_vector(wide, 0)
+            bases = _splat(b, base, t.lanes)
 
             def step(places: list[ir.Value], masks: list[ir.Value] | None, values: list[ir.Value]) -> list[ir.Value]:
-                pairs = [
-                    [_widened(b, value) for value in _load_places(b, module, p, places, masks, vector)]
-                    for p in (coefficients, source)
+                for at in places:
+                    _prefetch(b, module, b.gep(coefficients, [b.add(at, ahead)]))
+                q_values, z_values = (
+                    _load_places(b, module, p, places, masks, vector) for p in (coefficients, source)
+                )
+                products = [
+                    _product(b, module, t, q, b.fsub(z, bases), so_far)
+                    for q, z, so_far in zip(q_values, z_values, values[:_GROUP], strict=True)
                 ]
-                products, masses = values[:_GROUP], values[_GROUP:]
-                for v, (q, z) in enumerate(zip(*pairs, strict=True)):
-                    product = b.fmul(q, b.fsub(z, bases))
-                    product = b.select(b.fcmp_unordered("!=", q, zero), product, zero)
-                    products[v], masses[v] = b.fadd(products[v], product), b.fadd(masses[v], q)
+                masses = [b.fadd(so_far, q) for q, so_far in zip(q_values, values[_GROUP:], strict=True)]
                 return [*products, *masses]
 
-            values = _span(b, count, t.lanes, [zero] * (2 * _GROUP), step)
+            values = _span(b, count, t.lanes, [_constant_vector(vector, 0)] * (2 * _GROUP), step)
             for n, some in enumerate((values[:_GROUP], values[_GROUP:])):
                 place = b.gep(sums, [_i64(n)])
-                b.store(b.fadd(b.load(place), _tree(b, some, b.fadd)), place)
+                b.store(b.fadd(b.load(place), _tree(b, [_widened(b, v) for v in some], b.fadd)), place)
             b.ret_void()
         builder.call(function, args)
         return context.get_dummy_value()
 
     signature = types.void(
-        coefficients, coefficients, types.int64, coefficients.dtype, types.CPointer(types.float64)
+        coefficients, coefficients, types.int64, coefficients.dtype, types.CPointer(types.float64), types.int64
     )
     return signature, codegen
+
+
+@intrinsic
+def span_gradient(typingctx, target, powers, coefficients, count, scale, outer):
+    """target = powers * scale - coefficients * outer."""
+
+    def codegen(context, builder, sig, args):
+        element, t, module = _element(sig.args[0]), _tile_of(sig.args[0]), builder.module
+        pointer, vector = element.as_pointer(), ir.VectorType(element, t.lanes)
+        function, new = _internal(
+            module, f"fastconv_span_gradient_{element}", [pointer, pointer, pointer, _I64, element, element]
+        )
+        if new:
+            target, powers, coefficients, count, scale, outer = function.args
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            scales, outers = _splat(b, scale, t.lanes), _splat(b, outer, t.lanes)
+
+            def step(places: list[ir.Value], masks: list[ir.Value] | None) -> None:
+                pairs = zip(
+                    *(_load_places(b, module, p, places, masks, vector) for p in (powers, coefficients)), strict=True
+                )
+                values = [b.fsub(b.fmul(power, scales), b.fmul(q, outers)) for power, q in pairs]
+                _store_places(b, module, values, target, places, masks)
+
+            _columns(b, count, t.lanes, step)
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    return types.void(target, target, target, types.int64, target.dtype, target.dtype), codegen
 
 
 def _columns(b: ir.IRBuilder, count: ir.Value, lanes: int, step) -> None:
@@ -2215,6 +2251,51 @@ def column_exponentials(
 
     i = types.int64
     return types.void(target, i, target, i, i, i, target, types.CPointer(types.float64), target, i), codegen
+
+
+@intrinsic
+def column_products(typingctx, coefficients, source, rows, width, base, weighted, mass):
+    """Add the sums over rows <= SUM_ROWS of q * (source - base) to `weighted` and of q to `mass`, in float64.
+
+    Where q, a number of `coefficients`, is 0, 0 is added even for source = -inf.
+    """
+
+    def codegen(context, builder, sig, args):
+        element, t, module = _element(sig.args[0]), _tile_of(sig.args[0]), builder.module
+        pointer, vector, wide = element.as_pointer(), ir.VectorType(element, t.lanes), ir.DoubleType()
+        wide_vector = ir.VectorType(wide, t.lanes)
+        function, new = _internal(
+            module, f"fastconv_column_products_{element}",
+            [pointer, pointer, _I64, _I64, pointer, wide.as_pointer(), wide.as_pointer()],
+        )  # fmt: skip
+        if new:
+            coefficients, source, rows, width, base, *sums = function.args
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+
+            def step(places: list[ir.Value], masks: list[ir.Value] | None) -> None:
+                bases = _load_places(b, module, base, places, masks, vector)
+                zeros = [_constant_vector(vector, 0)] * (2 * _GROUP)
+                loop = _Loop(b, "rows", rows, [coefficients, source, *zeros])
+                q_row, z_row, *parts = loop.values
+                q_values, z_values = (_load_places(b, module, p, places, masks, vector) for p in (q_row, z_row))
+                products = [
+                    _product(b, module, t, q, b.fsub(z, low), so_far)
+                    for q, z, low, so_far in zip(q_values, z_values, bases, parts[:_GROUP], strict=True)
+                ]
+                masses = [b.fadd(so_far, q) for q, so_far in zip(q_values, parts[_GROUP:], strict=True)]
+                loop.close([b.gep(q_row, [width]), b.gep(z_row, [width]), *products, *masses])
+                for total, some in zip(sums, (products, masses), strict=True):
+                    for at, part in zip(places, some, strict=True):
+                        place = b.gep(total, [at])
+                        _store(b, b.fadd(_load(b, place, wide_vector), _widened(b, part)), place)
+
+            _columns(b, width, t.lanes, step)
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    doubles = types.CPointer(types.float64)
+    return types.void(coefficients, coefficients, *[types.int64] * 2, coefficients, doubles, doubles), codegen
 
 
 @intrinsic

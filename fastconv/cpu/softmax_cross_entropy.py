@@ -66,8 +66,10 @@ from . import tasks
 from .elementary import log, tanh
 from .jit import REAL, array_of, compiled, output_of
 from .simd import (
+    SUM_ROWS,
     at,
     column_exponentials,
+    column_products,
     copy_span,
     drain_stores,
     fill_zero,
@@ -76,6 +78,7 @@ from .simd import (
     raise_maxima,
     scale_columns,
     span_exponentials,
+    span_gradient,
     span_maximum,
     span_products,
     span_scale,
@@ -83,6 +86,7 @@ from .simd import (
 
 LANES = 64  # each width of a tile by position is a multiple of it: 4 AVX-512 or 8 AVX2 vectors of float32
 PIECE = 2048  # classes at once: 8 KB of float32, a quarter of a small L1, half of it with the exponentials
+COLUMN_PIECE = 4096  # elements of a tile by position whose coefficients are made at once
 TILE_BYTES = 16 * 1024  # of a tile by position, where its classes allow
 KEPT_BYTES = 1024 * 1024  # most exponentials that are kept: the L2 of a Zen 4, half of that of a Golden Cove core
 PAST_CACHE = 16 * 1024 * 1024  # bytes of gradient from which it would not stay in a cache anyway
@@ -103,7 +107,7 @@ _PARAMETERS = np.dtype(
         *((name, np.int64) for name in (
             *tasks.HEADER,
             "logits", "logits_n", "logits_c", "logits_s", "grad", "grad_n", "grad_c", "grad_s",
-            "labels", "labels_n", "labels_s", "soft", "soft_n", "soft_c", "soft_s", "weight", "weight_c",
+            "labels", "labels_n", "labels_s", "soft", "soft_n", "soft_c", "soft_s", "weight",
             "grad_output", "grad_output_n", "grad_output_s", "loss", "loss_n", "loss_s", "lse", "lse_n", "lse_s",
             "partial", "task_units", "units", "classes", "positions", "space", "ignore_index",
             "width", "run", "parts", "direct", "in_grad", "kept", "past_cache", "log",
@@ -165,18 +169,18 @@ def _number(typingctx, value, like):
 
 
 @_inline
-def _soften(values, count, cap):
+def _soften(values, count, cap, inverse):
     _keep_apart()
     for i in range(count):
-        values[i] = cap * tanh(values[i] / cap)
+        values[i] = cap * tanh(values[i] * inverse)  # a division would take as long as half of tanh
 
 
 @_inline
-def _bend(values, softened, count, cap, one):
+def _bend(values, softened, count, inverse, one):
     """The gradient of the softcapped logits as that of the logits."""
     _keep_apart()
     for i in range(count):
-        u = softened[i] / cap
+        u = softened[i] * inverse
         values[i] = values[i] * (one - u * u)
 
 
@@ -186,18 +190,37 @@ def _bend(values, softened, count, cap, one):
 
 
 @_inline
-def _row_coefficients(out, p, y, weight, start, count, keep, even):
-    """q_c = w_c * (keep * y_c + even): without the one-hot part when the targets are class indices."""
+def _row_coefficients(out, soft, y, step, weighted, weight, count, keep, even):
+    """q_c = w_c * (keep * y_c + even): without the one-hot part when the targets are class indices.
+
+    Nothing of the parameters is read here: LLVM takes `out` for a place where they might be, and would not vectorise.
+    """
     _keep_apart()
-    if p.soft != 0:
+    if soft:
+        if step == 1:
+            copy_span(out, y, count)
+        else:
+            for i in range(count):
+                out[i] = y[i * step]
         for i in range(count):
-            out[i] = keep * y[(start + i) * p.soft_c] + even
+            out[i] = keep * out[i] + even
     else:
         for i in range(count):
             out[i] = even
-    if p.weight != 0:
+    if weighted:
         for i in range(count):
-            out[i] = out[i] * weight[(start + i) * p.weight_c]
+            out[i] = out[i] * weight[i]
+
+
+@_inline
+def _line_out(to, step, line, count, past_cache):
+    """Elements of the gradient, `step` apart, from consecutive ones."""
+    _keep_apart()
+    if step == 1:
+        move_rows(to, count, line, count, np.int64(1), count, past_cache)
+    else:
+        for i in range(count):
+            to[i * step] = line[i]
 
 
 def _by_class(task, worker, parameters, real):
@@ -208,9 +231,11 @@ def _by_class(task, worker, parameters, real):
     grad_output, partial = at(real, p.grad_output), _pointer(p.partial, 0.0)
     zero, one, low = _number(0.0, real), _number(1.0, real), _number(-np.inf, real)
     cap, smoothing = _number(p.logit_softcap, real), p.label_smoothing
+    inverse = one / cap
     keep, even = _number(1.0 - smoothing, real), _number(smoothing / classes, real)
     if GENERAL:
         dense = p.soft != 0 or (p.labels != 0 and smoothing > 0)
+        bare = p.soft != 0 and p.soft_c == 1 and smoothing == 0 and p.weight == 0  # q is the target itself
         simple = not dense and cap == zero and p.log == 0 and p.grad_c == 1
 
     # Scratch memory of this worker: the sums of `span_products`, three pieces, a base for each piece, the tile.
@@ -221,6 +246,8 @@ def _by_class(task, worker, parameters, real):
     line = offset(softened, PIECE)
     bases = offset(line, PIECE)
     tile = offset(bases, (classes // PIECE // 64 + 1) * 64)
+    capped = offset(tile, (classes + 15) // 16 * 16) if kept else softened
+    filled = np.int64(-1)  # the first class of the piece that `coefficients` are of
 
     for position in range(task * p.task_units, min((task + 1) * p.task_units, p.units)):
         n, s = divmod(position, space)
@@ -232,6 +259,8 @@ def _by_class(task, worker, parameters, real):
             t = labels[n * p.labels_n + s * p.labels_s]
             label = t if t != p.ignore_index else label
         ignored = p.labels != 0 and label < 0
+        if GENERAL and p.soft != 0:
+            filled = np.int64(-1)
         z_hit = zero
         if label >= 0:
             z_hit = z[label]  # before the exponentials overwrite it
@@ -246,9 +275,10 @@ def _by_class(task, worker, parameters, real):
                 source, powers = offset(z, start), offset(to if in_grad else tile, start)
                 if GENERAL:
                     if cap != zero:
-                        copy_span(softened, source, count)
-                        _soften(softened, count, cap)
-                        source = softened
+                        softer = offset(capped, start) if kept else capped
+                        copy_span(softer, source, count)
+                        _soften(softer, count, cap, inverse)
+                        source = softer
                     if not kept:
                         powers = line
                 highest = span_maximum(source, count)
@@ -260,8 +290,14 @@ def _by_class(task, worker, parameters, real):
                     base = top
                 bases[start // PIECE] = base
                 if GENERAL and dense:
-                    _row_coefficients(coefficients, p, y, weight, start, count, keep, even)
-                    span_products(coefficients, source, count, base, sums)
+                    q = offset(y, start) if bare else coefficients
+                    if not bare and filled != start:
+                        _row_coefficients(
+                            coefficients, p.soft != 0, offset(y, start * p.soft_c), p.soft_c, p.weight != 0,
+                            offset(weight, start), count, keep, even,
+                        )  # fmt: skip
+                        filled = start
+                    span_products(q, source, count, base, sums, np.int64(PIECE))
                 total += span_exponentials(powers, source, count, base, np.int64(PIECE))
 
         # 2. Loss, and the factors of the gradient.
@@ -273,11 +309,11 @@ def _by_class(task, worker, parameters, real):
         if label >= 0:
             q_hit = 1.0 - smoothing
             if GENERAL and cap != zero:
-                z_hit = cap * tanh(z_hit / cap)
-                u = np.float64(z_hit / cap)
+                z_hit = cap * tanh(z_hit * inverse)
+                u = np.float64(z_hit * inverse)
                 slope = 1.0 - u * u
             if p.weight != 0:
-                q_hit *= np.float64(weight[label * p.weight_c])
+                q_hit *= np.float64(weight[label])
             q_sum += q_hit
             q_z += q_hit * (np.float64(z_hit) - np.float64(base)) if q_hit != 0.0 else 0.0
         if p.grad_output != 0:
@@ -308,9 +344,11 @@ def _by_class(task, worker, parameters, real):
             if GENERAL:
                 source = offset(z, start)
                 if cap != zero:
-                    copy_span(softened, source, count)
-                    _soften(softened, count, cap)
-                    source = softened
+                    softer = offset(capped, start) if kept else capped
+                    if not kept:
+                        copy_span(softer, source, count)
+                        _soften(softer, count, cap, inverse)
+                    source = softer
                 if not kept and p.log == 0:
                     span_exponentials(line, source, count, base, np.int64(PIECE))
                     powers = line
@@ -322,19 +360,22 @@ def _by_class(task, worker, parameters, real):
                     shift = _number(log_sum, real)
                     for i in range(count):
                         line[i] = (source[i] - base) - shift
+                elif dense:
+                    q = offset(y, start) if bare else coefficients
+                    if not bare and filled != start:
+                        _row_coefficients(
+                            coefficients, p.soft != 0, offset(y, start * p.soft_c), p.soft_c, p.weight != 0,
+                            offset(weight, start), count, keep, even,
+                        )  # fmt: skip
+                        filled = start
+                    span_gradient(line, powers, q, count, scale, _number(outer, real))
                 else:
                     span_scale(line, powers, count, scale, False)
-                    if dense:
-                        _row_coefficients(coefficients, p, y, weight, start, count, keep, even)
-                        weight_of = _number(outer, real)
-                        for i in range(count):
-                            line[i] = line[i] - coefficients[i] * weight_of
-                    if cap != zero:
-                        _bend(line, softened, count, cap, one)
-                    if start <= label < start + count:
-                        line[label - start] = line[label - start] - taken
-                for i in range(count):
-                    to[(start + i) * p.grad_c] = line[i]
+                if cap != zero:
+                    _bend(line, source, count, inverse, one)
+                if start <= label < start + count:
+                    line[label - start] = line[label - start] - taken
+                _line_out(offset(to, start * p.grad_c), p.grad_c, line, count, past_cache)
                 continue
             here = start <= label < start + count
             power = powers[label - start] if here else zero  # before it is scaled where it is
@@ -423,7 +464,7 @@ def _fetch_coefficients(tile, p, soft, weight, position, lanes, row, rows, keep,
             tile[i] = even
     if p.weight != 0:
         for r in range(rows):
-            w = weight[(row + r) * p.weight_c]
+            w = weight[row + r]
             for j in range(width):
                 tile[r * width + j] = tile[r * width + j] * w
 
@@ -464,18 +505,6 @@ def _correct(base, top, low, width, total, weighted, mass):
             weighted[j] = weighted[j] + mass[j] * change
 
 
-@_inline_once
-def _add_coefficients(tile, coefficients, rows, width, base, weighted, mass):
-    """Add sum_c q_c * (z_c - base) to `weighted`, sum_c q_c to `mass`; where q_c is 0, 0 is added even at z = -inf."""
-    for r in range(rows):
-        line, q_line = offset(tile, r * width), offset(coefficients, r * width)
-        for j in range(width):
-            q = np.float64(q_line[j])
-            z = np.float64(line[j]) - np.float64(base[j])
-            weighted[j] = weighted[j] + (q * z if q != 0.0 else 0.0)
-            mass[j] = mass[j] + q
-
-
 def _by_position(task, worker, parameters, real):
     p = numba.carray(_record(parameters), 1)[0]
     classes, space, width, kept, past_cache = p.classes, p.space, p.width, p.kept != 0, p.past_cache != 0
@@ -487,6 +516,7 @@ def _by_position(task, worker, parameters, real):
     # Literals as arguments would be types of their own, and have `_fetch` and `_deliver` compiled twice.
     none, single, in_cache = np.int64(0), np.int64(1), np.bool_(False)
     cap, smoothing = _number(p.logit_softcap, real), p.label_smoothing
+    inverse = one / cap
     keep, even = _number(1.0 - smoothing, real), _number(smoothing / classes, real)
     if GENERAL:
         dense = p.soft != 0 or (p.labels != 0 and smoothing > 0)
@@ -500,10 +530,11 @@ def _by_position(task, worker, parameters, real):
     label, top = at(parameters, here + 7 * lane_bytes), at(real, here + 8 * lane_bytes)
     base, factor, scale = offset(top, width), offset(top, 2 * width), offset(top, 3 * width)
     coefficients = offset(top, 4 * width)
-    softened = offset(coefficients, PIECE)
-    tile = offset(softened, PIECE)
+    softened = offset(coefficients, COLUMN_PIECE)
+    tile = offset(softened, COLUMN_PIECE)
+    filled = np.int64(-1)  # the first class of the piece that `coefficients` are of, when they are of any position
 
-    piece_rows = PIECE // width
+    piece_rows = min(COLUMN_PIECE // width, np.int64(SUM_ROWS))
     block, step = classes, classes
     if GENERAL:
         block, step = classes if kept else piece_rows, piece_rows
@@ -512,6 +543,9 @@ def _by_position(task, worker, parameters, real):
         n, s = divmod(unit, p.parts)
         position = n * run + s * width
         lanes = min(width, run - s * width)
+
+        if GENERAL and p.soft != 0:
+            filled = np.int64(-1)
 
         # 1. The labels, -1 where ignored, and their coefficients.
         ignored = 0
@@ -526,7 +560,7 @@ def _by_position(task, worker, parameters, real):
             if p.weight != 0:
                 for j in range(lanes):
                     if label[j] >= 0:
-                        q_hit[j] = q_hit[j] * np.float64(weight[label[j] * p.weight_c])
+                        q_hit[j] = q_hit[j] * np.float64(weight[label[j]])
 
         # 2. Maximum and sum of exponentials, block by block. `base` is the maximum so far, or 0 where that is -inf:
         # -inf - -inf would be nan. Where all is ignored nothing is read.
@@ -541,10 +575,12 @@ def _by_position(task, worker, parameters, real):
                 powers, pitch = offset(grad, n * p.grad_n + s * width * p.grad_s), p.grad_c
         for row in range(0, classes if read else 0, block):
             block_rows = min(block, classes - row)
+            if GENERAL and cap != zero and kept:
+                z = offset(tile, classes * width)
             if GENERAL or p.direct == 0:
-                _fetch(tile, logits, p.logits_n, p.logits_c, p.logits_s, space, position, lanes, width, row, block_rows)
+                _fetch(z, logits, p.logits_n, p.logits_c, p.logits_s, space, position, lanes, width, row, block_rows)
             if GENERAL and cap != zero:
-                _soften(tile, block_rows * width, cap)
+                _soften(z, block_rows * width, cap, inverse)
             if p.labels != 0:
                 for j in range(lanes):
                     r = label[j] - row
@@ -558,8 +594,10 @@ def _by_position(task, worker, parameters, real):
             if GENERAL and dense:
                 for r in range(0, block_rows, piece_rows):
                     count = min(piece_rows, block_rows - r)
-                    _fetch_coefficients(coefficients, p, soft, weight, position, lanes, row + r, count, keep, even)
-                    _add_coefficients(offset(tile, r * width), coefficients, count, width, base, weighted, mass)
+                    if p.soft != 0 or filled != row + r:
+                        _fetch_coefficients(coefficients, p, soft, weight, position, lanes, row + r, count, keep, even)
+                        filled = row + r
+                    column_products(coefficients, offset(z, r * width), count, width, base, weighted, mass)
             next_n, next_s = divmod(position + lanes, space)  # of the next unit
             following = offset(logits, next_n * p.logits_n + row * p.logits_c + next_s * p.logits_s)
             column_exponentials(
@@ -587,7 +625,7 @@ def _by_position(task, worker, parameters, real):
                 mass[j] = mass[j] + q_hit[j]
             if GENERAL and cap != zero:
                 for j in range(width):
-                    u = np.float64(hit[j] / cap)
+                    u = np.float64(hit[j] * inverse)
                     q_hit[j] = q_hit[j] * (1.0 - u * u)
             for j in range(width):
                 hit[j] = q_hit[j] * outer[j]
@@ -636,7 +674,7 @@ def _by_position(task, worker, parameters, real):
                 if p.log != 0 or (read and not kept):
                     _fetch(here, logits, p.logits_n, p.logits_c, p.logits_s, space, position, lanes, width, row, count)
                     if cap != zero:
-                        _soften(here, count * width, cap)
+                        _soften(here, count * width, cap, inverse)
                 if p.log != 0:
                     scaled = False
                     for r in range(count):
@@ -649,17 +687,21 @@ def _by_position(task, worker, parameters, real):
                 scale_columns(here, pitch, count, lanes, factor)
             if GENERAL:
                 if dense:
-                    _fetch_coefficients(coefficients, p, soft, weight, position, lanes, row, count, keep, even)
+                    if filled != row:
+                        _fetch_coefficients(coefficients, p, soft, weight, position, lanes, row, count, keep, even)
+                        filled = row
                     for r in range(count):
                         line, q_line = offset(here, r * width), offset(coefficients, r * width)
                         for j in range(width):
                             line[j] = line[j] - q_line[j] * scale[j]
-                if cap != zero and read and scaled:
+                bent = offset(z, row * width) if kept else softened
+                if cap != zero and read and scaled and not kept:
                     _fetch(
                         softened, logits, p.logits_n, p.logits_c, p.logits_s, space, position, lanes, width, row, count
                     )
-                    _soften(softened, count * width, cap)
-                    _bend(here, softened, count * width, cap, one)
+                    _soften(softened, count * width, cap, inverse)
+                if cap != zero and read and scaled:
+                    _bend(here, bent, count * width, inverse, one)
             if masked:
                 for r in range(count):
                     line = offset(here, r * pitch)
@@ -742,7 +784,7 @@ def _prepare(
         p.grad, p.grad_n = grad.ctypes.data, grad.strides[0] // item
         p.grad_c, p.grad_s = grad.strides[1] // item, grad.strides[2] // item
     if weight.size:
-        p.weight, p.weight_c = weight.ctypes.data, weight.strides[0] // item
+        p.weight = weight.ctypes.data
     if grad_output.size:
         p.grad_output, p.grad_output_n = grad_output.ctypes.data, grad_output.strides[0] // item
         p.grad_output_s = grad_output.strides[1] // item
@@ -764,7 +806,8 @@ def _prepare(
         fits = TILE_BYTES // (classes * item)
         p.width = max(LANES, min(WIDEST, fits, p.run + LANES - 1) // LANES * LANES)
         p.parts = (p.run + p.width - 1) // p.width
-    p.kept = classes * p.width * item <= KEPT_BYTES
+    tiles = 2 if cap > 0 else 1  # with the softcapped logits, whose derivative is made of them
+    p.kept = tiles * (classes + 15) // 16 * 16 * p.width * item <= KEPT_BYTES
     p.partial = partial.ctypes.data
     partial[p.positions] = denominator
     p.units = p.positions // p.run * p.parts
@@ -816,7 +859,7 @@ def _plain(body: Callable[..., None]) -> Callable[..., None]:
 # [by class?][plain?]
 _bodies = tuple((tasks.Body(body), tasks.Body(_plain(body))) for body in (_by_position, _by_class))
 _NO_LABELS = np.empty((0, 0), np.int64)
-_SCRATCH = KEPT_BYTES + 64 + max(12 * 8 * WIDEST + 2 * 8 * PIECE, 64 + (3 * PIECE + 64) * 8)
+_SCRATCH = KEPT_BYTES + 64 + max(12 * 8 * WIDEST + 2 * 8 * COLUMN_PIECE, 64 + (3 * PIECE + 64) * 8)
 _WORDS = _PARAMETERS.itemsize // 8
 _UNITS = list(_PARAMETERS.names or ()).index("units")
 
@@ -881,6 +924,8 @@ def cross_entropy(
         if loss is not None:
             loss[...] = math.nan if reduction == "mean" else 0.0
         return None
+    if weight is not None and weight.strides[0] != weight.itemsize:
+        weight = weight.copy()
     loss_flat = _flat_output(loss, 1) if reduction == "none" else None
     grad_flat, lse_flat = _flat_output(grad, 2), _flat_output(lse, 1)
     rows = None
