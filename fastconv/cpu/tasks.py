@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -86,6 +87,18 @@ def _finished(typingctx, counter):
     return types.int64(types.CPointer(types.int64)), codegen
 
 
+# A thread that waits for another looks so often, some microseconds; after that the other may be waiting for its core.
+_LOOKS = 2000
+
+if sys.platform == "win32":
+
+    @numba.njit
+    def _let_others_run():
+        pass
+else:
+    _let_others_run = types.ExternalFunction("sched_yield", types.int32())
+
+
 @kernel(lambda _: types.void(types.int64, types.int64))
 def _drive(first, workers):
     """Run the stages whose parameters are at `first` and, from there, at NEXT."""
@@ -101,8 +114,11 @@ def _drive(first, workers):
                 before = first
                 for _ in range(p[WAITS]):
                     q = _integers(before)
+                    looked = 0
                     while _finished(simd.offset(q, DONE)) < q[TASKS]:
-                        pass
+                        looked += 1
+                        if looked > _LOOKS:
+                            _let_others_run()
                     before = q[NEXT]
             while task < tasks:
                 _call(body, task, np.int64(worker), stage)
