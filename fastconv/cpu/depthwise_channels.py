@@ -44,9 +44,9 @@ FIRST, COUNT, SHIFT, START, TAP_STEP, PIECES, WITHIN, EVERY, PHASE_FIELDS = rang
 FUNCTION, BLOCKS, BLOCK_TAPS = range(3)
 
 SLAB_BYTES = 256 * 1024  # with the output beside it and what streams through, a half of the L2 caches of today
-# Blocks side by side that are read in place: neighbouring cache lines of every pixel. With 2, 8 and 16 the layers of
-# MobileNetV2 took 1.0 to 1.1 times as long (AVX-512).
-_GROUP = 4
+# Blocks side by side that are read in place, at most: neighbouring cache lines of every pixel. With 2 to 4, layers that
+# do not fit into the caches took 1.2 to 1.4 times as long; the others are within a tenth from 2 to 16 (AVX-512).
+_GROUP = 9
 # Pixels of output, at least, that are computed before more rows are copied into the slab: what was copied is still in
 # the nearest cache. With 100 or 10000, 3 x 3 taps took 1.1 to 1.3 times as long.
 _STRIP_PIXELS = 400
@@ -552,7 +552,7 @@ def plan_correlation(
     lanes = simd.tile(dtype.itemsize * 8).lanes
     blocks = -(-channels // lanes)
     in_place = _can_stay_in_place(lines, x, y)
-    group = min(blocks, _GROUP) if in_place else 1
+    group = -(-blocks // -(-blocks // _GROUP)) if in_place else 1
     groups = -(-blocks // group)
     parameters, tables, tiles = _parameters(
         dtype, lines, -(-2 * workers // (batch * groups)), _correlate_function, False, x, y, group
