@@ -588,29 +588,29 @@ def _write_separate(module: ir.Module, function: ir.Function, vector: ir.VectorT
     whole, rest = b.sdiv(count, _i64(n * phases)), b.srem(count, _i64(n * phases))
     places = [b.gep(target, [b.load(b.gep(place, [_i64(r)]))]) for r in range(phases)]
 
-    def store(values: list[ir.Value], block: ir.Value) -> None:
-        for at, value in zip(places, _unweave(b, values), strict=True):
-            _store(b, value, b.gep(at, [b.mul(block, _i64(n))]))
+    def place_of(block: ir.Value) -> list[ir.Value]:
+        return [b.gep(at, [b.mul(block, _i64(n))]) for at in places]
 
     blocks, tail, last, end = (b.append_basic_block(name) for name in ("blocks", "tail", "last", "end"))
     b.cbranch(b.icmp_signed(">", whole, _i64(0)), blocks, tail)
     b.position_at_end(blocks)
     loop = _Loop(b, "loop", whole, [])
     start = b.gep(source, [b.mul(loop.k, _i64(n * phases))])
-    store([_load(b, b.gep(start, [_i64(j * n)]), vector) for j in range(phases)], loop.k)
+    values = [_load(b, b.gep(start, [_i64(j * n)]), vector) for j in range(phases)]
+    for value, at in zip(_unweave(b, values), place_of(loop.k), strict=True):
+        _store(b, value, at)
     loop.close([])
     b.branch(tail)
     b.position_at_end(tail)
     b.cbranch(b.icmp_signed(">", rest, _i64(0)), last, end)
     b.position_at_end(last)
     start = b.gep(source, [b.mul(whole, _i64(n * phases))])
-    store(
-        [
-            _load_up_to(b, module, b.gep(start, [_i64(j * n)]), vector, b.sub(rest, _i64(j * n)))
-            for j in range(phases)
-        ],
-        whole,
-    )
+    values = [
+        _load_up_to(b, module, b.gep(start, [_i64(j * n)]), vector, b.sub(rest, _i64(j * n))) for j in range(phases)
+    ]
+    for r, (value, at) in enumerate(zip(_unweave(b, values), place_of(whole), strict=True)):
+        mask = _lane_mask(b, b.sdiv(b.add(rest, _i64(phases - 1 - r)), _i64(phases)), n)
+        _store_lanes(b, module, value, at, mask)
     b.branch(end)
     b.position_at_end(end)
     b.ret_void()
@@ -640,10 +640,7 @@ def _separate(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> tuple[ir.Value, ir.V
 
 
 separate_2, separate_4 = _separator(2), _separator(4)
-separate_2.__doc__ = """target[place[k % 2] + k // 2] = source[k] for k < count, and similarly separate_4.
-
-Whole vectors are stored: zeros may follow the last element of each phase, up to `lanes` of them.
-"""
+separate_2.__doc__ = "target[place[k % 2] + k // 2] = source[k] for k < count, and similarly separate_4."
 
 
 @intrinsic
