@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import sys
@@ -30,22 +31,47 @@ TESTS = Path(__file__).parent.parent / "tests"
 # The H200: what a copy reaches, read and written; the rest from NVIDIA's data sheet and the CUDA programming guide.
 COPY = 4.3e12  # bytes per second
 FLOPS = 67e12  # float32, multiply-adds of 128 lanes in each of 132 multiprocessors at 1.98 GHz
+# by arithmetic: dense, the tensor cores' for tf32 and 16-bit types, the ordinary units' for float64
+CEILINGS = {"float32": FLOPS, "float64": 34e12, "tf32": 495e12, "float16": 990e12, "bfloat16": 990e12}
 MULTIPROCESSORS, SCHEDULERS, CLOCK = 132, 4, 1.98e9
 ISSUED = MULTIPROCESSORS * SCHEDULERS * CLOCK  # instructions of a warp per second
 REGISTERS, SHARED, THREADS, BLOCKS = 65536, 228 * 1024, 2048, 32  # of a multiprocessor
 LAUNCH = 2.5e-6  # seconds from one kernel of a stream to the next, at least
-CEILINGS = {"tf32": 495e12, "bfloat16": 990e12}
+MULTIPLIES = ("FFMA", "HMMA", "DFMA")
+# Cycles of a multiprocessor's shared memory, 128 bytes in each, for what a warp does to it on the tensor cores' way.
+SHARED_CYCLES = {"LDSM.16.M88.4": 4, "LDSM.16.MT88.4": 4, "LDGSTS": 4, "STS.128": 4, "LDS.128": 4}
+# Multiplications and additions of one instruction of a warp
+FLOPS_OF = {"HMMA.16816": 4096, "HMMA.1688": 2048, "DFMA": 64}
 
 BATCH = 32
 ARCHITECTURE = (9, 0)
-LAYERS = [
-    ("resnet50", False, ("forward", "input_grad"), "float32"),
-    ("vgg16", False, ("forward",), "float32"),
-    ("mobilenet_v2", True, ("forward",), "float32"),
-    ("convnext_tiny", True, ("forward", "weight_grad"), "float32"),
-    ("audio", True, ("forward",), "float32"),
-    ("cross_entropy", False, ("with_grad",), "float32"),
-    ("cross_entropy", False, ("with_grad",), "bfloat16"),
+
+
+class Table(NamedTuple):
+    """One network, in one arithmetic and one order of the dimensions."""
+
+    network: str
+    passes: tuple[str, ...]
+    kind: str = "float32"
+    narrow: bool = False  # the layers of several groups alone
+    last: bool = False  # channels last
+
+
+CONVOLUTIONS = ("forward", "input_grad", "weight_grad")
+TABLES = [
+    Table("resnet50", CONVOLUTIONS),
+    Table("resnet50", CONVOLUTIONS, "tf32", last=True),
+    Table("resnet50", CONVOLUTIONS, "bfloat16", last=True),
+    Table("resnet50", ("forward",), "float64"),
+    Table("vgg16", ("forward",)),
+    Table("vgg16", ("forward",), "tf32", last=True),
+    Table("vgg16", ("forward",), "bfloat16", last=True),
+    Table("mobilenet_v2", CONVOLUTIONS, narrow=True),
+    Table("mobilenet_v2", ("forward",), "bfloat16", narrow=True),
+    Table("convnext_tiny", ("forward", "weight_grad"), narrow=True),
+    Table("audio", ("forward",), narrow=True),
+    Table("cross_entropy", ("with_grad", "softmax")),
+    Table("cross_entropy", ("with_grad",), "bfloat16"),
 ]
 
 
@@ -74,29 +100,48 @@ class Launch(NamedTuple):
         return [int(n) for n in next(a for a in self.arguments if isinstance(a, tuple))]
 
 
-def _array(shape: Iterable[int], dtype: Any = np.float32) -> Any:
+_places = itertools.count(1)
+
+
+def _array(shape: Iterable[int], dtype: Any = np.float32, last: bool = False) -> Any:
+    """An array at a place of its own; `last`: its second axis lies closest together."""
     from fastconv.cuda_kernels._cuda import DeviceArray
 
-    return DeviceArray(1 << 20, tuple(shape), None, dtype, None)
+    shape, place = tuple(shape), next(_places) << 40
+    if not last:
+        return DeviceArray(place, shape, None, dtype, None)
+    made = DeviceArray(place, (shape[0], *shape[2:], shape[1]), None, dtype, None)
+    return made.transpose((0, len(shape) - 1, *range(1, len(shape) - 1)))
+
+
+class Small(NamedTuple):
+    """A kernel of one thread for each element: weights put in order, parts of a gradient added."""
+
+    bytes: int
 
 
 @contextlib.contextmanager
-def _recorded() -> Iterator[list[Launch]]:
+def _recorded(kind: str) -> Iterator[tuple[list[Launch], list[Small]]]:
     """The launches that the kernels' entries make, on arrays that do not exist."""
     from fastconv.cuda_kernels import depthwise, implicit_gemm, softmax_rows
+    from fastconv.cuda_kernels._cuda import DeviceArray
 
     launches: list[Launch] = []
+    small: list[Small] = []
+
+    def launch(kernel: Any, elements: int, *arguments: Any) -> None:
+        small.append(Small(sum(a.nbytes for a in arguments if isinstance(a, DeviceArray))))
 
     def launch_blocks(kernel: Any, grid: Any, *arguments: Any) -> None:
         launches.append(Launch(kernel, grid if isinstance(grid, tuple) else (grid,), arguments))
 
     stand_ins: dict[str, Any] = {
         "launch_blocks": launch_blocks,
-        "launch": lambda *arguments: None,  # the sum of parts, small beside them
+        "launch": launch,
         "upload": lambda *tables: tuple(_array((len(t),), t.dtype) for t in tables),
-        "empty": lambda shape, dtype, like: (None, _array(shape, dtype)),
+        "scratch": lambda shape, dtype, like: _array(shape, dtype),
         "current_device": lambda: 0,
-        "multiprocessors": lambda: MULTIPROCESSORS,
+        "get_float32_precision": lambda: "tf32" if kind == "tf32" else "ieee",
     }
     with contextlib.ExitStack() as stack:
         for module in (depthwise, implicit_gemm, softmax_rows):
@@ -107,30 +152,33 @@ def _recorded() -> Iterator[list[Launch]]:
                 if hasattr(module, cached):
                     getattr(module, cached).cache_clear()
                     stack.callback(getattr(module, cached).cache_clear)
-        yield launches
+        yield launches, small
 
 
-def _dtype(name: str) -> Any:
-    if name == "bfloat16":
+def _dtype(kind: str) -> Any:
+    if kind == "bfloat16":
         import ml_dtypes
 
         return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+    return np.dtype("float32" if kind == "tf32" else kind)
 
 
-def launches(case: Case, which: str, dtype: str) -> list[Launch]:
-    """Those of one pass of a layer; none where no kernel of blocks takes it."""
+def launches(case: Case, which: str, kind: str, last: bool = False) -> tuple[list[Launch], list[Small]]:
+    """Those of one pass of a layer; none of the first where no kernel of blocks takes it."""
     from fastconv.arguments import convolution_plan
     from fastconv.cuda_kernels import depthwise, implicit_gemm, softmax_rows
 
-    kind = _dtype(dtype)
-    with _recorded() as found:
+    dtype = _dtype(kind)
+    with _recorded(kind) as found:
         if isinstance(case, CrossEntropyCase):
             if case.size:
-                return []
-            z = _array((case.batch, case.classes, 1, 1, 1), kind).transpose((0, 1, 2, 3, 4))
-            rows = _array((case.batch, 1, 1, 1), kind)
-            none = _array((0,), kind), _array((0,) * 5, kind)
+                return found
+            z = _array((case.batch, case.classes, 1, 1, 1), dtype)
+            if which == "softmax":
+                softmax_rows.softmax_rows(z, False, z)
+                return found
+            rows = _array((case.batch, 1, 1, 1), dtype)
+            none = _array((0,), dtype), _array((0,) * 5, dtype)
             one, zero = np.float32(1), np.float32(0)
             softmax_rows.cross_entropy_rows(
                 z, _array((case.batch, 1, 1, 1), np.int64), none[1], none[0], rows, -100, one, _array((0,)), one, zero,
@@ -143,10 +191,10 @@ def launches(case: Case, which: str, dtype: str) -> list[Launch]:
         )  # fmt: skip
         ones = (1,) * (3 - case.ndim)
         x, w, y = (
-            _array((*shape[:2], *ones, *shape[2:]), kind)
+            _array((*shape[:2], *ones, *shape[2:]), dtype, last and shape != case.weight_shape)
             for shape in (case.input_shape, case.weight_shape, case.output_shape)
         )
-        bias = _array((0,), kind)
+        bias = _array((0,), dtype)
         entries: dict[str, Callable[[Any], bool]] = {
             "forward": lambda module: module.forward(plan.geometry, x, w, bias, False, y),
             "weight_grad": lambda module: module.weight_grad(plan.geometry, x, y, False, w),
@@ -179,10 +227,23 @@ def _has(block: Any, *prefixes: str) -> bool:
     return any(opcode.startswith(prefixes) for opcode in block)
 
 
+def _hot_block(code: Any) -> Any:
+    return max(code.blocks, key=lambda block: sum(n for op, n in block.items() if op.startswith(MULTIPLIES)))
+
+
+def _steps(launch: Launch) -> int:
+    """How often a thread of a product goes through the innermost loop: over the terms, or the positions of a part."""
+    from fastconv.cuda_kernels.tiles import ARITHMETIC
+
+    operand = launch.kernel.signature[0].dtype.name  # of 16-bit numbers, and of tf32, the bits
+    depth = ARITHMETIC[{"uint16": "bfloat16", "uint32": "tf32"}.get(operand, operand)].depth
+    return math.ceil(launch.numbers[2 if launch.kernel.__name__ == "gather" else 3] / depth)
+
+
 def instructions(launch: Launch) -> float:
     """Of one thread, about. Of the ways to store a result the longest is taken, where only one can be."""
     code = machine_code(launch.kernel)
-    hot = max(code.blocks, key=lambda block: sum(n for op, n in block.items() if op.startswith(("FFMA", "HMMA"))))
+    hot = _hot_block(code)
     everything = _total(code.blocks)
     if launch.module == "softmax_rows":
         return 0.0 if _is_read_twice(launch) else everything
@@ -190,8 +251,7 @@ def instructions(launch: Launch) -> float:
     if launch.module == "implicit_gemm":
         # the fetching and storing of a stage is there twice: before the loop, and in it
         stage = _total(b for b in code.blocks if b is not hot and _has(b, "LDG", "STS", "LDGSTS")) / 2
-        steps = math.ceil((numbers[2] if launch.kernel.__name__ == "gather" else numbers[3]) / 8)
-        return everything + (steps - 1) * (_total([hot]) + stage)
+        return everything + (_steps(launch) - 1) * (_total([hot]) + stage)
     alternatives = _total(
         b for b in code.blocks if any(op in ("STG.E", "LDG.E", "STG.E.U16", "LDG.E.U16") for op in b)
     )
@@ -204,6 +264,32 @@ def instructions(launch: Launch) -> float:
     body = _total(b for b in code.blocks if _has(b, "FFMA", "LDG"))
     patches = math.ceil(numbers[9] / (launch.kernel.threads // lanes))
     return everything + (patches - 1) * body
+
+
+def multiplications(launch: Launch) -> float:
+    """Multiplications and additions of a warp on the tensor cores or the float64 units, also in what fills up tiles."""
+    if launch.module != "implicit_gemm":
+        return 0.0
+    hot = _hot_block(machine_code(launch.kernel))
+    return _steps(launch) * sum(
+        n * flops for op, n in hot.items() for prefix, flops in FLOPS_OF.items() if op.startswith(prefix)
+    )
+
+
+def shared_cycles(launch: Launch) -> float:
+    """Cycles in which a warp on the tensor cores' way has the shared memory of its multiprocessor for itself."""
+    code = machine_code(launch.kernel)
+    if launch.module != "implicit_gemm" or not any(op.startswith("HMMA") for op in code.opcodes):
+        return 0.0
+    hot = _hot_block(code)
+
+    def cycles(blocks: Iterable[Any]) -> float:
+        return sum(
+            n * c for b in blocks for op, n in b.items() for prefix, c in SHARED_CYCLES.items() if op.startswith(prefix)
+        )
+
+    stage = cycles(b for b in code.blocks if b is not hot) / 2  # as above: before the loop, and in it
+    return _steps(launch) * (cycles([hot]) + stage)
 
 
 def _is_read_twice(launch: Launch) -> bool:
@@ -237,23 +323,45 @@ class Prediction:
 
     case: Case
     which: str
-    dtype: str
+    kind: str
     launches: list[Launch]
+    small: list[Small]
     memory: float
     issue: float
+    multiply: float  # on the tensor cores, or the float64 units
+    shared: float
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        unit = "float64 units" if self.kind == "float64" else "tensor cores"
+        return {
+            "memory": self.memory, "instructions": self.issue, unit: self.multiply, "shared memory": self.shared
+        }  # fmt: skip
+
+    @property
+    def bound(self) -> str:
+        return max(self.bounds, key=lambda name: self.bounds[name])
 
     @property
     def seconds(self) -> float:
-        return max(self.memory, self.issue) + LAUNCH * len(self.launches)
+        beside = sum(small.bytes for small in self.small) / COPY
+        return max(self.bounds.values()) + beside + LAUNCH * (len(self.launches) + len(self.small))
 
 
-def predict(case: Case, which: str, dtype: str) -> Prediction | None:
+def moved_bytes(case: Case, which: str, itemsize: int) -> int:
+    """As `case.bytes`; softmax reads and writes its rows and has no labels."""
+    if which == "softmax" and isinstance(case, CrossEntropyCase):
+        return 2 * itemsize * math.prod(case.logits_shape)
+    return case.bytes(which, itemsize)
+
+
+def predict(case: Case, which: str, kind: str, last: bool = False) -> Prediction | None:
     """None where a simple kernel, one thread for each element, does the pass."""
-    found = launches(case, which, dtype)
+    found, small = launches(case, which, kind, last)
     if not found:
         return None
-    itemsize = _dtype(dtype).itemsize
-    issue, moved = 0.0, case.bytes(which, itemsize)
+    itemsize = _dtype(kind).itemsize
+    issue, multiply, shared, moved = 0.0, 0.0, 0.0, moved_bytes(case, which, itemsize)
     for launch in found:
         if launch.module == "softmax_rows" and _is_read_twice(launch):
             moved += itemsize * case.batch * case.classes  # type: ignore[union-attr]
@@ -265,7 +373,9 @@ def predict(case: Case, which: str, dtype: str) -> Prediction | None:
         else:
             uneven = math.ceil(launch.blocks / MULTIPROCESSORS) * MULTIPROCESSORS / launch.blocks
         issue += warps * instructions(launch) / ISSUED * uneven
-    return Prediction(case, which, dtype, found, moved / COPY, issue)
+        multiply += warps * multiplications(launch) / CEILINGS[kind] * uneven
+        shared += warps * shared_cycles(launch) / (MULTIPROCESSORS * CLOCK) * uneven
+    return Prediction(case, which, kind, found, small, moved / COPY, issue, multiply, shared)
 
 
 def for_gpu(case: Case) -> Case:
@@ -282,31 +392,60 @@ def _name(launch: Launch) -> str:
     return f"{launch.module}.{launch.kernel.__name__}, {code.registers} registers"
 
 
-def rows(
-    layers: Iterable[tuple[str, bool, tuple[str, ...], str]], tell: Callable[[str], object] = print
-) -> Iterator[tuple[str, list[str]]]:
-    """(title, lines of a table) for each network, pass and arithmetic."""
-    for network, narrow, passes, dtype in layers:
-        for which in passes:
-            lines = []
-            for case in map(for_gpu, cases.network(network)):
-                if narrow and isinstance(case, ConvolutionCase) and case.groups == 1:
+class Section(NamedTuple):
+    """A table of the page."""
+
+    title: str
+    table: Table
+    which: str
+    predictions: list[Prediction]
+
+    @property
+    def lines(self) -> Iterator[str]:
+        ceiling = CEILINGS[self.table.kind]
+        for found in self.predictions:
+            case, seconds = found.case, found.seconds
+            flops = case.flops("forward" if self.which == "softmax" else self.which)
+            moved = moved_bytes(case, self.which, _dtype(self.table.kind).itemsize)
+            times = " | ".join(f"{1e3 * t:.4f}" for t in (*found.bounds.values(), seconds))
+            largest = max(found.launches, key=lambda launch: launch.blocks)
+            yield (
+                f"| {case.name} | {_name(largest)} | {len(found.launches) + len(found.small)} | {flops / 1e9:.2f} | "
+                f"{moved / 1e6:.1f} | {times} | {flops / seconds / 1e12:.1f} | "
+                f"{100 * flops / seconds / ceiling:.0f} | {100 * moved / seconds / COPY:.0f} | {found.bound} |"
+            )
+
+    @property
+    def summary(self) -> str:
+        """All layers, each as often as the network has it."""
+        seconds = sum(p.case.count * p.seconds for p in self.predictions)
+        flops = sum(p.case.count * p.case.flops(p.which) for p in self.predictions if self.which != "softmax")
+        moved = sum(
+            p.case.count * moved_bytes(p.case, self.which, _dtype(self.table.kind).itemsize) for p in self.predictions
+        )
+        rate = flops / seconds
+        bounds = sorted({p.bound for p in self.predictions})
+        return (
+            f"| {self.title} | {len(self.predictions)} | {1e3 * seconds:.3f} | {rate / 1e12:.1f} | "
+            f"{100 * rate / CEILINGS[self.table.kind]:.0f} | {100 * moved / seconds / COPY:.0f} | {', '.join(bounds)} |"
+        )
+
+
+def sections(tables: Iterable[Table], tell: Callable[[str], object] = print) -> Iterator[Section]:
+    """One for each network, pass and arithmetic of which any layer is done by a kernel of blocks."""
+    for table in tables:
+        for which in table.passes:
+            found = []
+            for case in map(for_gpu, cases.network(table.network)):
+                if table.narrow and isinstance(case, ConvolutionCase) and case.groups == 1:
                     continue
-                found = predict(case, which, dtype)
-                if found is None:
-                    continue
-                tell(f"{network} {case.name} {which} {dtype}: {1e3 * found.seconds:.4f} ms")
-                flops, moved = case.flops(which), case.bytes(which, _dtype(dtype).itemsize)
-                rate, traffic = flops / found.seconds, moved / found.seconds
-                largest = max(found.launches, key=lambda launch: launch.blocks)
-                bound = "memory" if found.memory > found.issue else "instructions"
-                lines.append(
-                    f"| {case.name} | {_name(largest)} | {flops / 1e9:.2f} | {moved / 1e6:.1f} | "
-                    f"{1e3 * found.memory:.4f} | {1e3 * found.issue:.4f} | {1e3 * found.seconds:.4f} | "
-                    f"{rate / 1e12:.1f} | {100 * rate / FLOPS:.0f} | {100 * traffic / COPY:.0f} | {bound} |"
-                )
-            if lines:
-                yield f"{network}, {which}, {dtype}", lines
+                prediction = predict(case, which, table.kind, table.last)
+                if prediction is not None:
+                    tell(f"{table.network} {case.name} {which} {table.kind}: {1e3 * prediction.seconds:.4f} ms")
+                    found.append(prediction)
+            if found:
+                title = f"{table.network}, {which}, {table.kind}{', channels last' * table.last}"
+                yield Section(title, table, which, found)
 
 
 def mixes(kernels: Iterable[Any]) -> Iterator[str]:
@@ -318,13 +457,14 @@ def mixes(kernels: Iterable[Any]) -> Iterator[str]:
         def count(*prefixes: str, code=code) -> int:
             return sum(n for op, n in code.opcodes.items() if op.startswith(prefixes))
 
-        multiplies, of = code.share("FFMA")
+        hot = max(MULTIPLIES, key=code.share)
+        multiplies, of = code.share(hot)
         yield (
             f"| {kernel.function.__module__.rpartition('.')[2]}.{kernel.__name__} | {kernel.threads} | "
-            f"{code.registers} | {code.shared} | {total} | {count('FFMA')} | {multiplies} of {of} | "
+            f"{code.registers} | {code.shared} | {total} | {hot} {multiplies} of {of} | {count('LDGSTS')} | "
             f"{count('LDG.E.128', 'LDG.E.64')} of {count('LDG')} | "
             f"{count('STG.E.128', 'STG.E.64')} of {count('STG')} | "
-            f"{count('LDS')} | {count('STS')} | {count('SHFL')} | {count('MUFU')} |"
+            f"{count('LDS') - count('LDSM')} | {count('LDSM')} | {count('STS')} | {count('SHFL')} | {count('MUFU')} |"
         )
 
 
@@ -333,51 +473,64 @@ HEAD = f"""# Predicted times of the CUDA kernels on an H200
 **Predictions, not measurements.** No kernel has been run for this page: `bench/cuda_predictions.py` counts bytes,
 flops and the instructions in the machine code for sm_90a (CUDA 13.0), and divides them by what an H200 can do:
 {COPY / 1e12:g} TB/s for a copy, {FLOPS / 1e12:g} TFLOP/s of float32 outside the tensor cores
-({CEILINGS["tf32"] / 1e12:g} TFLOP/s of tf32 and {CEILINGS["bfloat16"] / 1e12:g} of bfloat16 with them),
+and {CEILINGS["float64"] / 1e12:g} of float64, {CEILINGS["tf32"] / 1e12:g} of tf32
+and {CEILINGS["bfloat16"] / 1e12:g} of bfloat16 on them (dense),
 {ISSUED / 1e12:.3f} * 10^12 instructions of a warp a second. `make bench-cuda` measures; its rows are in bench/results.
 
-A prediction is the larger of two times, and {1e6 * LAUNCH:g} us for each launch:
+A prediction is the largest of four times, {1e6 * LAUNCH:g} us for each launch, and the bytes of the small kernels
+beside it (weights put in order, parts of a gradient added):
 
 - *memory*: both operands read once and the result written once, at the rate of a copy;
 - *instructions*: those of every warp, issued at one per scheduler and clock, the multiprocessors as evenly loaded as
-  the number of blocks lets them be.
+  the number of blocks lets them be;
+- *units*: the multiplications of whole tiles and steps, at the rate of the tensor cores or of the float64 units
+  (those of float32 are among the instructions);
+- *shared*: on the tensor cores' way, what the warps load from shared memory and copy into it, at 128 bytes a clock.
 
 It leaves out what is not known without a GPU: waiting for memory and barriers that other warps do not cover, conflicts
 of shared memory banks, operands read more than once from beyond the caches, the second-level cache's hits, and the
-clock under load. So the times are lower bounds in kind; where a kernel has several ways to store a result, the longest
-was counted. Rows of logits too long for the registers count as read twice, their instructions not. Batch {BATCH},
-cross-entropy on at least 2^26 logits; layers without a line are done by the simple kernels.
-The products on the tensor cores are not on this page: how busy their pipelines are is no matter of counting
-instructions.
+clock under load. The rate of the tensor cores is that of `wgmma`; `mma.sync`, which the kernels use, was found to reach
+about 63 % of it on this architecture (Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
+Microbenchmarking, 2024). So the times are lower bounds in kind; where a kernel has several ways to store a result, the
+longest was counted. Rows of logits too long for the registers count as read twice, their instructions not. Batch
+{BATCH}, cross-entropy on at least 2^26 logits; layers without a line are done by the simple kernels.
+"""
 
+SUMMARY = """
+## All layers of a network
+
+Each as often as the network has it.
+
+| network, pass, arithmetic | layers | predicted ms | TFLOP/s | % of the arithmetic's ceiling | % of copy | bound by |
+| --- | ---: | ---: | ---: | ---: | ---: | --- |
+"""
+
+CODE = """
 ## Machine code
 
-| kernel | threads | registers | shared bytes | instructions | FFMA | FFMA in the hot block | wide loads | wide stores \
-| LDS | STS | SHFL | MUFU |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| kernel | threads | registers | shared bytes | instructions | hot block | LDGSTS | wide loads | wide stores \
+| LDS | LDSM | STS | SHFL | MUFU |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 """
 
 TABLE = """
-| layer | kernel | GFLOP | MB | memory ms | instructions ms | predicted ms | TFLOP/s | % of 67 | % of copy | bound |
-| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |
+| layer | kernel | launches | GFLOP | MB | memory ms | instructions ms | units ms | shared ms | predicted ms | TFLOP/s \
+| % of ceiling | % of copy | bound |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |
 """
 
 
-def page(layers: Iterable[tuple[str, bool, tuple[str, ...], str]], tell: Callable[[str], object] = print) -> str:
-    tables = list(rows(layers, tell))
-    used: dict[Any, None] = {}
-    for network, narrow, passes, dtype in layers:
-        for case in map(for_gpu, cases.network(network)):
-            if not narrow or not isinstance(case, ConvolutionCase) or case.groups > 1:
-                for which in passes:
-                    used.update(dict.fromkeys(launch.kernel for launch in launches(case, which, dtype)))
-    parts = [HEAD, "\n".join(mixes(used)), "\n"]
-    for title, lines in tables:
-        parts += [f"\n## {title}\n", TABLE, "\n".join(lines), "\n"]
+def page(tables: Iterable[Table], tell: Callable[[str], object] = print) -> str:
+    made = list(sections(tables, tell))
+    used = dict.fromkeys(launch.kernel for s in made for p in s.predictions for launch in p.launches)
+    parts = [HEAD, SUMMARY, "\n".join(section.summary for section in made), "\n"]
+    parts += [CODE, "\n".join(mixes(used)), "\n"]
+    for section in made:
+        parts += [f"\n## {section.title}\n", TABLE, "\n".join(section.lines), "\n"]
     return "".join(parts)
 
 
 if __name__ == "__main__":
     os.environ.pop("NUMBA_ENABLE_CUDASIM", None)
-    PAGE.write_text(page(LAYERS), encoding="utf-8")
+    PAGE.write_text(page(TABLES), encoding="utf-8")
     print(f"written: {PAGE}")

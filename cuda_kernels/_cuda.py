@@ -5,12 +5,15 @@ ImportErrors. With ``NUMBA_ENABLE_CUDASIM=1`` the same code runs in Numba's simu
 host's and a launch runs the kernel's Python source.
 
 An operation sees `DeviceArray`: shape, dtype, strides and address of memory that somebody else owns. Nothing here
-waits for the device, except `to_host` and the first use of a geometry (`upload`).
+waits for the device, except `to_host` and the first use of a geometry (`upload`). So a call on device arrays with
+``out=`` can be captured in a CUDA graph, once it has been made before: by then its kernels are loaded, its tables are
+on the device and its memory between kernels is there (`scratch`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -39,6 +42,7 @@ __all__ = [
     "launch_blocks",
     "multiprocessors",
     "overlap",
+    "scratch",
     "to_device",
     "to_host",
     "upload",
@@ -372,6 +376,7 @@ def _admit_simulated(obj: Any) -> DeviceArray:
 def empty(shape: Sequence[int], dtype: DTypeLike, like: Any) -> tuple[Any, DeviceArray]:
     """Allocate device memory in the array library of `like`; return that library's array and its `DeviceArray`.
 
+    For results; what is only handed from kernel to kernel is `scratch`.
     `like` is a user's array or a `DeviceArray`, which stands for its owner. Where the library has no arrays that can
     be written (JAX), the memory is Numba's and `deliver` hands it over when it is filled.
     """
@@ -387,6 +392,44 @@ def empty(shape: Sequence[int], dtype: DTypeLike, like: Any) -> tuple[Any, Devic
     else:
         result = cuda.device_array(tuple(shape), dtype, stream=getattr(like, "stream", 0) if library == "numba" else 0)
     return result, admit(result)
+
+
+class _Block:
+    """Device memory on loan: it goes back where it came from when nobody knows it any more."""
+
+    __slots__ = ("_free", "memory")
+
+    def __init__(self, free: list[Any], memory: Any) -> None:
+        self._free, self.memory = free, memory
+
+    def __del__(self) -> None:
+        self._free.append(self.memory)
+
+
+_LEAST_BLOCK = 512  # bytes; larger blocks are powers of two
+_blocks_of: dict[tuple[int, int, int], list[Any]] = {}  # by device, stream and size: what is not on loan
+
+
+def scratch(shape: Sequence[int], dtype: DTypeLike, like: DeviceArray) -> DeviceArray:
+    """Device memory for what one kernel of a call leaves to the next.
+
+    It belongs to the stream of `like`: what is launched there later may have the same memory again. torch has such an
+    allocator, which also knows of the graphs that it captures. For all others the blocks are kept here, and never given
+    back: a captured graph goes on using those that it met. It must not be replayed beside other calls on its stream.
+    """
+    if _library(like.owner) == "torch":
+        return empty(shape, dtype, like)[1]
+    kind = np.dtype(dtype)
+    size = _LEAST_BLOCK
+    while size < math.prod(shape) * kind.itemsize:
+        size *= 2
+    stream = max(like.stream, 0)
+    free = _blocks_of.setdefault((current_device(), stream, size), [])
+    try:
+        memory = free.pop()
+    except IndexError:
+        memory = admit(cuda.device_array(size, np.uint8, stream=_stream(stream)))
+    return DeviceArray(memory.pointer, shape, None, kind, _Block(free, memory), stream)
 
 
 def deliver(result: Any, like: Any) -> Any:

@@ -28,8 +28,17 @@ from numba import types
 
 from ..geometry import ConvGeometry
 from . import intrinsics
-from ._cuda import DeviceArray, cuda, empty, launch, launch_blocks
-from .implicit_gemm import LEAST_ROWS, MOST_ELEMENTS, _elements, _extent, _numbers, _samples, add_parts_kernel
+from ._cuda import DeviceArray, cuda, launch, launch_blocks
+from .implicit_gemm import (
+    LEAST_ROWS,
+    MOST_ELEMENTS,
+    _elements,
+    _extent,
+    _numbers,
+    _samples,
+    add_parts_kernel,
+    parts_of_gradient,
+)
 from .intrinsics import load1_where, load2_where, load4_where, store2, store4, u32
 from .jit import ELEMENTS, BlockKernel, array_of, flat, inlined
 from .tiles import ENOUGH_BLOCKS
@@ -692,12 +701,13 @@ def _weight_grad(
         *input.shape[2:], x[0], sources * x[1], *x[1:], *dy, geometry.dilation[0], geometry.stride[0],
         -geometry.pad_before[0], geometry.dilation[1], sources * planes * taps, taps, width, out.size,
     )  # fmt: skip
-    partial = empty((parts, out.size), np.float64 if out.dtype == np.float64 else np.float32, input)[1]
+    partial = parts_of_gradient(parts, ELEMENTS[out.dtype.name].real, accumulate, input, out)
     launch_blocks(
         weight_kernel(patch), (blocks, parts), _view(input, patch.vector), _view(grad_output, patch.vector), numbers,
         partial.flat(),
     )  # fmt: skip
-    launch(add_parts_kernel[out.dtype], out.size, partial, accumulate, out)
+    if partial.pointer != out.pointer:
+        launch(add_parts_kernel[out.dtype], out.size, partial, accumulate, out)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from numba import from_dtype, types
 
 from ..backends import get_float32_precision
 from ..geometry import ConvGeometry
-from ._cuda import DeviceArray, cuda, current_device, empty, launch, launch_blocks, upload
+from ._cuda import DeviceArray, cuda, current_device, launch, launch_blocks, scratch, upload
 from .intrinsics import copy16_async, copy_commit, copy_wait_all, load4, round_tf32, store4, u32
 from .jit import BlockKernel, Element, array_of, flat, inlined, kernel
 from .tiles import ARITHMETIC, ENOUGH_BLOCKS, Tile, choose_tile, product
@@ -255,7 +255,7 @@ def _ordered(operation: str, plan: Plan, geometry: ConvGeometry, weight: DeviceA
     """The weights of a gather, the terms of a row in their order and each row at a multiple of 16 bytes."""
     if plan.ordered is None:
         return weight
-    copy = empty(plan.ordered, weight.stored_dtype, weight)[1]
+    copy = scratch(plan.ordered, weight.stored_dtype, weight)
     strides = _elements(weight)
     group, row = geometry.out_channels_per_group * strides[0], strides[0 if operation == "forward" else 1]
     launch(
@@ -289,10 +289,13 @@ def order_kernel(element: Element):
 def _resident(tile: Tile, tensor: bool, checked: bool) -> int | None:
     """Two blocks of the largest tile, which alone would hide little latency. Without checks of coordinates its float32
     kernel fits by itself, and would be made to spill. The compiler saves registers for more of the smaller tiles by
-    itself, and on the tensor cores moves or spills them for it in the innermost loop.
+    itself, and on the tensor cores moves or spills them for it in the innermost loop: only of the tile of 32 rows it
+    takes 187 for sm_100 and sm_120 if it may, and 163 with the same loop if there are to be three blocks.
     """
     if tile.rows * tile.columns == 128 * 128 and (tensor or checked):
         return 2
+    if tensor and (tile.rows, tile.threads) == (32, 128):
+        return 3
     return 1 if tensor else None
 
 
@@ -626,7 +629,7 @@ def _weight_grad(kind: str, passes: list[WeightPass], groups: int, accumulate: b
     rows, columns = map(int, passes[0].numbers[:2])
     tile = _weight_tile(rows, columns, kind)
     tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
-    partial = empty((sum(p.parts for p in passes), out.size), arithmetic.real, passes[0].input)[1]
+    partial = parts_of_gradient(sum(p.parts for p in passes), arithmetic.real, accumulate, passes[0].input, out)
     first = 0
     for x, dy, numbers, parts, table in passes:
         launch_blocks(
@@ -634,7 +637,17 @@ def _weight_grad(kind: str, passes: list[WeightPass], groups: int, accumulate: b
             table.flat(), numbers, partial.samples(first, parts).flat(),
         )  # fmt: skip
         first += parts
-    launch(add_parts_kernel[out.dtype], out.size, partial, accumulate, out)
+    if partial.pointer != out.pointer:
+        launch(add_parts_kernel[out.dtype], out.size, partial, accumulate, out)
+
+
+def parts_of_gradient(
+    parts: int, real: type, accumulate: bool, like: DeviceArray, out: DeviceArray
+) -> DeviceArray:
+    """Where the parts of a weight gradient go: (parts, out.size), or `out` itself where it is the only one."""
+    if parts == 1 and not accumulate and out.is_contiguous and out.dtype == real:
+        return DeviceArray(out.pointer, (1, out.size), None, out.dtype, out.owner, out.stream, out.writeable)
+    return scratch((parts, out.size), real, like)
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from .softmax_cross_entropy import (
     _real,
     _real_type,
     _sum,
-    label_weight_kernel,
+    _sum_label_weights,
     sum_kernel,
 )
 
@@ -104,10 +104,9 @@ def judge(
         return None, None, None
     real = np.dtype(_real(like.dtype))
     count = target.shape[0]
-    each, total, scale = (empty(shape, real, like) for shape in ((count,), (1,), ()))
+    total, scale = (empty(shape, real, like) for shape in ((1,), ()))
     weights = _nothing(real, 1) if weight is None else weight
-    launch(label_weight_kernel[real], count, target[:, None, None, None], weights, ignore_index, classes, each)
-    _sum(each, _nothing(real, 1), 1, total)
+    _sum_label_weights(target[:, None, None, None], weights, ignore_index, classes, total)
     launch(sum_kernel[real], 1, _one(real, current_device()), total, real.type(1), scale[None])
     return None, total, scale
 

@@ -28,9 +28,9 @@ import numba
 import numpy as np
 from numba import types
 
-from ._cuda import DeviceArray, cuda, empty, has_engine, launch
+from ._cuda import DeviceArray, cuda, has_engine, launch, scratch
 from .jit import ELEMENTS, Element, array_of, device_function, kernel
-from .softmax_rows import cross_entropy_rows, softmax_rows
+from .softmax_rows import add_label_weights, add_values, cross_entropy_rows, softmax_rows
 
 __all__ = ["cross_entropy", "softmax", "softmax_cross_entropy_row"]
 
@@ -131,13 +131,11 @@ def cross_entropy(
     denominator, divisor = _nothing(real, 1), 1
     if reduction == "mean":
         if hard:
-            denominator = empty((1,), real, logits)[1]
-            weights = empty((positions,), real, logits)[1]
-            launch(label_weight_kernel[logits.dtype], positions, labels, weight, ignore_index, classes, weights)
-            _sum(weights, _nothing(real, 1), 1, denominator)
+            denominator = scratch((1,), real, logits)
+            _sum_label_weights(labels, weight, ignore_index, classes, denominator)
         else:
             divisor = positions
-    row_loss = empty((positions,), real, logits)[1] if reduced else _nothing(real, 1)
+    row_loss = scratch((positions,), real, logits) if reduced else _nothing(real, 1)
     nowhere = _nothing(logits.dtype, 4)
     arguments = (
         arrays["logits"], labels, _nothing(logits.dtype, 5) if hard else arrays["target"], weight,
@@ -288,10 +286,24 @@ def label_weight_kernel(element):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _sum_label_weights(
+    labels: DeviceArray, weight: DeviceArray, ignore_index: int, classes: int, out: DeviceArray
+) -> None:
+    """out[0] = what the labels count in the mean."""
+    if has_engine() and add_label_weights(labels, weight, ignore_index, classes, out):
+        return
+    weights = scratch((labels.size,), out.dtype, out)
+    launch(label_weight_kernel[weight.dtype], labels.size, labels, weight, ignore_index, classes, weights)
+    _sum(weights, _nothing(out.dtype, 1), 1, out)
+
+
 def _sum(values: DeviceArray, denominator: DeviceArray, divisor: int, out: DeviceArray) -> None:
     """out[0] = sum of the values / denominator[0] (unless that is empty) / divisor."""
+    if has_engine():
+        add_values(values, denominator, divisor, out)
+        return
     real = _real(out.dtype)
-    partial = empty((min(PARTIAL_SUMS, values.size),), real, values)[1]
+    partial = scratch((min(PARTIAL_SUMS, values.size),), real, values)
     launch(partial_sum_kernel[real], partial.size, values, partial)
     launch(sum_kernel[out.dtype], 1, partial, denominator, real(divisor), out)
 

@@ -2,13 +2,18 @@
 
 A launch of numba-cuda compiles LTO-IR for the device's architecture (sm_90a, not sm_90, on Hopper) and links it with
 nvJitLink. `compile_for_launch` takes the same path with two private functions replaced, those that ask the device for
-its architecture; numba-cuda is pinned. `inspect_code` reads registers, stack, shared and local memory, and the opcodes.
+its architecture; numba-cuda is pinned. `inspect_code` reads registers, stack, shared and local memory, and the opcodes;
+`record` keeps them for the table of docs/cuda-codegen.md (`codegen_table.py`).
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import csv
+import functools
+import io
+import os
 import re
 import subprocess
 import tempfile
@@ -39,8 +44,15 @@ class MachineCode:
     blocks: list[collections.Counter[str]]  # the same by basic block
 
     def share(self, pattern: str) -> tuple[int, int]:
-        """Instructions whose opcode begins with `pattern`, and all instructions, of the block that has most of them."""
-        counts = [(sum(n for op, n in b.items() if op.startswith(pattern)), sum(b.values())) for b in self.blocks]
+        """Instructions whose opcode begins with `pattern`, and all instructions, of the block that has most of them.
+
+        NOPs do not count: ptxas puts four behind every DFMA for sm_120, which has a float64 unit for two of 128 lanes,
+        and they take the time of nothing else.
+        """
+        counts = [
+            (sum(n for op, n in block.items() if op.startswith(pattern)), sum(block.values()) - block["NOP"])
+            for block in self.blocks
+        ]
         return max(counts)
 
     def count(self, pattern: re.Pattern[str]) -> int:
@@ -62,13 +74,76 @@ class MachineCode:
         return found
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of the table
+# ---------------------------------------------------------------------------------------------------------------------
+
+# What a hot block is made of, and the instructions that tell how a kernel moves its data. 64 bits of float16 and
+# bfloat16 are the four elements that 128 bits of float32 are.
+MULTIPLIES = ("FFMA", "HMMA", "DFMA")
+COUNTED = {
+    "FFMA": ("FFMA",),
+    "HMMA": ("HMMA",),
+    "DFMA": ("DFMA",),
+    "LDG": ("LDG.",),
+    "LDG.128": ("LDG.E.128", "LDG.E.NA.128"),
+    "LDG.64": ("LDG.E.64", "LDG.E.NA.64"),
+    "LDGSTS": ("LDGSTS",),
+    "LDS": ("LDS",),
+    "LDS.128": ("LDS.128",),
+    "LDSM": ("LDSM",),
+    "STS": ("STS",),
+    "STS.128": ("STS.128",),
+    "STG": ("STG.",),
+    "STG.128": ("STG.E.128",),
+    "STG.64": ("STG.E.64",),
+    "SHFL": ("SHFL",),
+    "MUFU": ("MUFU",),
+    "BAR": ("BAR",),
+}
+COLUMNS = (
+    "kernel", "architecture", "threads", "registers", "budget", "static shared", "dynamic shared", "stack", "local",
+    "spills", "instructions", "hot opcode", "hot count", "hot instructions", *COUNTED,
+)  # fmt: skip
+
+
+def record(
+    kernel: str, architecture: tuple[int, int], threads: int, code: MachineCode, budget: int, dynamic_shared: int = 0
+) -> None:
+    """Append a row to the file that FASTCONV_CODEGEN_RECORD names, if it names one."""
+    path = os.environ.get("FASTCONV_CODEGEN_RECORD")
+    if not path:
+        return
+    hot = max(MULTIPLIES, key=code.share)
+    reserved = RESERVED_SHARED if architecture >= (9, 0) else 0
+    row = (
+        kernel, "sm_{}{}".format(*architecture), threads, code.registers, budget, max(0, code.shared - reserved),
+        dynamic_shared, code.stack, code.local, code.count(LOCAL_MEMORY), sum(code.opcodes.values()), hot,
+        *code.share(hot),
+        *(sum(n for op, n in code.opcodes.items() if op.startswith(those)) for those in COUNTED.values()),
+    )  # fmt: skip
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(row)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compilation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _target(architecture: tuple[int, int]) -> tuple[int, int, str]:
+    """What numba-cuda makes of a device's capability: the architecture-specific code from Hopper on."""
+    return (*architecture, "a" if architecture >= (9, 0) else "")
+
+
 @contextlib.contextmanager
 def pretended_device(architecture: tuple[int, int]) -> Iterator[None]:
     """Let numba-cuda believe that the current device is of this compute capability."""
     from numba.cuda import codegen, dispatcher
 
-    # what numba-cuda makes of a real device's capability: the architecture-specific code from Hopper on
-    target = (*architecture, "a" if architecture >= (9, 0) else "")
+    target = _target(architecture)
     asked, ensured = dispatcher.get_current_device, codegen.CUDACodeLibrary._ensure_cc
     dispatcher.get_current_device = lambda: types.SimpleNamespace(compute_capability=architecture)
     codegen.CUDACodeLibrary._ensure_cc = lambda self, cc: target if cc is None else cc
@@ -78,13 +153,20 @@ def pretended_device(architecture: tuple[int, int]) -> Iterator[None]:
         dispatcher.get_current_device, codegen.CUDACodeLibrary._ensure_cc = asked, ensured
 
 
-def compile_for_launch(kernel: Any, signature: tuple[Any, ...], architecture: tuple[int, int]) -> tuple[Any, bytes]:
-    """Return numba-cuda's compiled kernel and its cubin for a ``@cuda.jit`` function and the types of its arguments."""
+@functools.lru_cache(maxsize=4)  # the tests of one kernel follow each other
+def _lowered(kernel: Any, signature: tuple[Any, ...]) -> Any:
+    """Numba's part of the work, which knows of no architecture and takes most of the time."""
     from numba.cuda import dispatcher
 
+    with pretended_device((9, 0)):
+        return dispatcher._Kernel(kernel.py_func, signature, **kernel.targetoptions)
+
+
+def compile_for_launch(kernel: Any, signature: tuple[Any, ...], architecture: tuple[int, int]) -> tuple[Any, bytes]:
+    """Return numba-cuda's compiled kernel and its cubin for a ``@cuda.jit`` function and the types of its arguments."""
+    compiled = _lowered(kernel, tuple(signature))
     with pretended_device(architecture):
-        compiled = dispatcher._Kernel(kernel.py_func, signature, **kernel.targetoptions)
-        return compiled, compiled._codelibrary.get_cubin().code
+        return compiled, compiled._codelibrary.get_cubin(cc=_target(architecture)).code
 
 
 def narrow_integers(compiled: Any) -> set[str]:

@@ -410,7 +410,7 @@ print(bench.cuda.main(["--check-only"]))
 def code(monkeypatch):
     """Machine code that is easy to count: a hundred instructions, of 32 registers."""
     block = Counter({"FFMA": 60, "LDG.E.128.CONSTANT": 10, "IMAD": 30})
-    made = SimpleNamespace(registers=32, shared=0, blocks=[block], opcodes=block)
+    made = SimpleNamespace(registers=32, shared=0, blocks=[block], opcodes=block, share=lambda prefix: (60, 100))
     monkeypatch.setattr(predictions, "machine_code", lambda kernel: made)
 
 
@@ -432,12 +432,67 @@ def test_a_prediction_is_of_the_kernels_that_a_launch_would_take(name, module, w
 
 def test_instructions_are_those_of_all_warps(code):
     case = predictions.for_gpu(LAYER["features.1.conv.0.0"])
-    (launch,) = predictions.launches(case, "forward", "float32")
+    ((launch,), small) = predictions.launches(case, "forward", "float32")
+    assert not small
     # patches of 4 x 4 of 32 x 32 planes of 112 x 112, 256 to a block; 8 blocks of 32 registers to a multiprocessor
     assert launch.blocks == 32 * 32 * 28 * 28 // 256
     waves = math.ceil(launch.blocks / (132 * 8))
     expected = waves * 132 * 8 * 8 * 100 / predictions.ISSUED
     assert predictions.predict(case, "forward", "float32").issue == pytest.approx(expected)
+
+
+def matrix_product():
+    """A layer of whole 128 x 128 tiles: 256 channels of 32 x 16 x 32 positions, 576 terms."""
+    return cases.ConvolutionCase("test", "product", 32, 64, (16, 32), 256, (3, 3), (1, 1), (1, 1), (1, 1), 1)
+
+
+def test_products_on_the_tensor_cores_take_steps_of_their_own_depth(monkeypatch):
+    """16 terms of tf32, 32 of bfloat16: with the multiplications of whole tiles the units are busy for all flops."""
+    case = matrix_product()
+    for kind, opcode, flops in [("tf32", "HMMA.1688.F32.TF32", 2048), ("bfloat16", "HMMA.16816.F32.BF16", 4096)]:
+        depth = {"tf32": 16, "bfloat16": 32}[kind]
+        # of a warp: 128 x 128 x depth products by eight warps
+        hot = Counter({opcode: 2 * 128 * 128 * depth // 8 // flops, "LDSM.16.M88.4": 12, "IMAD": 10})
+        stage = Counter({"LDGSTS.E.BYPASS.LTC128B.128": 8, "IADD3": 30})
+        made = SimpleNamespace(registers=128, shared=40960, blocks=[hot, stage], opcodes=hot + stage)
+        monkeypatch.setattr(predictions, "machine_code", lambda kernel, made=made: made)
+        found = predictions.predict(case, "forward", kind, last=True)
+        (launch,), steps = found.launches, 576 // depth
+        assert launch.kernel.threads == 256
+        assert launch.blocks == 2 * 128
+        waves = 2 * 132 / launch.blocks  # blocks of the only wave, two to a multiprocessor
+        assert found.multiply == pytest.approx(case.flops("forward") / predictions.CEILINGS[kind] * waves)
+        cycles = launch.blocks * 8 * steps * (12 * 4 + 8 * 4 / 2)
+        assert found.shared == pytest.approx(cycles / (132 * 1.98e9) * waves)
+        assert len(found.small) == 1  # the weights put in order
+        assert found.seconds > max(found.bounds.values()) + 2 * predictions.LAUNCH
+
+
+@pytest.mark.parametrize("kind", ["float32", "tf32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("which", predictions.CONVOLUTIONS)
+@pytest.mark.parametrize("last", [False, True])
+def test_every_arithmetic_is_predicted(kind, which, last, code):
+    found = predictions.predict(matrix_product(), which, kind, last)
+    assert found.bound in found.bounds
+    assert found.memory == matrix_product().bytes(which, {"float64": 8, "float32": 4, "tf32": 4}.get(kind, 2)) / 4.3e12
+
+
+def test_rows_are_predicted(code):
+    case = predictions.for_gpu(next(c for c in cases.network("cross_entropy") if not c.size))
+    for which, passes in [("with_grad", 2), ("softmax", 2)]:
+        found = predictions.predict(case, which, "float32")
+        assert found.memory >= passes * 4 * case.batch * case.classes / 4.3e12
+
+
+def test_a_page_of_predictions(code, monkeypatch):
+    monkeypatch.setattr(predictions.cases, "network", lambda name: [matrix_product()])
+    table = predictions.Table("test", ("forward", "weight_grad"), "tf32", last=True)
+    text = predictions.page([table], lambda line: None)
+    for title in ("test, forward, tf32, channels last", "test, weight_grad, tf32, channels last"):
+        assert f"\n## {title}\n" in text
+        assert f"\n| {title} | 1 | " in text
+    lines = [line for line in text.splitlines() if line.startswith("| product | ")]
+    assert len(lines) == 2
 
 
 def test_nothing_is_predicted_for_the_simple_kernels(code):

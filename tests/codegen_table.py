@@ -1,0 +1,142 @@
+"""docs/cuda-codegen.md: what the code-generation gate has measured of every kernel and architecture.
+
+    rm -f docs/cuda-codegen.csv
+    FASTCONV_CODEGEN_RECORD=docs/cuda-codegen.csv make test-cuda ARGS='-m codegen'
+    .venv-cuda/bin/python tests/codegen_table.py
+
+The gate appends a row for each kernel that it compiles (`codegen.record`), in as many runs as one likes; this script
+keeps the last of each kernel and architecture, sorts the file and makes the page of it.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from codegen import COLUMNS
+
+DOCS = Path(__file__).parent.parent / "docs"
+TABLE, PAGE = DOCS / "cuda-codegen.csv", DOCS / "cuda-codegen.md"
+
+Row = dict[str, str]
+
+HEAD = """# Machine code of the CUDA kernels
+
+Every kernel, compiled as a launch would compile it (numba-cuda 0.30.4, CUDA 13.0, nvJitLink; sm_90 is sm_90a, sm_100
+sm_100a, sm_120 sm_120a), and its machine code counted. No GPU was needed or used: nothing on this page says how fast a
+kernel is. [cuda-codegen.csv](cuda-codegen.csv) has a row for each kernel and architecture, with all columns; here are
+the figures that differ between architectures, and for sm_90 what the machine code is made of. It is made by
+
+    rm -f docs/cuda-codegen.csv
+    FASTCONV_CODEGEN_RECORD=docs/cuda-codegen.csv make test-cuda ARGS='-m codegen'
+    .venv-cuda/bin/python tests/codegen_table.py
+
+- *registers*: of a thread; *shared*: static bytes of a block, without the 1024 that sm_90 and later reserve. No kernel
+  asks for dynamic shared memory, so that 48 KiB, which every GPU has without being asked, are the limit.
+- *hot*: in the basic block that has most of them, the share of multiply-adds (FFMA of float32, DFMA of float64, HMMA of
+  the tensor cores), in per cent; for sm_90 their number and that of all instructions of that block.
+- *LDG* and *STG*: loads and stores of global memory, those of 128 or 64 bits among them; *LDGSTS*: asynchronous copies
+  of 16 bytes; *LDS*, *STS*: shared memory, those of 128 bits among them; *LDSM*: `ldmatrix`; *SHFL*: shuffles of a
+  warp; *BAR*: barriers of a block.
+"""
+
+FAMILIES = {
+    "Softmax and cross-entropy, a row for a group of threads": ("rows-", "softmax-", "log_softmax-"),
+    "Matrix products, float32": ("gather-", "gather-unchecked-", "weight-"),
+    "Matrix products, float64": ("gather-float64", "weight-float64"),
+    "Matrix products on the tensor cores, tf32": ("gather-tf32", "weight-tf32"),
+    "Matrix products on the tensor cores, float16 and bfloat16": (
+        "gather-float16", "weight-float16", "gather-bfloat16", "weight-bfloat16",
+    ),
+    "Depthwise": ("depthwise-",),
+    "One thread for each element": ("",),
+}  # fmt: skip
+
+
+def family(kernel: str) -> str:
+    """The one whose prefix is the longest."""
+    return max(FAMILIES, key=lambda name: max(len(p) if kernel.startswith(p) else -1 for p in FAMILIES[name]))
+
+
+def read(path: Path = TABLE) -> list[Row]:
+    """The last row of each kernel and architecture: kernels in the order of their first row."""
+    with open(path, encoding="utf-8", newline="") as file:
+        lines = [line for line in csv.reader(file) if line and line[0] != COLUMNS[0]]
+    rows: dict[tuple[str, str], Row] = {}
+    for line in lines:
+        row = dict(zip(COLUMNS, line, strict=True))
+        rows[row["kernel"], row["architecture"]] = row
+    kernels = list(dict.fromkeys(kernel for kernel, _ in rows))
+    return sorted(rows.values(), key=lambda row: (kernels.index(row["kernel"]), _number(row["architecture"])))
+
+
+def write(rows: Iterable[Row], path: Path = TABLE) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _number(architecture: str) -> int:
+    return int(architecture.removeprefix("sm_"))
+
+
+def _share(row: Row) -> str:
+    count, total = int(row["hot count"]), int(row["hot instructions"])
+    return f"{100 * count / total:.0f}" if count else "-"
+
+
+def _among(row: Row, opcode: str) -> str:
+    """The loads or stores, and how many of them are wide."""
+    wide = sum(int(row[name]) for name in (f"{opcode}.128", f"{opcode}.64") if name in row)
+    total = int(row[opcode]) - (int(row["LDSM"]) if opcode == "LDS" else 0)
+    return f"{wide} of {total}" if total else "0"
+
+
+def _table(kernels: dict[str, dict[str, Row]], architectures: list[str]) -> Iterator[str]:
+    head = ["kernel", "threads", "shared", "stack, local, spills"]
+    head += [f"registers {a}" for a in architectures] + [f"hot {a}" for a in architectures]
+    head += ["hot sm_90", "LDG", "STG", "LDGSTS", "LDS", "STS", "LDSM", "SHFL", "BAR"]
+    yield "| " + " | ".join(head) + " |"
+    yield "| --- |" + " ---: |" * (len(head) - 1)
+    for kernel, rows in kernels.items():
+        hopper = rows["sm_90"]
+        shared = sorted({int(row["static shared"]) for row in rows.values()})
+        own = max(int(row[name]) for row in rows.values() for name in ("stack", "local", "spills"))
+        cells = [kernel, hopper["threads"], "-".join(map(str, shared)), str(own)]
+        cells += [rows[a]["registers"] if a in rows else "" for a in architectures]
+        cells += [_share(rows[a]) if a in rows else "" for a in architectures]
+        multiplies = f"{hopper['hot count']} {hopper['hot opcode']} of {hopper['hot instructions']}"
+        cells.append(multiplies if int(hopper["hot count"]) else "-")
+        cells += [_among(hopper, "LDG"), _among(hopper, "STG"), hopper["LDGSTS"]]
+        cells += [_among(hopper, "LDS"), _among(hopper, "STS"), hopper["LDSM"], hopper["SHFL"], hopper["BAR"]]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def page(rows: list[Row]) -> str:
+    kernels: dict[str, dict[str, dict[str, Row]]] = {name: {} for name in FAMILIES}
+    for row in rows:
+        kernels[family(row["kernel"])].setdefault(row["kernel"], {})[row["architecture"]] = row
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["architecture"]] = counts.get(row["architecture"], 0) + 1
+    within = sum(
+        int(row["registers"]) <= int(row["budget"]) and row["stack"] == row["local"] == row["spills"] == "0"
+        for row in rows
+    )
+    parts = [HEAD, f"\n{within} of the {len(rows)} compiled kernels fit their budget of registers and have no stack, "]
+    parts.append("local memory or spilled\nregisters. Kernels by architecture: ")
+    parts.append(", ".join(f"{name} {counts[name]}" for name in sorted(counts, key=_number)) + ".\n")
+    for name, members in kernels.items():
+        if members:
+            architectures = sorted({a for rows in members.values() for a in rows}, key=_number)
+            parts += [f"\n## {name}\n\n", "\n".join(_table(members, architectures)), "\n"]
+    return "".join(parts)
+
+
+if __name__ == "__main__":
+    found = read()
+    write(found)
+    PAGE.write_text(page(found), encoding="utf-8")
+    print(f"written: {PAGE}, of {len(found)} rows")
