@@ -117,6 +117,8 @@ def softmax_cross_entropy(
         float32, float64, float16 or bfloat16. -inf is probability 0; a row that holds nan gives nan.
     target : class indices of any integer type, (N,), () or (N, *S); or probabilities of the logits' dtype and shape
         Probabilities need not sum to one. A class of coefficient q_c = 0 adds nothing to the loss, even where p_c is 0.
+        On a CUDA device the host does not wait to see the indices: one out of range makes the loss and the gradient of
+        its position nan, and nothing else.
     weight : array (C,) of class weights, of the logits' dtype, or None
     ignore_index : a class index whose positions have loss 0 and gradient 0
     reduction : "mean", "sum" or "none"

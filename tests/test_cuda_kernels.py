@@ -55,6 +55,16 @@ def test_a_label_on_the_device_out_of_range_makes_the_mean_nan_and_spares_the_ot
     assert np.isfinite(grad[[0, 2]]).all()
 
 
+@pytest.mark.parametrize("wrong", [2**31, 2**32 + 1, 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_label_on_the_device_however_far_out_of_range(wrong, reduction, rng):
+    logits, weight = rng.standard_normal((3, 4)), to_device(np.ones(4))
+    labels = admit(cuda.to_device(np.array([3, wrong, 0])))
+    loss, grad, _ = cross_entropy(logits, labels, weight, reduction=reduction)
+    np.testing.assert_array_equal(np.isnan(loss), [False, True, False] if reduction == "none" else True)
+    np.testing.assert_array_equal(np.isnan(grad).all(1), [False, True, False])
+
+
 def test_a_label_that_came_from_the_host_is_reported_and_nothing_is_written(rng):
     labels = np.array([[0, 2], [-100, 3]])
     target = to_device(labels)

@@ -157,6 +157,29 @@ def test_special_values(dtype, group, monkeypatch):
     np.testing.assert_array_equal(grad[5], [1, -1, *[0] * 7])
 
 
+FAR = {
+    np.int64: [2**31, 2**32 + 1, 2**63 - 1, -1, -(2**31), -(2**63)],
+    np.int32: [2**31 - 1, -(2**31)],
+    np.uint64: [2**63, 2**64 - 1, 2**32],
+    np.uint8: [255, 9],
+}
+
+
+@pytest.mark.parametrize(("dtype", "group"), [ROWS[0], ROWS[2], ROWS[3], TWICE[0], TWICE[1]])
+@pytest.mark.parametrize("kind", FAR)
+def test_a_label_however_far_out_of_range_touches_nothing_but_its_row(kind, dtype, group, monkeypatch, rng):
+    """The host has not seen the labels: no read or write is out of bounds (the simulator would say so), only nan."""
+    wrong = FAR[kind]
+    labels = np.array([8, *wrong, 0], kind)
+    logits = aligned((len(labels), 9), DTYPES[dtype])
+    logits[...] = rng.standard_normal(logits.shape)
+    weight = np.ones(9, DTYPES[dtype])
+    loss, grad, _ = cross_entropy(monkeypatch, logits, labels, ("forward", "late"), group, weight, in_place=True)
+    bad = np.array([False, *[True] * len(wrong), False])
+    np.testing.assert_array_equal(np.isnan(loss), bad)
+    np.testing.assert_array_equal(np.isnan(grad), np.repeat(bad[:, None], 9, axis=1))
+
+
 @pytest.mark.parametrize(("dtype", "group"), ROWS + TWICE)
 @pytest.mark.parametrize("log", [False, True])
 def test_softmax(dtype, group, log, monkeypatch, rng):
