@@ -3,7 +3,8 @@
 The entry functions and the kernels are those of `fastconv.cpu.convolution`, with the same arguments in the same order,
 on `DeviceArray`s in the canonical form (N, C, D, H, W), weights (O, C/groups, KD, KH, KW), of any strides.
 
-Where the device has what they need, the kernels of `depthwise` and of `implicit_gemm` do what they apply to. Those here
+Where the device has what they need, the kernels of `depthwise`, of `implicit_gemm` and, for the gradient of a bias, of
+`channel_sums` do what they apply to. Those here
 take any strides, types and paddings. One thread computes one element of the result, from the first term of its sum to
 the last: no thread depends on another, so the result depends neither on the grid nor on the batch around a sample. A
 thread steps by the size of the grid, and all indices are 64-bit: arrays may have more than 2**31 elements.
@@ -18,7 +19,7 @@ import numpy as np
 from numba import types
 
 from ..geometry import ConvGeometry
-from . import depthwise, implicit_gemm
+from . import channel_sums, depthwise, implicit_gemm
 from ._cuda import DeviceArray, cuda, current_device, has_engine, launch, upload
 from .jit import array_of, device_function, kernel
 
@@ -229,6 +230,8 @@ def input_grad_kernel(element):
 
 def bias_grad(grad_output: DeviceArray, accumulate: bool, out: DeviceArray) -> None:
     """out (+)= grad_output summed over everything but its channels."""
+    if has_engine() and channel_sums.bias_grad(grad_output, accumulate, out):
+        return
     launch(bias_grad_kernel[out.dtype], out.size, grad_output, accumulate, out)
 
 

@@ -42,14 +42,16 @@ the figures that differ between architectures, and for sm_90 what the machine co
 """
 
 FAMILIES = {
-    "Softmax and cross-entropy, a row for a group of threads": ("rows-", "softmax-", "log_softmax-"),
+    "Softmax and cross-entropy, a row for a group of threads": (
+        "rows-", "softmax-", "log_softmax-", "add_",
+    ),
     "Matrix products, float32": ("gather-", "gather-unchecked-", "weight-"),
     "Matrix products, float64": ("gather-float64", "weight-float64"),
     "Matrix products on the tensor cores, tf32": ("gather-tf32", "weight-tf32"),
     "Matrix products on the tensor cores, float16 and bfloat16": (
         "gather-float16", "weight-float16", "gather-bfloat16", "weight-bfloat16",
     ),
-    "Depthwise": ("depthwise-",),
+    "Depthwise, and the gradient of a bias": ("depthwise-", "channel_sums-"),
     "One thread for each element": ("",),
 }  # fmt: skip
 

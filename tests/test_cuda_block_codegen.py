@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 
 import codegen
-from fastconv.cuda_kernels import _cuda, depthwise, implicit_gemm, softmax_rows, tiles
+from fastconv.cuda_kernels import _cuda, channel_sums, depthwise, implicit_gemm, softmax_rows, tiles
 from fastconv.cuda_kernels._cuda import cuda
 from fastconv.cuda_kernels.jit import ELEMENTS, BlockKernel
 from test_cuda_codegen import (  # noqa: F401
@@ -197,7 +197,21 @@ def depthwise_budgets():
         yield f"depthwise-weight-{name}", Budget(depthwise.weight_kernel(depthwise_patch(*patch)), registers, required)
 
 
-BUDGETS = dict([*row_budgets(), *product_budgets(), *double_budgets(), *tensor_budgets(), *depthwise_budgets()])
+def channel_sum_budgets():
+    for dtype in ELEMENTS:
+        wide = dtype == "float64"
+        for lanes, required in [(1, {"SHFL": 10 if wide else 5, "BAR": 1}), (32, {"BAR": 1})]:
+            kernel = channel_sums.bias_grad_kernel(dtype, lanes)
+            name = f"channel_sums-{dtype}{'-channels_last' * (lanes > 1)}"
+            yield name, Budget(kernel, 64, required, float64=wide)
+
+
+BUDGETS = dict(
+    [
+        *row_budgets(), *product_budgets(), *double_budgets(), *tensor_budgets(), *depthwise_budgets(),
+        *channel_sum_budgets(),
+    ]
+)  # fmt: skip
 
 
 def check(budget: Budget, architecture, name: str = "") -> codegen.MachineCode:
@@ -291,6 +305,27 @@ def test_launches_of_products_pass_what_was_compiled(kind, last, monkeypatch):
         signature = made.signature(ELEMENTS[dtype.name])
         assert kernel is made[dtype]
         assert tuple(kernel.typeof_pyval(a) for a in arguments) == signature
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
+@pytest.mark.parametrize("dtype", ELEMENTS)
+def test_launches_of_channel_sums_pass_what_was_compiled(dtype, last, monkeypatch):
+    import ml_dtypes
+    import numpy as np
+
+    launches = []
+    monkeypatch.setattr(channel_sums, "launch_blocks", lambda *launch: launches.append(launch))
+    monkeypatch.setattr(implicit_gemm, "scratch", scratch)
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    array = device_array(*((8, 5, 4, 1, 2) if last else (5, 4, 1, 8, 2)), dtype=kind)
+    array = array.transpose((4, 0, 3, 2, 1) if last else (4, 3, 2, 1, 0))
+    monkeypatch.setattr(channel_sums, "launch", lambda *launch: None)
+    assert channel_sums.bias_grad(array, True, device_array(8, dtype=kind))
+    ((kernel, _, *arguments),) = launches
+    assert kernel is channel_sums.bias_grad_kernel(dtype, 32 if last else 1)
+    assert tuple(cuda.jit(kernel.function).typeof_pyval(a) for a in arguments) == kernel.signature
+    made = [getattr(p, "value", p) for p in parameters(kernel.signature, arguments)]
+    assert made == expected_parameters(arguments)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

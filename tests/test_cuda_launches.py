@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 
 import fastconv as fc
-from fastconv.cuda_kernels import _cuda, convolution, depthwise, implicit_gemm, softmax_cross_entropy, softmax_rows
+from fastconv.cuda_kernels import (
+    _cuda,
+    channel_sums,
+    convolution,
+    depthwise,
+    implicit_gemm,
+    softmax_cross_entropy,
+    softmax_rows,
+)
 from fastconv.cuda_kernels._cuda import cuda
 from helpers import integers
 from simulation import simulated
@@ -34,7 +42,7 @@ def counted(monkeypatch):
 
         return call
 
-    for module in (depthwise, implicit_gemm, softmax_rows):
+    for module in (channel_sums, depthwise, implicit_gemm, softmax_rows):
         monkeypatch.setattr(module, "launch_blocks", counting("launch", simulated()))
     for module in (convolution, softmax_cross_entropy):
         monkeypatch.setattr(module, "has_engine", lambda: True)
@@ -63,11 +71,12 @@ def convolution_calls(x_shape, w_shape, dtype="float32", precision="ieee", **opt
         fc.set_float32_precision(precision)
         x, w = on_device(rng, x_shape, dtype), on_device(rng, w_shape, dtype)
         size = fc.conv2d(np.zeros(x_shape, np.float32), np.zeros(w_shape, np.float32), **options).shape
-        y, dy, dx, dw = (on_device(rng, shape, dtype) for shape in (size, size, x_shape, w_shape))
+        y, dy, dx, dw, db = (on_device(rng, shape, dtype) for shape in (size, size, x_shape, w_shape, w_shape[:1]))
         return {
             "forward": (lambda: fc.conv2d(x, w, **options, out=y), [y]),
             "input_grad": (lambda: fc.conv2d_input_grad(x_shape, w, dy, **options, out=dx), [dx]),
             "weight_grad": (lambda: fc.conv2d_weight_grad(x, w_shape, dy, **options, out=dw), [dw]),
+            "bias_grad": (lambda: fc.conv_bias_grad(dy, out=db), [db]),
         }
 
     return calls
@@ -98,7 +107,8 @@ def cross_entropy_calls(rows, classes, **options):
 # stride.
 COSTS = {
     "products": (
-        convolution_calls((1, 8, 6, 8), (8, 8, 3, 3), padding=1), {"forward": 1, "input_grad": 1, "weight_grad": 1}
+        convolution_calls((1, 8, 6, 8), (8, 8, 3, 3), padding=1),
+        {"forward": 1, "input_grad": 1, "weight_grad": 1, "bias_grad": 1},
     ),
     "products, stride 2": (
         convolution_calls((1, 8, 6, 8), (8, 8, 3, 3), padding=1, stride=2),

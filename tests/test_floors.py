@@ -33,6 +33,7 @@ MACHINERY = {
     cuda_kernels: {
         "__init__": "says what the folder is",
         "_cuda": "device arrays and launches",
+        "channel_sums": "the faster kernel of the gradient of a bias",
         "depthwise": "the kernels of convolution for few channels in a group",
         "implicit_gemm": "the faster kernels of convolution, as matrix products",
         "intrinsics": "instructions that Numba has no name for",

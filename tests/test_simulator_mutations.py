@@ -25,10 +25,11 @@ import test_implicit_gemm as product_tests
 import test_softmax_rows as row_tests
 from block_simulator import SCHEDULES, SimulationError
 from fastconv import reference
-from fastconv.cuda_kernels import _cuda, depthwise, implicit_gemm, softmax_rows, tiles
+from fastconv.cuda_kernels import _cuda, channel_sums, depthwise, implicit_gemm, softmax_rows, tiles
 from helpers import integers
 from shapes import Case
 from simulation import device, simulated
+from test_cuda_channel_sums import run as run_sums  # noqa: F401
 from test_cuda_depthwise import run as run_depthwise  # noqa: F401
 from test_cuda_depthwise import threads  # noqa: F401
 from test_implicit_gemm import run as run_product  # noqa: F401
@@ -69,6 +70,11 @@ DEPTHWISE = {
     "depthwise, weight gradient": Family("weight_grad", {}),
 }
 
+SUMS = {
+    "channel sums, channels first": Family("bias_grad", {"last": False}),
+    "channel sums, channels last": Family("bias_grad", {"last": True}),
+}
+
 # several steps, a last tile that is not full, pads, 16 channels that lie in whole chunks
 STEPS = Case("steps", "", (1, 16, 7, 8), (40, 16, 2, 3), padding=1, dilation=(1, 2))
 POSITIONS = Case("positions", "", (3, 8, 5, 6), (36, 8, 3, 3), padding=1)
@@ -87,6 +93,11 @@ def filtered(run, rng, operation, schedule):
     arrays = depthwise_tests.operands(operation, case, lambda shape: integers(rng, shape, "float32"))
     actual = run(operation, case, *arrays, order=schedule[0])
     np.testing.assert_array_equal(actual, depthwise_tests.reference(operation, case)(*arrays))
+
+
+def sum_channels(run, rng, schedule, **options):
+    dy = integers(rng, (2, 35, 9, 17), "float32")
+    np.testing.assert_array_equal(run(dy, order=schedule[0], **options), dy.sum((0, 2, 3)))
 
 
 def rows_of_classes(monkeypatch, rng, operation, schedule, group, **options):
@@ -109,7 +120,7 @@ def rows_of_classes(monkeypatch, rng, operation, schedule, group, **options):
 
 
 @pytest.fixture
-def check(run_product, run_depthwise, monkeypatch, rng):  # noqa: F811
+def check(run_product, run_depthwise, run_sums, monkeypatch, rng):  # noqa: F811
     """``check(family, schedule)``: an AssertionError or SimulationError unless the family's kernel is right."""
 
     def check(name, schedule=("forward", "late")):
@@ -120,6 +131,8 @@ def check(run_product, run_depthwise, monkeypatch, rng):  # noqa: F811
             elif name in ROWS:
                 family = ROWS[name]
                 rows_of_classes(monkeypatch, rng, family.operation, schedule, **family.options)
+            elif name in SUMS:
+                sum_channels(run_sums, rng, schedule, **SUMS[name].options)
             else:
                 filtered(run_depthwise, rng, DEPTHWISE[name].operation, schedule)
 
@@ -183,6 +196,9 @@ MUTATIONS = {
         "barrier", depthwise, SUMMED, BARRIER + READ_SUMS, READ_SUMS
     ),
     "no barrier before they are stored over": Mutation("barrier", depthwise, SUMMED, STORED + BARRIER, STORED),
+    "no barrier before the sums of the warps are added": Mutation(
+        "barrier", channel_sums, [*SUMS], "        cuda.syncthreads()\n", ""
+    ),
     # -- asynchronous copies
     "no wait for the copies": Mutation(
         "wait", implicit_gemm, TENSOR_GATHERS, "        if tensor:\n            copy_wait_all()\n", ""
@@ -261,6 +277,15 @@ MUTATIONS = {
     "the wrong tap": Mutation(
         "fragment", depthwise, [*DEPTHWISE], "place = tap_step * k + result_step", "place = tap_step * k - result_step"
     ),
+    "a step of the sum of a warp left out": Mutation(
+        "fragment", channel_sums, ["channel sums, channels first"], "16 >> i", "(16 >> i) & 30"
+    ),
+    "the sums of the last warp left out": Mutation(
+        "fragment", channel_sums, [*SUMS], "range(1, warps)", "range(1, warps - 1)"
+    ),
+    "the sum of another channel": Mutation(
+        "fragment", channel_sums, ["channel sums, channels last"], "sums[u32(w * lanes + t)]", "sums[u32(w * lanes)]"
+    ),
     # -- alignment
     "a misaligned load of a fragment": Mutation(
         "alignment", tiles, TILES, "load4(a, u32(at_a + g * row_jump))", "load4(a, u32(at_a + g * row_jump + 1))"
@@ -322,19 +347,26 @@ MUTATIONS = {
     "rows of the padding are read": Mutation(
         "bounds", depthwise, [*DEPTHWISE], "inside and u32(row + r) < sizes[0]", "inside"
     ),
+    "channels beyond the last are summed": Mutation(
+        "bounds", channel_sums, ["channel sums, channels last"], "if channel < channels:", "if True:"
+    ),
+    "positions of the next part are summed": Mutation(
+        "bounds", channel_sums, [*SUMS], "last = min(u32(first + part), count)", "last = u32(first + part + 1)"
+    ),
     "rows beyond the last are stored": Mutation(
         "bounds", depthwise, GATHERED, "if u32(row + t) < height:", "if True:"
     ),
 }  # fmt: skip
 
-FAMILIES = [*PRODUCTS, *ROWS, *DEPTHWISE]
+FAMILIES = [*PRODUCTS, *ROWS, *SUMS, *DEPTHWISE]
 PLANTED = [(name, family) for name, mutation in MUTATIONS.items() for family in mutation.families]
 KINDS = {"barrier", "wait", "fragment", "alignment", "bounds"}
 # Only products on the tensor cores copy asynchronously (but not the weight gradient's operands, which are transposed on
-# the way and go through registers); the threads of a depthwise gather never meet.
+# the way and go through registers); the threads of a depthwise gather never meet; sums of channels have no vectors.
 IMPOSSIBLE = {
-    "wait": [*TILES, *WEIGHTS, *ROWS, *DEPTHWISE],
+    "wait": [*TILES, *WEIGHTS, *ROWS, *SUMS, *DEPTHWISE],
     "barrier": GATHERED,
+    "alignment": [*SUMS],
 }
 
 
@@ -353,7 +385,7 @@ def plant(monkeypatch, mutation):
         scope.update(THREADS=64, WARPS=2)
     names = {
         implicit_gemm: ("gather_kernel", "weight_kernel"), depthwise: ("gather_kernel", "weight_kernel", "Axis"),
-        softmax_rows: ("cross_entropy_row_kernel", "softmax_row_kernel"),
+        softmax_rows: ("cross_entropy_row_kernel", "softmax_row_kernel"), channel_sums: ("bias_grad_kernel",),
     }[mutation.module]  # fmt: skip
     for name in names:
         monkeypatch.setattr(mutation.module, name, scope[name])
