@@ -40,7 +40,6 @@ __all__ = [
     "has_engine",
     "launch",
     "launch_blocks",
-    "multiprocessors",
     "overlap",
     "scratch",
     "to_device",
@@ -549,10 +548,6 @@ def launch(kernel: Any, elements: int, *arguments: Any) -> None:
 def has_engine() -> bool:
     """Can the kernels run here that need a block's shared memory, asynchronous copies and the like (sm_80)?"""
     return not SIMULATOR and cuda.get_current_device().compute_capability >= (8, 0)
-
-
-def multiprocessors() -> int:
-    return 0 if SIMULATOR else cuda.get_current_device().MULTIPROCESSOR_COUNT
 
 
 def launch_blocks(kernel: Any, grid: int | tuple[int, ...], *arguments: Any) -> None:

@@ -182,18 +182,23 @@ class Product(NamedTuple):
     store_run: Callable[..., None]  # (out, at, *sums): `Arithmetic.run` sums that lie together in the result
 
 
-def product(tile: Tile, kind: str, rows_together: bool = False) -> Product:
-    """The product of a tile of one `ARITHMETIC`; `rows_together`: the rows lie together in the result."""
-    return _tensor_product(tile, kind, rows_together) if ARITHMETIC[kind].tensor else _ordinary_product(tile)
+def product(tile: Tile, kind: str, rows_together: bool = False, wide: bool = False) -> Product:
+    """The product of a tile of one `ARITHMETIC`; `rows_together`: the rows lie together in the result.
+
+    `wide`, for the ordinary units: places in shared memory are of 64 bits. These have no wraparound to keep, so what is
+    added to them becomes part of the instruction: 542 in the hot block of the largest tile, not 599.
+    """
+    return _tensor_product(tile, kind, rows_together) if ARITHMETIC[kind].tensor else _ordinary_product(tile, wide)
 
 
-def _ordinary_product(tile: Tile) -> Product:
+def _ordinary_product(tile: Tile, wide: bool) -> Product:
     """Term k of row r of a stage is at k * (rows + 4) + r: eight terms of four rows then lie in different banks."""
     thread_rows, thread_columns = tile.thread_rows, tile.thread_columns
     row_groups, column_groups = thread_rows // 4, thread_columns // 4
     row_jump, column_jump = tile.rows // row_groups, tile.columns // column_groups
     row_pitch, column_pitch = tile.rows + 4, tile.columns + 4
     columns_of_threads = tile.columns // thread_columns
+    place = np.int64 if wide else u32
 
     @inlined
     def origin(t):
@@ -203,11 +208,11 @@ def _ordinary_product(tile: Tile) -> Product:
     @inlined
     def term(a, b, at_a, at_b, sums, ra, rb):
         for g in range(row_groups):
-            x = load4(a, u32(at_a + g * row_jump))
+            x = load4(a, place(at_a + g * row_jump))
             for i in range(4):
                 ra[4 * g + i] = x[i]
         for g in range(column_groups):
-            x = load4(b, u32(at_b + g * column_jump))
+            x = load4(b, place(at_b + g * column_jump))
             for i in range(4):
                 rb[4 * g + i] = x[i]
         for i in range(thread_rows):
@@ -216,15 +221,16 @@ def _ordinary_product(tile: Tile) -> Product:
 
     # Written out: the compiler does not unroll a loop of that size.
     @inlined
-    def step(a, b, at_a, at_b, sums, ra, rb):
+    def step(a, b, from_a, from_b, sums, ra, rb):
+        at_a, at_b = place(from_a), place(from_b)
         term(a, b, at_a, at_b, sums, ra, rb)
-        term(a, b, u32(at_a + row_pitch), u32(at_b + column_pitch), sums, ra, rb)
-        term(a, b, u32(at_a + 2 * row_pitch), u32(at_b + 2 * column_pitch), sums, ra, rb)
-        term(a, b, u32(at_a + 3 * row_pitch), u32(at_b + 3 * column_pitch), sums, ra, rb)
-        term(a, b, u32(at_a + 4 * row_pitch), u32(at_b + 4 * column_pitch), sums, ra, rb)
-        term(a, b, u32(at_a + 5 * row_pitch), u32(at_b + 5 * column_pitch), sums, ra, rb)
-        term(a, b, u32(at_a + 6 * row_pitch), u32(at_b + 6 * column_pitch), sums, ra, rb)
-        term(a, b, u32(at_a + 7 * row_pitch), u32(at_b + 7 * column_pitch), sums, ra, rb)
+        term(a, b, place(at_a + row_pitch), place(at_b + column_pitch), sums, ra, rb)
+        term(a, b, place(at_a + 2 * row_pitch), place(at_b + 2 * column_pitch), sums, ra, rb)
+        term(a, b, place(at_a + 3 * row_pitch), place(at_b + 3 * column_pitch), sums, ra, rb)
+        term(a, b, place(at_a + 4 * row_pitch), place(at_b + 4 * column_pitch), sums, ra, rb)
+        term(a, b, place(at_a + 5 * row_pitch), place(at_b + 5 * column_pitch), sums, ra, rb)
+        term(a, b, place(at_a + 6 * row_pitch), place(at_b + 6 * column_pitch), sums, ra, rb)
+        term(a, b, place(at_a + 7 * row_pitch), place(at_b + 7 * column_pitch), sums, ra, rb)
 
     @inlined
     def put(stage, at, fetched, i):

@@ -410,7 +410,9 @@ print(bench.cuda.main(["--check-only"]))
 def code(monkeypatch):
     """Machine code that is easy to count: a hundred instructions, of 32 registers."""
     block = Counter({"FFMA": 60, "LDG.E.128.CONSTANT": 10, "IMAD": 30})
-    made = SimpleNamespace(registers=32, shared=0, blocks=[block], opcodes=block, share=lambda prefix: (60, 100))
+    made = SimpleNamespace(
+        registers=32, shared=0, blocks=[block], loops=[block], opcodes=block, share=lambda prefix: (60, 100)
+    )
     monkeypatch.setattr(predictions, "machine_code", lambda kernel: made)
 
 
@@ -454,7 +456,8 @@ def test_products_on_the_tensor_cores_take_steps_of_their_own_depth(monkeypatch)
         # of a warp: 128 x 128 x depth products by eight warps
         hot = Counter({opcode: 2 * 128 * 128 * depth // 8 // flops, "LDSM.16.M88.4": 12, "IMAD": 10})
         stage = Counter({"LDGSTS.E.BYPASS.LTC128B.128": 8, "IADD3": 30})
-        made = SimpleNamespace(registers=128, shared=40960, blocks=[hot, stage], opcodes=hot + stage)
+        code = hot + stage
+        made = SimpleNamespace(registers=128, shared=40960, blocks=[hot, stage], loops=[code], opcodes=code)
         monkeypatch.setattr(predictions, "machine_code", lambda kernel, made=made: made)
         found = predictions.predict(case, "forward", kind, last=True)
         (launch,), steps = found.launches, 576 // depth
@@ -462,7 +465,7 @@ def test_products_on_the_tensor_cores_take_steps_of_their_own_depth(monkeypatch)
         assert launch.blocks == 2 * 128
         waves = 2 * 132 / launch.blocks  # blocks of the only wave, two to a multiprocessor
         assert found.multiply == pytest.approx(case.flops("forward") / predictions.CEILINGS[kind] * waves)
-        cycles = launch.blocks * 8 * steps * (12 * 4 + 8 * 4 / 2)
+        cycles = launch.blocks * 8 * steps * (12 * 4 + 8 * 4)
         assert found.shared == pytest.approx(cycles / (132 * 1.98e9) * waves)
         assert len(found.small) == 1  # the weights put in order
         assert found.seconds > max(found.bounds.values()) + 2 * predictions.LAUNCH

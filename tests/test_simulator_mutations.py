@@ -224,12 +224,12 @@ MUTATIONS = {
         "i * columns_apart * b_row + b_row), source",
     ),
     "the wrong columns of a fragment": Mutation(
-        "fragment", tiles, TILES, "load4(b, u32(at_b + g * column_jump))", "load4(b, u32(at_b + g * 4))"
+        "fragment", tiles, TILES, "load4(b, place(at_b + g * column_jump))", "load4(b, place(at_b + g * 4))"
     ),
     "a fragment in another order": Mutation(
         "fragment", tiles, TILES, "rb[4 * g + i] = x[i]", "rb[4 * g + i] = x[i ^ 1]"
     ),
-    "a term twice": Mutation("fragment", tiles, TILES, "u32(at_a + 5 * row_pitch)", "u32(at_a + 4 * row_pitch)"),
+    "a term twice": Mutation("fragment", tiles, TILES, "place(at_a + 5 * row_pitch)", "place(at_a + 4 * row_pitch)"),
     "a fragment of the wrong lane": Mutation(
         "fragment", tiles, TENSORS, "lane % 16) * PITCH", "lane % 8) * PITCH"
     ),
@@ -288,7 +288,7 @@ MUTATIONS = {
     ),
     # -- alignment
     "a misaligned load of a fragment": Mutation(
-        "alignment", tiles, TILES, "load4(a, u32(at_a + g * row_jump))", "load4(a, u32(at_a + g * row_jump + 1))"
+        "alignment", tiles, TILES, "load4(a, place(at_a + g * row_jump))", "load4(a, place(at_a + g * row_jump + 1))"
     ),
     "rows of a stage that are not aligned": Mutation(
         "alignment", tiles, TILES, "row_pitch, column_pitch = tile.rows + 4", "row_pitch, column_pitch = tile.rows + 3"
