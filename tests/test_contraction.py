@@ -1,0 +1,90 @@
+"""The CPU engine's own choices: who packs the weights, of any memory layout, and how a weight gradient is cut."""
+
+import numpy as np
+import pytest
+
+import fastconv as fc
+import oracle
+from fastconv.cpu import contraction, simd
+from fastconv.cpu.convolution import _forward_plan
+from fastconv.geometry import ConvGeometry
+from helpers import fortran_last, integers, reversed_, strided, transposed
+
+# (input shape, output channels, kernel, stride): all pixels fit the cache, and tasks pack the weights; or they do not.
+FEW = [((4, 40, 7, 7), 70, (3, 3), 1), ((3, 24, 9, 9), 33, (5, 5), 2), ((2, 520, 5, 5), 65, (1, 1), 1)]
+MANY = [((4, 40, 56, 56), 70, (3, 3), 1), ((3, 24, 90, 90), 33, (5, 5), 2), ((2, 300, 64, 64), 65, (1, 1), 1)]
+LAYOUTS = {"fortran": fortran_last, "reversed": reversed_, "strided": strided, "transposed": transposed}
+
+
+def _case(case, dtype, rng):
+    shape, out_channels, kernel, stride = case
+    x, w = integers(rng, shape, dtype), integers(rng, (out_channels, shape[1], *kernel), dtype)
+    return x, w, {"stride": stride, "padding": kernel[0] // 2, "algorithm": "direct"}
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_who_packs_the_weights(few: bool) -> None:
+    """The cases below are what they are meant to be."""
+    for shape, out_channels, kernel, stride in FEW if few else MANY:
+        size = (1, *shape[2:])
+        pad = (0, kernel[0] // 2, kernel[1] // 2)
+        geometry = ConvGeometry(
+            batch=shape[0], in_channels=shape[1], out_channels=out_channels, groups=1, input_size=size,
+            kernel_size=(1, *kernel), stride=(1, stride, stride), dilation=(1, 1, 1), pad_before=pad, pad_after=pad,
+            padding_mode="zeros",
+        )  # fmt: skip
+        x, y = np.empty((*shape[:2], *size), np.float32), np.empty((shape[0], out_channels, *geometry.output_size), "f")
+        w = np.empty((out_channels, shape[1], *geometry.kernel_size), np.float32)
+        *_, plan = _forward_plan(geometry, x.dtype, x.strides, w.strides, y.strides, 2, False)
+        assert plan.packs == few
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [*FEW, *MANY])
+def test_weights_of_any_memory_layout(case, layout: str, dtype: type, rng: np.random.Generator) -> None:
+    """Small integers: every sum is exact, so the results are those of the oracle to the bit."""
+    x, w, options = _case(case, dtype, rng)
+    pads = [(options["padding"],) * 2] * 2
+    known = {"stride": (options["stride"],) * 2, "padding": pads, "dilation": (1, 1), "groups": 1}
+    view = LAYOUTS[layout](w)
+    y = oracle.convolution(x, w, padding_mode="zeros", **known)
+    np.testing.assert_array_equal(fc.conv2d(x, view, **options), y)
+    dx = oracle.input_grad(w, y, input_shape=x.shape, padding_mode="zeros", **known)
+    np.testing.assert_array_equal(fc.conv2d_input_grad(x.shape, view, y, **options), dx)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("case", [FEW[0], MANY[0], FEW[1], MANY[1]])
+def test_infinite_weights_meet_no_zeros_that_are_not_there(case, accumulate: bool, rng: np.random.Generator) -> None:
+    """The input gradient at the border: taps whose window does not exist are no products, so there is no 0 x inf."""
+    x, w, options = _case(case, np.float32, rng)
+    w[1, 2] = np.inf
+    y = np.ones(fc.conv2d(x, np.zeros_like(w), **options).shape, np.float32)
+    out = np.ones_like(x)
+    dx = fc.conv2d_input_grad(x.shape, w, y, out=out, accumulate=accumulate, **options)
+    finite = np.where(np.isinf(w), 0, w)
+    expected = fc.conv2d_input_grad(x.shape, finite, y, **options) + np.float32(accumulate)
+    expected[:, 2] = np.inf
+    np.testing.assert_array_equal(dx, expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "channels", "taps", "pixels", "units", "slab"),
+    [(2048, 512, 1, 196, 1, 0), (512, 512, 9, 196, 1, 324), (64, 64, 1, 12544, 28, 0), (3, 5, 9, 10**6, 2000, 600),
+     (1, 1, 1, 1, 1, 0), (40000, 8, 1, 64, 1, 64)],
+)  # fmt: skip
+def test_cut_of_a_weight_gradient(rows: int, channels: int, taps: int, pixels: int, units: int, slab: int) -> None:
+    """No more blocks than there is to cut, and their sums and slab fit the cache."""
+    tile = simd.tile(32)
+    channel_blocks, out_blocks, splits = contraction._gradient_blocks(
+        1, rows, channels, taps, pixels, units, slab, 1, tile, 4
+    )
+    panels = -(-rows // (tile.lanes * tile.gradient_vectors))
+    assert 1 <= channel_blocks <= channels
+    assert 1 <= out_blocks <= panels
+    assert 1 <= splits <= units
+    block = -(-channels // channel_blocks)
+    width = -(-panels // out_blocks) * tile.gradient_vectors * tile.lanes
+    assert block == 1 or block * taps * min(width, -(-rows // tile.lanes) * tile.lanes) * 4 <= contraction._TILE_BYTES
+    assert block == 1 or block * slab * 4 <= contraction.SLAB_BYTES
