@@ -286,17 +286,19 @@ def order_kernel(element: Element):
     return order_kernel
 
 
-def _resident(tile: Tile, tensor: bool, checked: bool) -> int | None:
+def _resident(kind: str, tile: Tile, checked: bool) -> int | None:
     """Two blocks of the largest tile, which alone would hide little latency. Without checks of coordinates its float32
     kernel fits by itself, and would be made to spill. The compiler saves registers for more of the smaller tiles by
     itself, and on the tensor cores moves or spills them for it in the innermost loop: only of the tile of 32 rows it
     takes up to 190 if it may, and 168 with the same loop if there are to be three blocks (four would spill).
     """
+    tensor = ARITHMETIC[kind].tensor
     if tile.rows * tile.columns == 128 * 128 and (tensor or checked):
         return 2
-    if tensor and (tile.rows, tile.threads) == (32, 128):
-        return 3
-    return 1 if tensor else None
+    if tensor:
+        return 3 if (tile.rows, tile.threads) == (32, 128) else 1
+    # Of two small tiles it saves too many (48, and spills for sm_90), or too few (84, which lets two blocks in).
+    return {("float32", 32, 64): 8, ("float64", 64, 64): 3}.get((kind, tile.rows, tile.columns))
 
 
 @functools.cache
@@ -564,7 +566,7 @@ def gather_kernel(
         flat(operand), flat(operand), array_of(result, 1), words, words, types.UniTuple(types.uint32, GATHER_NUMBERS),
         types.uint32, types.uint32, types.boolean, types.boolean, flat(result),
     )  # fmt: skip
-    return BlockKernel(gather, threads, signature, _resident(tile, tensor, checked))
+    return BlockKernel(gather, threads, signature, _resident(kind, tile, checked))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
