@@ -62,7 +62,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from . import tasks
+from . import half, tasks
 from .elementary import log, tanh
 from .jit import REAL, array_of, compiled, output_of
 from .simd import (
@@ -952,8 +952,8 @@ def softmax(logits: np.ndarray, log: bool, out: np.ndarray) -> None:
     """out = softmax of the logits over axis 1, or its logarithm."""
     if logits.dtype.itemsize == 2:
         wide = np.empty(out.shape, np.float32)
-        softmax(logits.astype(np.float32), log, wide)
-        out[...] = wide
+        softmax(half.widened(logits), log, wide)
+        half.narrow(wide, out)
         return
     if not logits.size:
         return
@@ -966,14 +966,14 @@ def _through_float32(logits: np.ndarray, *arguments: Any) -> tuple[int, int] | N
     """`cross_entropy` of float16 or bfloat16: converted on the way in, rounded once on the way out."""
     narrow = logits.dtype
     *inputs, loss, grad, lse = arguments
-    inputs = [a.astype(np.float32) if getattr(a, "dtype", None) == narrow else a for a in inputs]
+    inputs = [half.widened(a) if getattr(a, "dtype", None) == narrow else a for a in inputs]
     outputs = (loss, grad, lse)
     wide = [None if out is None else np.empty(out.shape, np.float32) for out in outputs]
-    bad = cross_entropy(logits.astype(np.float32), *inputs, *wide)
+    bad = cross_entropy(half.widened(logits), *inputs, *wide)
     if bad is None:
         for out, values in zip(outputs, wide, strict=True):
-            if out is not None:
-                out[...] = values
+            if out is not None and values is not None:
+                half.narrow(values, out)
     return bad
 
 
