@@ -290,6 +290,7 @@ def test_other_vectors(name, features, dtype, lanes, tmp_path):
         sys.path.insert(0, sys.argv[1])
         import numpy as np
         import oracle, test_depthwise
+        from fastconv.arguments import LAYOUTS
         from helpers import functions, integers
         rng = np.random.default_rng(0)
         for name in ("width_13", "stride2_3x3_13x70", "multiplier_3", "1d_k4", "channels_13", "channels_stride2_5x5"):
@@ -301,6 +302,10 @@ def test_other_vectors(name, features, dtype, lanes, tmp_path):
             np.testing.assert_array_equal(y, oracle.convolution(x, w, **plain), case.name)
             np.testing.assert_array_equal(dw, oracle.weight_grad(x, dy, weight_shape=w.shape, **plain), case.name)
             np.testing.assert_array_equal(dx, oracle.input_grad(w, dy, input_shape=x.shape, **plain), case.name)
+            last = dict(case.options, layout=LAYOUTS[case.ndim][1])  # which is read in place
+            x, dy = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy))
+            np.testing.assert_array_equal(np.moveaxis(f.conv(x, w, **last), -1, 1), y, case.name)
+            np.testing.assert_array_equal(np.moveaxis(f.input_grad(x.shape, w, dy, **last), -1, 1), dx, case.name)
         from fastconv.cpu import simd
         print(simd.tile(8 * x.itemsize).lanes)
     """
