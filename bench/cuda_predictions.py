@@ -177,12 +177,14 @@ def launches(case: Case, which: str, kind: str, last: bool = False) -> tuple[lis
             if which == "softmax":
                 softmax_rows.softmax_rows(z, False, z)
                 return found
-            rows = _array((case.batch, 1, 1, 1), dtype)
-            none = _array((0,), dtype), _array((0,) * 5, dtype)
+            soft = case.target == "probabilities"
+            labels = _array((0,) * 4 if soft else (case.batch, 1, 1, 1), np.int64)
+            target = _array(z.shape if soft else (0,) * 5, dtype)
+            rows, no_rows, none = _array((case.batch, 1, 1, 1), dtype), _array((0,) * 4, dtype), _array((0,), dtype)
             one, zero = np.float32(1), np.float32(0)
             softmax_rows.cross_entropy_rows(
-                z, _array((case.batch, 1, 1, 1), np.int64), none[1], none[0], rows, -100, one, _array((0,)), one, zero,
-                one, one, rows, _array((0,)), z, rows,
+                z, labels, target, none, no_rows, -100, one, _array((0,)), one, zero, zero, zero, rows, _array((0,)),
+                z, rows,
             )  # fmt: skip
             return found
         plan = convolution_plan(
@@ -496,8 +498,9 @@ of shared memory banks, operands read more than once from beyond the caches, the
 clock under load. The rate of the tensor cores is that of `wgmma`; `mma.sync`, which the kernels use, was found to reach
 about 63 % of it on this architecture (Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
 Microbenchmarking, 2024). So the times are lower bounds in kind; where a kernel has several ways to store a result, the
-longest was counted. Rows of logits too long for the registers count as read twice, their instructions not. Batch
-{BATCH}, cross-entropy on at least 2^26 logits; layers without a line are done by the simple kernels.
+longest was counted. Rows of logits too long for the registers count as read twice, their instructions not; of the
+kernel for probabilities one pass through its loops is counted, of cross-entropy the one launch that reads the logits.
+Batch {BATCH}, cross-entropy on at least 2^26 logits; layers without a line are done by the simple kernels.
 """
 
 SUMMARY = """

@@ -15,6 +15,7 @@ from fastconv import reference
 from fastconv.bench import cases, checks, results
 from fastconv.bench import cuda as bench
 from fastconv.bench import cuda_predictions as predictions
+from fastconv.cuda_kernels import softmax_rows
 from helpers import output_of, run_python
 
 ROOT = Path(__file__).parent.parent
@@ -485,6 +486,13 @@ def test_rows_are_predicted(code):
     for which, passes in [("with_grad", 2), ("softmax", 2)]:
         found = predictions.predict(case, which, "float32")
         assert found.memory >= passes * 4 * case.batch * case.classes / 4.3e12
+    layers = {c.name: predictions.for_gpu(c) for c in cases.network("cross_entropy")}
+    for name, vectors in {"mnist": 1, "imagenet": 4, "imagenet.soft": 0, "llama2": 8, "llama3": 0}.items():
+        ((launch,), _) = predictions.launches(layers[name], "with_grad", "float32")
+        assert predictions._is_read_twice(launch) == (name == "llama3")
+        groups = [*softmax_rows.GROUPS[4], softmax_rows.SHORT, softmax_rows.LONG]
+        kernels = {softmax_rows.cross_entropy_row_kernel("float32", group, "int64"): group for group in groups}
+        assert kernels[launch.kernel].vectors == vectors
 
 
 def test_a_page_of_predictions(code, monkeypatch):
