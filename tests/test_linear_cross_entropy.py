@@ -347,7 +347,7 @@ def test_memory():
         weight = rng.standard_normal((classes, features), dtype=np.float32)
         target = rng.integers(classes, size=rows)
         for function in (fc.linear_cross_entropy, fc.linear_cross_entropy_with_grad):
-            function(hidden[:4], weight[:8], target[:4] % 8)  # compiled
+            function(hidden[:40], weight[:100], target[:40] % 100)  # compiled, for classes side by side
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")  # the peak begins anew
             before = status("VmRSS")
