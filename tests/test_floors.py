@@ -24,6 +24,7 @@ MACHINERY = {
         "depthwise_channels": "the same with channels in the lanes of the vectors",
         "elementary": "exp, log and tanh in vectors; CUDA has its own",
         "fft": "convolution by Fourier transforms; CUDA has the direct sum only",
+        "half": "float16 in vectors; CUDA has instructions for it",
         "jit": "how kernels are compiled",
         "simd": "vector instructions",
         "tasks": "runs an operation as tasks on the threads",
