@@ -30,7 +30,7 @@ from numba.extending import intrinsic
 from . import simd, threads
 from .jit import REAL, compiled, kernel
 
-# Parameters that every body shares, filled by `run`. The others begin at FIRST.
+# Parameters that every body shares, filled by `run_stages`. The others begin at FIRST.
 HEADER = ("counter", "from_front", "from_back", "done", "scratch", "scratch_bytes", "body", "tasks", "waits", "next")
 COUNTER, FROM_FRONT, FROM_BACK, DONE, SCRATCH, SCRATCH_BYTES, BODY, TASKS, WAITS, NEXT, FIRST = range(11)
 
