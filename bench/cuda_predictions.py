@@ -184,7 +184,7 @@ def launches(case: Case, which: str, kind: str, last: bool = False) -> tuple[lis
             one, zero = np.float32(1), np.float32(0)
             softmax_rows.cross_entropy_rows(
                 z, labels, target, none, no_rows, -100, one, _array((0,)), one, zero, zero, zero, rows, _array((0,)),
-                z, rows,
+                z, rows, _array((1,), np.int64), 0,
             )  # fmt: skip
             return found
         plan = convolution_plan(

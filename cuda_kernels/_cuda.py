@@ -5,9 +5,9 @@ ImportErrors. With ``NUMBA_ENABLE_CUDASIM=1`` the same code runs in Numba's simu
 host's and a launch runs the kernel's Python source.
 
 An operation sees `DeviceArray`: shape, dtype, strides and address of memory that somebody else owns. Nothing here
-waits for the device, except `to_host` and the first use of a geometry (`upload`). So a call on device arrays with
-``out=`` can be captured in a CUDA graph, once it has been made before: by then its kernels are loaded, its tables are
-on the device and its memory between kernels is there (`scratch`).
+waits for the device, except `to_host`, `take_bad_label` and the first use of a table (`upload`). So a call on device
+arrays with ``out=`` can be captured in a CUDA graph, once it has been made before: by then its kernels are loaded, its
+tables are on the device and its memory between kernels is there (`scratch`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ __all__ = [
     "DeviceArray",
     "admit",
     "available",
+    "bad_label_record",
     "cuda",
     "current_device",
     "current_stream",
@@ -42,6 +43,7 @@ __all__ = [
     "launch_blocks",
     "overlap",
     "scratch",
+    "take_bad_label",
     "to_device",
     "to_host",
     "upload",
@@ -468,9 +470,10 @@ def to_device(array: np.ndarray) -> DeviceArray:
 
 
 def to_host(array: DeviceArray, out: np.ndarray | None = None) -> np.ndarray:
-    """Wait for the device and copy a contiguous `array` into `out`, a NumPy array of its shape, or a new one."""
-    if not array.is_contiguous:
-        raise ValueError(f"to_host: array has strides {array.strides} (expected a contiguous array)")
+    """Wait for the device and copy `array` into `out`, a NumPy array of its shape, or a new one.
+
+    What lies between the elements of an array with gaps is copied with them.
+    """
     if out is None:
         out = np.empty(array.shape, array.dtype)
     if array.size == 0:
@@ -478,6 +481,18 @@ def to_host(array: DeviceArray, out: np.ndarray | None = None) -> np.ndarray:
     if SIMULATOR:
         out[...] = array.as_numpy().view(array.dtype)
         return out
+    reach = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
+    before = -sum(r for r in reach if r < 0)  # bytes from the lowest address to the first element
+    size = before + sum(r for r in reach if r > 0) + array.dtype.itemsize
+    run = DeviceArray(array.pointer - before, (size,), None, np.uint8, array.owner, array.stream)
+    host = _numba_array(run).copy_to_host(stream=_stream(array.stream))
+    _synchronize(array.stream)
+    out[...] = np.ndarray(array.shape, array.dtype, host, before, array.strides)
+    return out
+
+
+def _numba_array(array: DeviceArray) -> Any:
+    """A contiguous `array` as one of numba-cuda, which copies it."""
     interface = {
         "data": (array.pointer, False),
         "shape": array.shape,
@@ -485,11 +500,7 @@ def to_host(array: DeviceArray, out: np.ndarray | None = None) -> np.ndarray:
         "typestr": array.stored_dtype.str,
         "version": 3,
     }
-    memory = cuda.from_cuda_array_interface(interface, owner=array.owner, sync=False)
-    host = memory.copy_to_host(stream=_stream(array.stream))
-    _synchronize(array.stream)
-    out[...] = host.view(array.dtype)
-    return out
+    return cuda.from_cuda_array_interface(interface, owner=array.owner, sync=False)
 
 
 def upload(*arrays: np.ndarray) -> tuple[DeviceArray, ...]:
@@ -499,6 +510,42 @@ def upload(*arrays: np.ndarray) -> tuple[DeviceArray, ...]:
     for table in tables:
         table.stream = -1  # of no stream: no launch has to wait
     return tables
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Labels out of range
+# ---------------------------------------------------------------------------------------------------------------------
+
+NO_POSITION = np.iinfo(np.int64).max
+_bad_label_records: dict[int, DeviceArray] = {}  # by device
+
+
+def bad_label_record() -> DeviceArray:
+    """One int64 of the current device: the lowest position at which a kernel met a label out of range.
+
+    One for all streams, and kept for good: a call inside a CUDA graph, on a stream of its own, allocates nothing and
+    writes to what later calls look at.
+    """
+    device = current_device()
+    if device not in _bad_label_records:
+        _bad_label_records.setdefault(device, upload(np.array([NO_POSITION]))[0])
+    return _bad_label_records[device]
+
+
+def take_bad_label(stream: int) -> int | None:
+    """Wait for `stream`; return the position in the current device's record, which is cleared, or None."""
+    record = _bad_label_records.get(current_device())
+    if record is None:
+        return None
+    record = DeviceArray(record.pointer, (1,), None, record.dtype, record.owner, stream)
+    position = int(to_host(record)[0])
+    if position == NO_POSITION:
+        return None
+    if SIMULATOR:
+        record.as_numpy()[0] = NO_POSITION
+    else:
+        _numba_array(record).copy_to_device(np.array([NO_POSITION]), stream=_stream(stream))
+    return position
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """What the chunked linear cross-entropy needs of CUDA besides convolution and softmax cross-entropy.
 
 `fastconv.linear_loss` has the algorithm; the functions are those of `fastconv.cpu.linear_cross_entropy`, with the same
-arguments in the same order, on `DeviceArray`s. Labels that came from the host are judged there; one on the device that
-is out of range makes the loss of its row nan, since the host does not wait to see it.
+arguments in the same order, on `DeviceArray`s. Labels that the host knows are judged there; of others see
+`softmax_cross_entropy`.
 """
 
 from __future__ import annotations

@@ -13,8 +13,11 @@ used instead, if the device has what they need.
 
 A thread reads its row three times: for the maximum, for the sum of exponentials, and for loss and gradient. In the last
 it has read an element before it writes the same one, so the gradient may overwrite the logits. Sums over positions are
-split by their number alone and added in a fixed order. Labels that came from the host are judged there; the loss and
-the gradient of a position whose label on the device is out of range are nan, since the host does not wait to see it.
+split by their number alone and added in a fixed order.
+
+Labels that the host knows are judged there. The host does not wait to see those on the device: where one is out of
+range, loss and gradient are nan, and the kernel lowers the device's record of bad positions to it. The lowest of all is
+the same whichever thread comes first.
 
 `softmax_cross_entropy_row` is for the user's own kernels.
 """
@@ -28,7 +31,7 @@ import numba
 import numpy as np
 from numba import types
 
-from ._cuda import DeviceArray, cuda, has_engine, launch, scratch
+from ._cuda import DeviceArray, bad_label_record, cuda, has_engine, launch, scratch
 from .jit import ELEMENTS, Element, array_of, device_function, kernel
 from .softmax_rows import add_label_weights, add_values, cross_entropy_rows, softmax_rows
 
@@ -93,19 +96,19 @@ def _place(index, shape):
 def cross_entropy(
     logits: DeviceArray, target: DeviceArray, weight: DeviceArray | None, grad_output: DeviceArray | float | None,
     ignore_index: int, reduction: str, label_smoothing: float, z_loss: float, logit_softcap: float,
-    loss: DeviceArray | None, grad: DeviceArray | None, lse: DeviceArray | None,
+    loss: DeviceArray | None, grad: DeviceArray | None, lse: DeviceArray | None, first_position: int = 0,
 ) -> tuple[int, int] | None:  # fmt: skip
     """Fill those of `loss`, `grad` and `lse` that are given.
 
-    Returns None, or (position, label) of the first label out of range, with nothing written, if the target was copied
-    from the host.
+    Returns None, or (position, label) of the first label out of range, with nothing written, if the host knows the
+    labels. Positions are counted from `first_position`.
     """
     real, hard = _real(logits.dtype), target.dtype.kind in "iu"
     classes = logits.shape[1]
     if hard and target.host is not None:
         wrong = _first_wrong_label(np.asarray(target.host), classes, ignore_index)
         if wrong is not None:
-            return wrong
+            return first_position + wrong[0], wrong[1]
     reduced = loss is not None and reduction != "none"
     scale = 1.0
     if grad_output is not None and not isinstance(grad_output, DeviceArray):
@@ -142,7 +145,8 @@ def cross_entropy(
         arrays.get("grad_output", nowhere), ignore_index, real(scale / divisor if divisor else scale), denominator,
         real(1 - label_smoothing), real(label_smoothing / classes), real(z_loss), real(logit_softcap),
         arrays.get("loss", nowhere), row_loss, arrays.get("grad", _nothing(logits.dtype, 5)),
-        arrays.get("lse", nowhere),
+        arrays.get("lse", nowhere), bad_label_record() if hard and target.host is None else _nothing(np.int64, 1),
+        first_position,
     )  # fmt: skip
     if not (has_engine() and cross_entropy_rows(*arguments)):
         launch(cross_entropy_kernel[logits.dtype], positions, *arguments)
@@ -166,7 +170,7 @@ def _first_wrong_label(labels: np.ndarray, classes: int, ignore_index: int) -> t
         array_of(element.stored, 1), array_of(element.stored, 4), types.int64, _real_type(element),
         array_of(_real_type(element), 1), _real_type(element), _real_type(element), _real_type(element),
         _real_type(element), array_of(element.stored, 4), array_of(_real_type(element), 1),
-        array_of(element.stored, 5), array_of(element.stored, 4),
+        array_of(element.stored, 5), array_of(element.stored, 4), array_of(types.int64, 1), types.int64,
     )
 )  # fmt: skip
 def cross_entropy_kernel(element):
@@ -187,7 +191,7 @@ def cross_entropy_kernel(element):
 
     def cross_entropy_kernel(
         logits, labels, probabilities, weight, grad_output, ignore_index, scale, denominator, keep, even, z_loss,
-        softcap, loss, row_loss, grad, lse,
+        softcap, loss, row_loss, grad, lse, bad_position, first_position,
     ):  # fmt: skip
         shape = logits.shape
         classes = shape[1]
@@ -250,6 +254,8 @@ def cross_entropy_kernel(element):
                 value = zero
             elif wrong:
                 value = nan
+                if bad_position.size > 0:
+                    cuda.atomic.min(bad_position, 0, np.int64(first_position + index))
             if loss.size > 0:
                 loss[n, d, h, v] = store(value)
             if row_loss.size > 0:

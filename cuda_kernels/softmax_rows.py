@@ -210,6 +210,7 @@ def cross_entropy_rows(
     logits: DeviceArray, labels: DeviceArray, probabilities: DeviceArray, weight: DeviceArray,
     grad_output: DeviceArray, ignore_index: int, scale: Any, denominator: DeviceArray, keep: Any, even: Any,
     z_loss: Any, softcap: Any, loss: DeviceArray, row_loss: DeviceArray, grad: DeviceArray, lse: DeviceArray,
+    bad_position: DeviceArray, first_position: int,
 ) -> bool:  # fmt: skip
     """The arguments of `cross_entropy_kernel`. False, with nothing done, where the arrays do not lie in rows."""
     dtype = logits.dtype.name
@@ -228,7 +229,7 @@ def cross_entropy_rows(
     labels, grad_output, loss, lse = by_position
     launch_blocks(
         kernel, -(-rows // group.rows), rows, classes, *arguments, labels, weight, grad_output, ignore_index, scale,
-        denominator, keep, even, z_loss, softcap, loss, row_loss, lse,
+        denominator, keep, even, z_loss, softcap, loss, row_loss, lse, bad_position, first_position,
     )  # fmt: skip
     return True
 
@@ -274,7 +275,7 @@ def cross_entropy_row_kernel(dtype: str, group: Group, label_dtype: str = "int64
         types.int64, types.int64, *_flat_pair(dtype), *_flat_pair(dtype), *_flat_pair(dtype),
         _label_array(label_dtype), array_of(element, 1), array_of(element, 1), types.int64, types.float32,
         array_of(types.float32, 1), types.float32, types.float32, types.float32, types.float32, array_of(element, 1),
-        array_of(types.float32, 1), array_of(element, 1),
+        array_of(types.float32, 1), array_of(element, 1), array_of(types.int64, 1), types.int64,
     )  # fmt: skip
     factory = _read_once if group.vectors else _read_twice
     return BlockKernel(factory(dtype, group), group.block, signature)
@@ -294,7 +295,7 @@ def _read_once(dtype: str, group: Group) -> Callable[..., None]:
     def cross_entropy_rows(
         rows, classes, logits, logit_words, logit_step, targets, target_words, target_step, grad, grad_words,
         grad_step, labels, weight, grad_output, ignore_index, scale, denominator, keep, even, z_loss, softcap, loss,
-        row_loss, lse,
+        row_loss, lse, bad_position, first_position,
     ):  # fmt: skip
         scratch = cuda.shared.array(64, types.float32)
         z = cuda.local.array(held, types.float32)
@@ -354,6 +355,8 @@ def _read_once(dtype: str, group: Group) -> Callable[..., None]:
                 value = zero
             elif wrong:
                 value = nan
+                if bad_position.size > 0:
+                    cuda.atomic.min(bad_position, 0, first_position + row)
             if lse.size > 0:
                 lse[row] = store(log_sum_exp)
             if loss.size > 0:
@@ -457,7 +460,7 @@ def _read_twice(dtype: str, group: Group) -> Callable[..., None]:
     def cross_entropy_rows(
         rows, classes, logits, logit_words, logit_step, targets, target_words, target_step, grad, grad_words,
         grad_step, labels, weight, grad_output, ignore_index, scale, denominator, keep, even, z_loss, softcap, loss,
-        row_loss, lse,
+        row_loss, lse, bad_position, first_position,
     ):  # fmt: skip
         scratch = cuda.shared.array(128, types.float32)
         z = cuda.local.array(width, types.float32)
@@ -520,6 +523,8 @@ def _read_twice(dtype: str, group: Group) -> Callable[..., None]:
                 value = zero
             elif wrong:
                 value = nan
+                if bad_position.size > 0:
+                    cuda.atomic.min(bad_position, 0, first_position + row)
             if lse.size > 0:
                 lse[row] = store(log_sum_exp)
             if loss.size > 0:

@@ -638,9 +638,9 @@ def check_apart(function: str, home: Any, name: str, array: Any, other_name: str
         raise ValueError(f"{function}: {name} overlaps {other_name} in memory (expected an array of its own)")
 
 
-def check_return_lse(function: str, return_lse: object) -> None:
-    if not isinstance(return_lse, (bool, np.bool_)):
-        raise TypeError(f"{function}: return_lse is a {type(return_lse).__name__} (expected True or False)")
+def check_flag(function: str, argument: str, value: object) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{function}: {argument} is a {type(value).__name__} (expected True or False)")
 
 
 def bad_label(

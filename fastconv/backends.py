@@ -305,6 +305,9 @@ class Cpu:
             return array, None
         return array, lambda: _as_library_of(like, array)
 
+    def show_labels(self, function: str, labels: np.ndarray) -> None:
+        """Let the host see the labels; here it always does."""
+
     def overlap(self, a: np.ndarray, b: np.ndarray) -> bool:
         if not np.may_share_memory(a, b):
             return False
@@ -354,9 +357,26 @@ class Cuda:
 
         def copy_back() -> Any:
             self._cuda.to_host(array, out=host)
+            self._raise_bad_label(function, array)
             return host if deliver is None else deliver()
 
         return array, copy_back
+
+    def show_labels(self, function: str, labels: Any) -> None:
+        """Let the host see labels that are on the device, and what kernels before have met: this waits for them."""
+        if labels.host is None:
+            labels.host = self._cuda.to_host(labels)
+        self._raise_bad_label(function, labels)
+
+    def _raise_bad_label(self, function: str, array: Any) -> None:
+        """Raise ValueError if a kernel before, on the stream of `array` that was waited for, has met a bad label."""
+        position = self._cuda.take_bad_label(array.stream)
+        if position is not None:
+            raise ValueError(
+                f"{function}: an earlier call had class indices out of range in its target on this device, the first "
+                f"at position {position} (in C order), and nan for the loss and the gradient there; with check=True "
+                "that call raises the error itself"
+            )
 
     def _copied(self, host: np.ndarray) -> Any:
         """A copy of `host` on the device, that remembers `host`: sharing is judged on the caller's own arrays."""

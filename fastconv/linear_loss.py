@@ -167,6 +167,7 @@ class _Chunks:
             self.cross_entropy(
                 z, y if y.dtype.kind in "iu" else self.here.computable(y), class_weight, scale, ignored, "none",
                 smoothing, penalty, cap, losses[chunk], z if wants_grad else None, None if lse is None else lse[chunk],
+                first,
             )  # fmt: skip
             if dhidden is not None:
                 dx = self.accumulator(dhidden[chunk])
@@ -189,7 +190,7 @@ class _Chunks:
 
 def _linear_cross_entropy(
     function, hidden, weight, target, bias, needs, class_weight, ignore_index, reduction, label_smoothing, z_loss,
-    logit_softcap, return_lse, out, backend,
+    logit_softcap, return_lse, check, out, backend,
 ):  # fmt: skip
     home = home_of(
         function, backend, hidden=hidden, weight=weight, target=target, bias=bias, class_weight=class_weight, out=out
@@ -207,7 +208,8 @@ def _linear_cross_entropy(
     options = arguments.check_cross_entropy(
         function, indices, ignore_index, reduction, label_smoothing, z_loss, logit_softcap
     )
-    arguments.check_return_lse(function, return_lse)
+    arguments.check_flag(function, "return_lse", return_lse)
+    arguments.check_flag(function, "check", check)
 
     loss_shape = positions if reduction == "none" else ()
     loss, deliver = home.output(function, out, loss_shape, dtype, hidden)
@@ -222,6 +224,8 @@ def _linear_cross_entropy(
     }
     dx, dw, db = (grads[name][0] if name in grads else None for name in NEEDS)
 
+    if check and indices:
+        home.show_labels(function, t)
     lead, here = len(positions), home.operation("linear_cross_entropy")
     flat_target = here.flattened(t, lead)
     chunks = _Chunks(home, here.flattened(x, lead), w, b)
@@ -255,7 +259,7 @@ def _linear_cross_entropy(
 
 def linear_cross_entropy(
     hidden, weight, target, bias=None, *, class_weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0,
-    z_loss=0.0, logit_softcap=None, return_lse=False, out=None, backend="auto",
+    z_loss=0.0, logit_softcap=None, return_lse=False, check=False, out=None, backend="auto",
 ):  # fmt: skip
     """`softmax_cross_entropy` of the logits ``hidden @ weight.T + bias``, which are never stored whole.
 
@@ -277,7 +281,7 @@ def linear_cross_entropy(
     target : class indices of any integer type, (N,), () or (*,); or probabilities (N, C), (C,) or (*, C)
     bias : array (C,) or None
     class_weight : array (C,) of class weights, or None
-    ignore_index, reduction, label_smoothing, z_loss, logit_softcap : as in `softmax_cross_entropy`
+    ignore_index, reduction, label_smoothing, z_loss, logit_softcap, check : as in `softmax_cross_entropy`
     return_lse : also return lse, of the softcapped logits, ignored positions included
     out : array of the loss' shape and dtype that overlaps no input; it is filled and returned
     backend : "auto" (where the arrays live), "cpu" or "cuda"
@@ -289,8 +293,8 @@ def linear_cross_entropy(
 
     Raises
     ------
-    ValueError for a wrong value or shape, a class index out of range included (nothing is written then); TypeError for
-    a wrong type or dtype; BackendUnavailableError.
+    ValueError for a wrong value or shape, a class index out of range included (nothing is written then, but see `check`
+    in `softmax_cross_entropy`); TypeError for a wrong type or dtype; BackendUnavailableError.
 
     >>> import numpy as np, fastconv as fc
     >>> hidden, weight = np.array([[1., 0.]]), np.log(np.array([[1., 5.], [3., 5.]]))
@@ -300,14 +304,14 @@ def linear_cross_entropy(
     """
     loss, _, _, _, lse = _linear_cross_entropy(
         "linear_cross_entropy", hidden, weight, target, bias, (), class_weight, ignore_index, reduction,
-        label_smoothing, z_loss, logit_softcap, return_lse, out, backend,
+        label_smoothing, z_loss, logit_softcap, return_lse, check, out, backend,
     )  # fmt: skip
     return (loss, lse) if return_lse else loss
 
 
 def linear_cross_entropy_with_grad(
     hidden, weight, target, bias=None, *, needs=NEEDS, class_weight=None, ignore_index=-100, reduction="mean",
-    label_smoothing=0.0, z_loss=0.0, logit_softcap=None, return_lse=False, out=None, backend="auto",
+    label_smoothing=0.0, z_loss=0.0, logit_softcap=None, return_lse=False, check=False, out=None, backend="auto",
 ):  # fmt: skip
     """`linear_cross_entropy` and its gradients with respect to `hidden`, `weight` and `bias`, chunk by chunk.
 
@@ -333,6 +337,6 @@ def linear_cross_entropy_with_grad(
     wanted = arguments.check_needs(function, needs, NEEDS)
     *results, lse = _linear_cross_entropy(
         function, hidden, weight, target, bias, wanted, class_weight, ignore_index, reduction, label_smoothing, z_loss,
-        logit_softcap, return_lse, out, backend,
+        logit_softcap, return_lse, check, out, backend,
     )  # fmt: skip
     return (*results, lse) if return_lse else LinearCrossEntropyGrads(*results)

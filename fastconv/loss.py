@@ -22,7 +22,7 @@ __all__ = [
 
 def _cross_entropy(
     function, logits, target, weight, grad_output, ignore_index, reduction, label_smoothing, axis, z_loss,
-    logit_softcap, return_lse, wants_loss, wants_grad, out, grad_out, backend,
+    logit_softcap, return_lse, check, wants_loss, wants_grad, out, grad_out, backend,
 ):  # fmt: skip
     scale = grad_output if grad_output is None or arguments.is_number(grad_output) else None
     slope = grad_output if scale is None else None
@@ -46,7 +46,9 @@ def _cross_entropy(
     if dy is not None:
         arguments.check_shape(function, "grad_output", dy, loss_shape, "the shape of the loss")
     if return_lse is not False:
-        arguments.check_return_lse(function, return_lse)
+        arguments.check_flag(function, "return_lse", return_lse)
+    if check is not False:
+        arguments.check_flag(function, "check", check)
     inputs: dict[str, Any] = {"logits": z, "target": t, "weight": w, "grad_output": dy}
     grad_name = "grad_out" if wants_loss else "out"
     loss = gradient = lse = None
@@ -70,6 +72,8 @@ def _cross_entropy(
         deliver.append((lse, finish))
     if dy is not None and reduction == "none":
         dy = position_form(dy)
+    if check and indices:
+        home.show_labels(function, t)
     bad = home.operation("softmax_cross_entropy").cross_entropy(
         form(z), position_form(t) if indices else form(t), w, scale if dy is None else dy, ignored, reduction,
         smoothing, penalty, cap,
@@ -99,7 +103,7 @@ def _softmax(function, logits, axis, log, out, backend):
 
 def softmax_cross_entropy(
     logits, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, axis=1, z_loss=0.0,
-    logit_softcap=None, return_lse=False, out=None, backend="auto",
+    logit_softcap=None, return_lse=False, check=False, out=None, backend="auto",
 ):  # fmt: skip
     """Cross-entropy between the softmax of `logits` and `target`.
 
@@ -117,8 +121,9 @@ def softmax_cross_entropy(
         float32, float64, float16 or bfloat16. -inf is probability 0; a row that holds nan gives nan.
     target : class indices of any integer type, (N,), () or (N, *S); or probabilities of the logits' dtype and shape
         Probabilities need not sum to one. A class of coefficient q_c = 0 adds nothing to the loss, even where p_c is 0.
-        On a CUDA device the host does not wait to see the indices: one out of range makes the loss and the gradient of
-        its position nan, and nothing else.
+        One out of range raises ValueError before anything is written. On a CUDA device, unless `check` is True, the
+        host does not wait to see them: one out of range makes the loss and the gradient of its position nan, and the
+        error comes later.
     weight : array (C,) of class weights, of the logits' dtype, or None
     ignore_index : a class index whose positions have loss 0 and gradient 0
     reduction : "mean", "sum" or "none"
@@ -129,6 +134,9 @@ def softmax_cross_entropy(
     z_loss : number >= 0; adds z_loss * lse**2 to the loss of each position that is not ignored, before the reduction
     logit_softcap : None, or a number that puts cap * tanh(z / cap) in the place of every logit z, -inf included
     return_lse : also return lse, of the softcapped logits, ignored positions included
+    check : wait for class indices that are on a CUDA device, and judge them first, as those on the host always are
+        If it is False, the next call that waits for the device raises the ValueError: one with check=True, or with
+        backend="cuda" and NumPy arrays. True is not for calls that are captured in a CUDA graph.
     out : array of the loss' shape and dtype that overlaps no input; it is filled and returned
     backend : "auto" (where the arrays live), "cpu" or "cuda"
 
@@ -139,8 +147,8 @@ def softmax_cross_entropy(
 
     Raises
     ------
-    ValueError for a wrong value or shape, a class index out of range included (nothing is written then); TypeError for
-    a wrong type or dtype; BackendUnavailableError.
+    ValueError for a wrong value or shape, a class index out of range included (nothing is written then, but see
+    `check`); TypeError for a wrong type or dtype; BackendUnavailableError.
 
     >>> import numpy as np, fastconv as fc
     >>> logits = np.log(np.array([[1., 3.], [1., 1.]]))
@@ -150,13 +158,13 @@ def softmax_cross_entropy(
     """
     return _cross_entropy(
         "softmax_cross_entropy", logits, target, weight, None, ignore_index, reduction, label_smoothing, axis, z_loss,
-        logit_softcap, return_lse, True, False, out, None, backend,
+        logit_softcap, return_lse, check, True, False, out, None, backend,
     )  # fmt: skip
 
 
 def softmax_cross_entropy_grad(
     logits, target, weight=None, grad_output=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, axis=1,
-    z_loss=0.0, logit_softcap=None, return_lse=False, out=None, backend="auto",
+    z_loss=0.0, logit_softcap=None, return_lse=False, check=False, out=None, backend="auto",
 ):  # fmt: skip
     """Gradient of `softmax_cross_entropy` with respect to `logits`.
 
@@ -179,13 +187,13 @@ def softmax_cross_entropy_grad(
     """
     return _cross_entropy(
         "softmax_cross_entropy_grad", logits, target, weight, grad_output, ignore_index, reduction, label_smoothing,
-        axis, z_loss, logit_softcap, return_lse, False, True, None, out, backend,
+        axis, z_loss, logit_softcap, return_lse, check, False, True, None, out, backend,
     )  # fmt: skip
 
 
 def softmax_cross_entropy_with_grad(
     logits, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, axis=1, z_loss=0.0,
-    logit_softcap=None, return_lse=False, out=None, grad_out=None, backend="auto",
+    logit_softcap=None, return_lse=False, check=False, out=None, grad_out=None, backend="auto",
 ):  # fmt: skip
     """`softmax_cross_entropy` and its gradient with respect to `logits`, in one pass over the logits.
 
@@ -202,7 +210,7 @@ def softmax_cross_entropy_with_grad(
     """
     return _cross_entropy(
         "softmax_cross_entropy_with_grad", logits, target, weight, None, ignore_index, reduction, label_smoothing,
-        axis, z_loss, logit_softcap, return_lse, True, True, out, grad_out, backend,
+        axis, z_loss, logit_softcap, return_lse, check, True, True, out, grad_out, backend,
     )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ two barriers. The simulator knows warp shuffles and votes, the project's instruc
 - a shared element that two threads touch, one of them writing, with no barrier in between, whatever the schedule;
 - threads of a block that wait at different barriers, or threads of a warp that meet different instructions.
 
+Of the atomic operations it knows the minimum in global memory.
+
 Shared and local memory begins as nan (integers: all bits set, a nan in every floating-point format), so that what was
 never written shows. It does not model rounding inside the tensor cores, Numba's integer types or time. Unlike Numba's
 simulator it needs no environment variable: a process can simulate a kernel and compile it.
@@ -295,6 +297,7 @@ class BlockSimulator:
         self.random = random.Random(seed)
         self.shared = types.SimpleNamespace(array=self._shared_array)
         self.local = types.SimpleNamespace(array=lambda shape, dtype: _poisoned(shape, dtype))
+        self.atomic = types.SimpleNamespace(min=self._atomic_min)
 
     # -- launches
 
@@ -376,6 +379,13 @@ class BlockSimulator:
             shared.append(SharedMemory(_poisoned(shape, dtype), self.block))
         thread.shared_arrays += 1
         return shared[thread.shared_arrays - 1]
+
+    def _atomic_min(self, memory: Memory, index: Any, value: Any) -> Any:
+        if isinstance(memory, SharedMemory):
+            raise NotImplementedError("BlockSimulator.atomic.min: global memory only")
+        old = memory[index]
+        memory[index] = min(old, value)
+        return old
 
     def syncthreads(self) -> None:
         self.block.wait("barrier")

@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fastconv.cuda_kernels import _cuda, jit
+import fastconv as fc
+from fastconv.cuda_kernels import _cuda, convolution, jit, linear_cross_entropy, softmax_cross_entropy
 from fastconv.cuda_kernels._cuda import DeviceArray, cuda
 
 DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int64]
@@ -106,9 +107,28 @@ def test_copies_keep_every_value(dtype, rng):
     np.testing.assert_array_equal(_cuda.to_host(device), host)
 
 
-def test_copying_out_of_a_strided_view_is_refused():
-    with pytest.raises(ValueError, match="expected a contiguous array"):
-        _cuda.to_host(_cuda.to_device(np.zeros((2, 3), np.float32)).transpose((1, 0)))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", [EVERY, np.s_[1:, ::-2], np.s_[::-1, :1]])
+def test_copying_out_of_a_strided_view(dtype, index, gpu, monkeypatch, rng):
+    """What numba-cuda copies is a run of memory with the array in it, which is taken out of it."""
+    base = (rng.standard_normal((4, 6)) * 100).astype(dtype)
+    expected, copied = base.T[index], []
+
+    def numba_array(run):
+        assert run.is_contiguous
+        assert base.ctypes.data <= run.pointer <= run.pointer + run.nbytes <= base.ctypes.data + base.nbytes
+        return SimpleNamespace(copy_to_host=lambda stream: copied.append(stream) or run.as_numpy().copy())
+
+    waited = []
+    monkeypatch.setattr(_cuda, "_numba_array", numba_array)
+    monkeypatch.setattr(_cuda, "_stream", lambda handle: handle)
+    monkeypatch.setattr(_cuda, "_synchronize", waited.append)
+    array = describe(expected)
+    array.stream = 7
+    actual = _cuda.to_host(array)
+    assert actual.dtype == expected.dtype
+    np.testing.assert_array_equal(actual, expected)
+    assert copied == waited == [7]
 
 
 @cuda.jit
@@ -172,10 +192,50 @@ def test_an_array_is_taken_where_it_is(gpu):
     assert not array.writeable
 
 
-def test_an_array_of_another_device_is_refused_by_name(gpu):
+def test_an_array_of_another_device_is_refused(gpu):
     gpu.device_id = 1
     with pytest.raises(ValueError, match="on CUDA device 1, but the current device is 0"):
         _cuda.admit(jax_array())
+
+
+CALLS_OF_TWO_DEVICES = {
+    "input": lambda far, near: fc.conv2d(far((1, 1, 4, 4)), near((1, 1, 3, 3))),
+    "weight": lambda far, near: fc.conv2d(near((1, 1, 4, 4)), far((1, 1, 3, 3))),
+    "bias": lambda far, near: fc.conv2d(near((1, 1, 4, 4)), near((1, 1, 3, 3)), far((1,))),
+    "out": lambda far, near: fc.conv2d(near((1, 1, 4, 4)), near((1, 1, 3, 3)), out=far((1, 1, 2, 2))),
+    "grad_output": lambda far, near: fc.conv2d_weight_grad(near((1, 1, 4, 4)), (1, 1, 3, 3), far((1, 1, 2, 2))),
+    "logits": lambda far, near: fc.softmax_cross_entropy(far((2, 3)), near((2,), np.int64)),
+    "target": lambda far, near: fc.softmax_cross_entropy_grad(near((2, 3)), far((2,), np.int64)),
+    "grad_out": lambda far, near: fc.softmax_cross_entropy_with_grad(
+        near((2, 3)), near((2,), np.int64), grad_out=far((2, 3))
+    ),
+    "class_weight": lambda far, near: fc.linear_cross_entropy(
+        near((2, 3)), near((4, 3)), near((2,), np.int64), class_weight=far((4,))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS_OF_TWO_DEVICES)
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_call_with_arrays_of_two_devices_is_refused_by_name(name, current, gpu, monkeypatch):
+    """Whichever of them is the current device: the argument that is named is the one on the other."""
+    monkeypatch.setattr(sys.modules["fastconv.backends"], "cuda_status", lambda: (True, ""))  # not fc.backends()
+    monkeypatch.setattr(_cuda, "current_device", lambda: current)
+    monkeypatch.setattr(_cuda, "_exported", lambda obj: obj.view)
+    for module in (_cuda, convolution, linear_cross_entropy, softmax_cross_entropy):
+        monkeypatch.setattr(module, "launch", lambda *a: pytest.fail("launched"))
+    monkeypatch.setattr(_cuda, "empty", lambda shape, dtype, like: (None, DeviceArray(4096, shape, None, dtype, None)))
+
+    def on(device):
+        def array(shape, dtype=np.float32):
+            view = SimpleNamespace(**{**vars(gpu), "shape": shape, "dtype": np.dtype(dtype), "device_id": device})
+            return jax_array(view=view, __dlpack_device__=lambda self: (2, device))
+
+        return array
+
+    message = rf": {name} cannot be read as a CUDA array: it is on CUDA device {1 - current}, but the current device is"
+    with pytest.raises(TypeError, match=message):
+        CALLS_OF_TWO_DEVICES[name](on(1 - current), on(current))
 
 
 @pytest.mark.parametrize("change", [{"ptr": 4098}, {"strides": (3, 1), "dtype": np.dtype("f4"), "ptr": 4097}])

@@ -256,7 +256,7 @@ def test_launches_of_rows_pass_what_was_compiled(dtype, monkeypatch):
     numbers = [np.float32(1)] * 4
     labels = device_array(3, 1, 1, 1, dtype=np.int32)
     arguments = (labels, none5, none, row, -100, np.float32(1), real, *numbers[:1], np.float32(0), *numbers[:2])
-    assert softmax_rows.cross_entropy_rows(z, *arguments, row, real, z, row)
+    assert softmax_rows.cross_entropy_rows(z, *arguments, row, real, z, row, device_array(1, dtype=np.int64), 0)
     assert softmax_rows.softmax_rows(z, True, z)
     softmax_rows.add_values(device_array(70000, dtype=np.float32), real, 1.0, device_array(1, dtype=kind))
     assert softmax_rows.add_label_weights(labels, none, -100, 3, device_array(1, dtype=np.float32))

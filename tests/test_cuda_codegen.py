@@ -127,6 +127,7 @@ def launches(monkeypatch):
         convolution, "upload", lambda *tables: tuple(device_array(len(t), dtype=t.dtype) for t in tables)
     )
     monkeypatch.setattr(softmax_cross_entropy, "scratch", scratch)
+    monkeypatch.setattr(softmax_cross_entropy, "bad_label_record", lambda: device_array(1, dtype=np.int64))
     monkeypatch.setattr(linear_cross_entropy, "_one", lambda dtype, device: device_array(1, dtype=dtype))
     monkeypatch.setattr(linear_cross_entropy, "current_device", lambda: 0)
     monkeypatch.setattr(linear_cross_entropy, "empty", lambda shape, dtype, like: device_array(*shape, dtype=dtype))

@@ -6,9 +6,10 @@ What both backends do is tested once for both, in the tests that take the `backe
 import numpy as np
 import pytest
 
+import fastconv as fc
 from fastconv import reference
 from fastconv.arguments import convolution_plan
-from fastconv.cuda_kernels import _cuda, convolution, softmax_cross_entropy
+from fastconv.cuda_kernels import _cuda, convolution, linear_cross_entropy, softmax_cross_entropy
 from fastconv.cuda_kernels._cuda import admit, cuda, to_device, to_host
 
 needs_gpu = pytest.mark.skipif(
@@ -73,6 +74,112 @@ def test_a_label_that_came_from_the_host_is_reported_and_nothing_is_written(rng)
     assert wrong == (3, 3)
     assert (loss == 7).all()
     assert (grad == 7).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the host hears of labels on the device
+# ---------------------------------------------------------------------------------------------------------------------
+
+LATER = (
+    r"an earlier call had class indices out of range in its target on this device, the first at position {} \(in C "
+    r"order\).*with check=True"
+)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """The dtypes of what was copied from the device so far. Begins and ends with nothing to report."""
+    _cuda.bad_label_record()
+    _cuda.take_bad_label(0)
+    copied = []
+    monkeypatch.setattr(_cuda, "to_host", lambda array, **k: copied.append(array.dtype) or to_host(array, **k))
+    yield copied
+    assert _cuda.take_bad_label(0) is None
+
+
+def on_device(logits, labels):
+    return cuda.to_device(np.asarray(logits, np.float32)), cuda.to_device(np.asarray(labels))
+
+
+CALLS = {
+    "loss": lambda z, t, **options: fc.softmax_cross_entropy(z, t, reduction="none", **options),
+    "grad": lambda z, t, **options: fc.softmax_cross_entropy_grad(z, t, reduction="mean", **options),
+    "with_grad": lambda z, t, **options: fc.softmax_cross_entropy_with_grad(z, t, grad_out=z, **options)[0],
+    "linear": lambda z, t, **options: fc.linear_cross_entropy_with_grad(z, z, t, **options).loss,
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_with_check_a_bad_label_is_an_error_at_once_and_nothing_is_written(name, waits, rng):
+    logits = rng.standard_normal((5, 5)).astype(np.float32)
+    z, t = on_device(logits, np.array([0, 4, -100, 5, -1], np.int16))
+    with pytest.raises(ValueError, match=r"cross_entropy\w*: target\[3\] is 5, but logits have C=5 classes"):
+        CALLS[name](z, t, check=True)
+    np.testing.assert_array_equal(z.copy_to_host(), logits)
+    assert waits == [np.int16, np.int64]  # the labels, and what calls before have met
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_with_check_good_labels_give_the_same_bits(name, waits, rng):
+    arrays = rng.standard_normal((4, 4)), [0, 3, -100, 1]
+    checked = CALLS[name](*on_device(*arrays), check=True)
+    waits.clear()
+    np.testing.assert_array_equal(checked.copy_to_host(), CALLS[name](*on_device(*arrays)).copy_to_host())
+    assert waits == []
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("listener", ["check", "copies", "another function"])
+def test_a_bad_label_is_an_error_of_the_next_call_that_waits(name, listener, waits, rng):
+    z, t = on_device(rng.standard_normal((6, 6)), [0, 5, -100, 1, 6, -1])
+    right = on_device(np.zeros((2, 3)), [0, 2])
+    CALLS[name](z, t)
+    fc.softmax_cross_entropy(*right)  # waits for nothing, and changes nothing
+    fc.softmax(right[0])
+    assert waits == []
+    listen = {
+        "check": lambda: fc.softmax_cross_entropy(*right, check=True),
+        "copies": lambda: fc.softmax_cross_entropy(np.zeros((2, 3)), np.array([0, 2]), backend="cuda"),
+        "another function": lambda: fc.conv2d(np.zeros((3, 3)), np.zeros((2, 2)), backend="cuda"),
+    }[listener]
+    with pytest.raises(ValueError, match=LATER.format(4)):
+        listen()
+    listen()  # once
+
+
+def test_of_several_calls_the_lowest_position_is_told(waits):
+    for labels in ([0, 0, 0, 9], [0, 9, 9, 9], [0, 0, 9, 0]):
+        fc.softmax_cross_entropy(*on_device(np.zeros((4, 3)), labels))
+    with pytest.raises(ValueError, match=LATER.format(1)):
+        fc.softmax_cross_entropy(*on_device(np.zeros((1, 3)), [0]), check=True)
+
+
+def test_positions_are_counted_through_the_chunks(waits, monkeypatch):
+    """The linear cross-entropy takes its rows in chunks; of a target of two axes positions are counted in C order."""
+    monkeypatch.setattr(linear_cross_entropy, "chunk_sizes", lambda classes, features, dtype: (16, 8, 8))
+    labels = np.zeros((5, 9), int)
+    labels[3, 7] = 4
+    hidden, weight = cuda.to_device(np.zeros((5, 9, 2))), cuda.to_device(np.zeros((4, 2)))
+    fc.linear_cross_entropy(hidden, weight, cuda.to_device(labels))
+    with pytest.raises(ValueError, match=LATER.format(3 * 9 + 7)):
+        fc.softmax(np.zeros((1, 2)), backend="cuda")
+    with pytest.raises(ValueError, match=r"target\[3, 7\] is 4, but logits have C=4"):
+        fc.linear_cross_entropy(hidden, weight, cuda.to_device(labels), check=True)
+
+
+def test_check_reads_labels_of_any_strides(waits, rng):
+    labels = np.full((2, 8, 4), 9, np.int16)
+    labels[:, ::2, 1:] = 0
+    labels[1, 4, 3] = 7
+    z, t = on_device(rng.standard_normal((2, 7, 4, 3)), labels)
+    with pytest.raises(ValueError, match=r"target\[1, 2, 2\] is 7, but logits have C=7 classes"):
+        fc.softmax_cross_entropy(z, t[:, ::2, 1:], check=True)
+
+
+def test_probabilities_are_not_waited_for(waits):
+    z, t = on_device(np.zeros((2, 3)), np.ones((2, 3), np.float32))
+    fc.softmax_cross_entropy(z, t, check=True)
+    assert waits == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------

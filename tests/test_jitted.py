@@ -60,7 +60,7 @@ CALLS = [
     ("loss_grad", "fc.softmax_cross_entropy_grad(z, t, None, 2.0)"),
     ("loss_with_grad", 'fc.softmax_cross_entropy_with_grad(z, t, reduction="sum", ignore_index=1)'),
     ("loss_1d", "fc.softmax_cross_entropy_with_grad(z[0, :, 0], t[0, 0:1].reshape(()))"),
-    ("loss_lse", "fc.softmax_cross_entropy(z, t, return_lse=True)"),
+    ("loss_lse", "fc.softmax_cross_entropy(z, t, return_lse=True, check=True)"),
     ("softmax", "fc.softmax(z, 2)"),
     ("log_softmax", "fc.log_softmax(z, axis=0)"),
 ]

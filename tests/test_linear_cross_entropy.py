@@ -428,6 +428,7 @@ HIDDEN, WEIGHT, TARGET = np.zeros((4, 3)), np.zeros((5, 3)), np.zeros(4, int)
         ({"z_loss": -1}, ValueError, "z_loss is -1"),
         ({"logit_softcap": 0}, ValueError, "logit_softcap is 0"),
         ({"return_lse": "yes"}, TypeError, "return_lse is a str"),
+        ({"check": 1}, TypeError, "check is a int"),
         ({"hidden": [[1.0, 2.0, 3.0]]}, TypeError, "hidden is a list"),
         ({"out": np.zeros(1)}, ValueError, r"out has shape \(1,\) \(expected \(\)\)"),
         ({"out": np.zeros((), np.float32)}, TypeError, "out is float32"),

@@ -524,7 +524,8 @@ def test_a_gradient_larger_than_the_caches(rng, shape, smoothing):
     ],
 )
 @pytest.mark.parametrize("in_place", [False, True])
-def test_bad_label(backend, shape, at, label, where, in_place):
+@pytest.mark.parametrize("check", [False, True])
+def test_bad_label(backend, shape, at, label, where, in_place, check):
     logits = np.ones(shape, np.float32)
     target = np.zeros(positions_of(shape), np.int64)
     target[at] = label
@@ -532,7 +533,7 @@ def test_bad_label(backend, shape, at, label, where, in_place):
     grad_out = logits if in_place else np.full(shape, 7, np.float32)
     before = grad_out.copy()
     with pytest.raises(ValueError) as error:
-        fc.softmax_cross_entropy_with_grad(logits, target, out=out, grad_out=grad_out, backend=backend)
+        fc.softmax_cross_entropy_with_grad(logits, target, check=check, out=out, grad_out=grad_out, backend=backend)
     assert str(error.value) == f"softmax_cross_entropy_with_grad: {where}or ignore_index=-100)"
     assert out == 7
     assert_same_bits(grad_out, before)
@@ -591,6 +592,7 @@ _PAIR = np.ones((2, 2, 3), np.float32)
         (ValueError, (_Z, _T), {"logit_softcap": 0},
          "logit_softcap is 0.0 (expected a positive finite number or None)"),
         (TypeError, (_Z, _T), {"return_lse": 1}, "return_lse is a int (expected True or False)"),
+        (TypeError, (_Z, _T), {"check": None}, "check is a NoneType (expected True or False)"),
         (TypeError, (_Z, _T), {"axis": 0.5}, "axis is a float (expected an int)"),
         (ValueError, (_Z, _T), {"axis": 2}, "axis is 2, but logits have 2 dimensions"),
         (ValueError, (_Z, _T), {"backend": "tpu"}, "backend is 'tpu' (expected one of 'auto', 'cpu', 'cuda')"),

@@ -38,7 +38,10 @@ def nothing(dtype, ndim):
 
 
 def cross_entropy(monkeypatch, logits, target, schedule, group, weight=None, grad_output=None, **options):
-    """Losses, gradient and lse of rows (N, C) by the kernel of `group`, the gradient over the logits if asked."""
+    """Losses, gradient and lse of rows (N, C) by the kernel of `group`, the gradient over the logits if asked.
+
+    With the option `bad_position`, an array of one number, counted from row 100 on.
+    """
     monkeypatch.setattr(softmax_rows, "launch_blocks", simulated(schedule))
     monkeypatch.setattr(softmax_rows, "group_for", lambda dtype, classes, once: group)
     n, classes = logits.shape
@@ -58,6 +61,7 @@ def cross_entropy(monkeypatch, logits, target, schedule, group, weight=None, gra
         options.get("ignore_index", -100), np.float32(1), nothing(np.float32, 1), np.float32(1 - smoothing),
         np.float32(smoothing / classes), np.float32(options.get("z_loss", 0)),
         np.float32(options.get("logit_softcap") or 0), form(loss), device(row_loss), form(grad), form(lse),
+        device(options["bad_position"]) if "bad_position" in options else nothing(np.int64, 1), 100,
     )  # fmt: skip
     assert done
     np.testing.assert_array_equal(loss, row_loss.astype(dtype))
@@ -174,7 +178,11 @@ def test_a_label_however_far_out_of_range_touches_nothing_but_its_row(kind, dtyp
     logits = aligned((len(labels), 9), DTYPES[dtype])
     logits[...] = rng.standard_normal(logits.shape)
     weight = np.ones(9, DTYPES[dtype])
-    loss, grad, _ = cross_entropy(monkeypatch, logits, labels, ("forward", "late"), group, weight, in_place=True)
+    position = np.array([1000])
+    loss, grad, _ = cross_entropy(
+        monkeypatch, logits, labels, ("shuffled", "late"), group, weight, in_place=True, bad_position=position
+    )
+    assert position == 101  # the first of them, whichever thread came first
     bad = np.array([False, *[True] * len(wrong), False])
     np.testing.assert_array_equal(np.isnan(loss), bad)
     np.testing.assert_array_equal(np.isnan(grad), np.repeat(bad[:, None], 9, axis=1))

@@ -907,13 +907,17 @@ def _launch(
 def cross_entropy(
     logits: np.ndarray, target: np.ndarray, weight: np.ndarray | None, grad_output: np.ndarray | float | None,
     ignore_index: int, reduction: str, label_smoothing: float, z_loss: float, logit_softcap: float,
-    loss: np.ndarray | None, grad: np.ndarray | None, lse: np.ndarray | None,
+    loss: np.ndarray | None, grad: np.ndarray | None, lse: np.ndarray | None, first_position: int = 0,
 ) -> tuple[int, int] | None:  # fmt: skip
-    """Fill those of `loss`, `grad` and `lse` that are given; see the top of this file."""
+    """Fill those of `loss`, `grad` and `lse` that are given; see the top of this file.
+
+    Returns None, or (position, label) of the first label out of range, with nothing written. Positions are counted from
+    `first_position`.
+    """
     if logits.dtype.itemsize == 2:
         return _through_float32(
-            logits, target, weight, grad_output, ignore_index, reduction, label_smoothing, z_loss, logit_softcap, loss,
-            grad, lse,
+            logits, first_position, target, weight, grad_output, ignore_index, reduction, label_smoothing, z_loss,
+            logit_softcap, loss, grad, lse,
         )  # fmt: skip
     scale = 1.0
     labels, soft = (_flat(target, 1), None) if target.dtype.kind in "iu" else (None, _flat(target, 2))
@@ -939,7 +943,7 @@ def cross_entropy(
     )  # fmt: skip
     if status < 0:
         position = -1 - status
-        return position, int(target.reshape(-1)[position])
+        return first_position + position, int(target.reshape(-1)[position])
     if loss is not None and reduction != "none":
         loss[...] = reduced
     _bring_back(loss_flat, loss)
@@ -962,14 +966,15 @@ def softmax(logits: np.ndarray, log: bool, out: np.ndarray) -> None:
     _bring_back(flat, out)
 
 
-def _through_float32(logits: np.ndarray, *arguments: Any) -> tuple[int, int] | None:
+def _through_float32(logits: np.ndarray, first_position: int, *arguments: Any) -> tuple[int, int] | None:
     """`cross_entropy` of float16 or bfloat16: converted on the way in, rounded once on the way out."""
     narrow = logits.dtype
     *inputs, loss, grad, lse = arguments
     inputs = [half.widened(a) if getattr(a, "dtype", None) == narrow else a for a in inputs]
     outputs = (loss, grad, lse)
     wide = [None if out is None else np.empty(out.shape, np.float32) for out in outputs]
-    bad = cross_entropy(half.widened(logits), *inputs, *wide)
+    arguments = *inputs, *wide, first_position
+    bad = cross_entropy(half.widened(logits), *arguments)
     if bad is None:
         for out, values in zip(outputs, wide, strict=True):
             if out is not None and values is not None:
