@@ -137,6 +137,8 @@ SMALL = [
     Case("stride_2x3", "different strides, neither dividing the size", (1, 2, 8, 9), (2, 2, 3, 2), stride=(2, 3),
          padding=1),
     Case("padding_over_kernel", "windows that lie in the padding alone", (1, 2, 3, 3), (2, 2, 2, 2), padding=4),
+    Case("padding_alone", "no window meets a column of the input", (1, 2, 12, 1), (3, 2, 2, 1), stride=3,
+         padding=((3, 2), (4, 0))),
     Case("padding_over_input", "more padding than input, strided", (1, 1, 2, 3), (2, 1, 3, 3), padding=7, stride=2),
     Case("padding_uneven", "a pair per dimension", (1, 2, 5, 4), (2, 2, 3, 3), padding=((0, 2), (3, 1))),
     Case("padding_per_dim", "one number per dimension", (1, 2, 5, 4), (2, 2, 3, 3), padding=(2, 0)),

@@ -357,6 +357,39 @@ def test_views(case, which, backend, rng):
             np.testing.assert_array_equal(array, original, "inputs are only read")
 
 
+SLENDER = [
+    Case("columns", "outputs of one column, more than a vector of them", (3, 7, 24, 1), (10, 7, 5, 1)),
+    Case("one_column_left", "a kernel as wide as the input", (2, 33, 35, 2), (21, 11, 1, 2), padding=(2, 0), groups=3),
+    Case("strided_columns", "phases of one column", (1, 16, 9, 4), (12, 4, 3, 3), stride=(3, 5), padding=1, groups=4),
+    Case("columns_1x1", "a matrix product of columns", (2, 5, 19, 1), (7, 5, 1, 1)),
+    Case("lines", "one row of one plane", (1, 6, 4, 1, 1), (5, 6, 3, 1, 1), padding=1),
+    Case("depthwise_columns", "the vectors of depthwise convolutions", (2, 16, 19, 1), (16, 1, 3, 1), groups=16),
+    BY_NAME["one_pixel"],
+]
+
+
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("case", SLENDER, ids=str)
+def test_an_axis_of_one_element_has_any_stride(case, which, backend, rng):
+    """Its stride leads nowhere: NumPy gives it that of an element, of zero, or one that points out of the array."""
+    operands = whole_operands(case, rng)
+    run, shape = passes(case, backend)[which]
+    expected = run(*operands)
+    for step in (4, 0, -4, 4096):
+        for view in (VIEWS["reversed"], VIEWS["channels_last_memory"]):
+            seen = [_with_stride_of_ones(view(a), step) for a in operands]
+            frame = np.full((3, *shape), 77, np.float32)
+            frame[1] = np.nan
+            out = _with_stride_of_ones(frame[1, ..., ::-1, :] if len(shape) > 1 else frame[1], step)
+            np.testing.assert_array_equal(run(*seen, out=out), expected, f"step {step}")
+            assert (frame[::2] == 77).all(), "elements beside `out` were written"
+
+
+def _with_stride_of_ones(array, step):
+    steps = [step if n == 1 else old for n, old in zip(array.shape, array.strides, strict=True)]
+    return np.lib.stride_tricks.as_strided(array, array.shape, steps)
+
+
 @pytest.mark.parametrize("which", PASSES)
 @pytest.mark.parametrize("case", KINDS[:8], ids=str)
 def test_broadcast_inputs(case, which, backend, rng):

@@ -97,6 +97,7 @@ CHANNEL_CASES = [
     ),
     filters("channels_stride3", 17, (11, 19), (4, 5), stride=3, padding=2),
     filters("channels_stride_over_kernel", 17, (11, 19), (2, 2), stride=3),
+    filters("channels_stride_over_size", 17, (3, 12), (5, 1), stride=(5, 1), padding=((1, 1), (0, 0))),
     filters("channels_dilated", 17, (11, 19), (3, 3), dilation=(2, 3), padding=(2, 3)),
     filters("channels_dilated_stride2", 17, (11, 19), (3, 3), dilation=3, stride=2, padding=3),
     filters("channels_columns_left", 17, (8, 12), (3, 3), stride=2),

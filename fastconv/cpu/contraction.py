@@ -931,13 +931,18 @@ def is_flat(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return all(outer == n * inner for (_, outer), (n, inner) in itertools.pairwise(real))
 
 
+def are_consecutive(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Are the pixels of a plane neighbours in memory? Axes of one pixel, whose stride may be any, have no say."""
+    inner = next((step for n, step in zip(reversed(shape), reversed(strides), strict=True) if n > 1), 1)
+    return inner == 1 and is_flat(shape, strides)
+
+
 def can_stay_in_place(axes: tuple[Axis, ...], x: Strides, y: Strides) -> bool:
     """Is this a matrix product on the image as it lies in memory: kernel and stride 1, no padding, flat planes?"""
     shape = tuple(a.out for a in axes)
     return (
         all(a.is_identity() for a in axes)
-        and next((step for n, step in zip(reversed(shape), reversed(x[2:]), strict=True) if n > 1), 1) == 1
-        and is_flat(shape, x[2:])
+        and are_consecutive(shape, x[2:])
         and is_flat(shape, y[2:])
         and min(x) >= 0
     )
@@ -985,7 +990,7 @@ def _set_common(
     parameters[[SOURCE_D, SOURCE_H, SOURCE_W]] = [address(a.source) for a in axes]
     parameters[[PADDED_W, BEFORE_W, SIZE_W]] = len(width.source), width.before, width.size
     parameters[[ZEROS, PADDED, IN_PLACE]] = zeros, _is_padded(axes), in_place
-    parameters[PLANE] = math.prod(out) if y[4] == 1 and is_flat(out, y[2:]) else 0
+    parameters[PLANE] = math.prod(out) if y[4] == 1 and are_consecutive(out, y[2:]) else 0
     parameters[[SEGMENTS, SEGMENT_ROWS, PHASE_PITCH]] = slab.segments, slab.segment_rows, slab.phase
     parameters[[ROW_PITCH, ROW_LENGTH]] = slab.row, slab.row_length
     parameters[CHANNEL_PITCH] = x[1] if in_place else slab.channel

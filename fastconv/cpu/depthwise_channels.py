@@ -635,6 +635,8 @@ def applies(
     if any(not phase.taps for line in lines for phase in line.phases):
         return False
     width, taps = lines[2], math.prod(geometry.kernel_size)
+    if math.prod(len(line.taps) for line in lines) != taps:  # filters are read whole; an input smaller than the stride
+        return False  # does not meet every tap
     along_rows = x[4] == y[4] == width.stride == width.step == 1 and taps <= _FEW_TAPS and width.out >= _LONG_ROW
     if along_rows and not weight_gradient:
         return False

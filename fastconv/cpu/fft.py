@@ -408,6 +408,8 @@ def _source(tables: Sequence[np.ndarray], tiling: Tiling, used: Size3) -> _Sourc
         filled[: len(part)] = part
         whole.append(filled)
     last = whole[2]
+    if (last < 0).all():  # every window lies in the padding
+        return _Source(tuple(whole), used, (0, 0))
     first = int(np.argmax(last >= 0))
     breaks = np.flatnonzero(np.diff(last[first:]) != 1)
     return _Source(tuple(whole), used, (first, first + int(breaks[0]) + 1 if len(breaks) else len(last)))
