@@ -1,9 +1,12 @@
 """Benchmarks on a CUDA GPU, unattended: ``python -m bench.cuda`` in a checkout, ``make bench-cuda``.
 
-Every kernel is first checked against fastconv.reference on small odd shapes. Then the layers of shapes/, at the batch
-of a GPU, are checked and timed beside torch (cuDNN), CuPy and Liger-Kernel, whichever are installed, and the rows go to
-results/<gpu>.csv like those of the CPU. Needs numba-cuda and one of torch and CuPy; nothing has to be installed of
-fastconv itself.
+Every kernel is first checked on small odd shapes: against fastconv.reference, and the matrix products in every tile
+against sums in float64. Then the layers of shapes/, at the batch of a GPU, are checked and timed beside torch (cuDNN),
+CuPy and Liger-Kernel, whichever are installed, and the rows go to results/<gpu>.csv like those of the CPU. Needs
+numba-cuda and one of torch and CuPy; nothing has to be installed of fastconv itself.
+
+Nothing ends the run before its time but the machine: an error is told and counted, and the next job begins. Jobs run in
+a process of their own; where it dies, loses the device or hangs, another goes on with the job after the one it was at.
 
 How a call is timed. The device is first made to sleep, until the host has queued a sample of calls: no time of the host
 is in the result, and the time that a call costs the host is measured apart. Before each call the second-level cache is
@@ -22,20 +25,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import faulthandler
 import functools
 import gc
 import importlib.util
 import itertools
+import json
 import math
-import os
 import re
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+from unittest import mock
 
 import numpy as np
 
@@ -50,8 +57,10 @@ DTYPES = ("float32", TF32, "bfloat16", "float16", "float64")
 BATCH = 32  # of the two-dimensional networks, whose tables have the batch of a CPU
 LEAST_LOGITS = 1 << 26  # of cross-entropy, whose batch grows until there are as many: more than the caches hold
 SAMPLES, ROUNDS = 5, 3  # of each peer in a round
-BUDGET = 450.0  # seconds
-SHARE_OF_CHECKS = 0.35  # of them, at most, for the small shapes: most of it is the compiler's
+BUDGET = 440.0  # seconds after which nothing more is begun,
+LATE = 20.0  # and how much later what was begun must have ended
+SHARE_OF_CHECKS = 0.4  # of the budget, at most, for the small shapes: most of it is the compiler's
+PATIENCE = 60.0  # seconds of a job, after which it hangs; the longest compile some kernels
 
 # What a sum in this arithmetic may be off, relative to the norm of its terms, and after rounding the result.
 EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, TF32: 2.0**-10, "float16": 2.0**-23, "bfloat16": 2.0**-23}
@@ -76,6 +85,13 @@ CHECKED = [
     CrossEntropyCase("check", "probabilities", 9, 1001, (), "probabilities"),
     CrossEntropyCase("check", "long rows", 3, 70001, (), "index"),
     CrossEntropyCase("check", "positions", 2, 19, (8, 12), "index"),
+]
+
+# Of a matrix product, more than one of the largest tiles each way, tails on both sides; and one without padding, which
+# has kernels of its own.
+EVERY_TILE = [
+    ConvolutionCase("check", "tiles", 3, 24, (8, 7), 132, (3, 1), (1, 1), (1, 0), (1, 1), 1),
+    ConvolutionCase("check", "tiles, pointwise", 3, 40, (8, 7), 132, (1, 1), (1, 1), (0, 0), (1, 1), 1),
 ]
 
 DEPTHWISE = "mobilenet_v2,efficientnet_b0,convnext_tiny,audio,cliffs"
@@ -273,8 +289,8 @@ def library() -> Library:
     for make in (Torch, Cupy):
         try:
             return make()
-        except (ImportError, Unsupported, RuntimeError) as error:
-            reasons.append(f"{make.name}: {error}")
+        except Exception as error:  # a broken installation raises OSErrors and others, too
+            reasons.append(f"{make.name}: {_said(error)}")
     raise Unsupported(f"no array library for the GPU ({'; '.join(reasons)})")
 
 
@@ -424,12 +440,12 @@ def _torch(problem: Problem, channels_last: bool = False) -> Prepared:
 
 def _cupy(problem: Problem) -> Prepared:
     """CuPy's convolutions are of single planes (cupyx.scipy); for cross-entropy it has what NumPy has."""
+    if problem.dtype not in ("float32", "float64"):
+        raise Unsupported("is measured in float32 and float64")
     try:
         import cupy
     except ImportError:
         raise Unsupported("not installed") from None
-    if problem.dtype not in ("float32", "float64"):
-        raise Unsupported("is measured in float32 and float64")
     arrays = {name: cupy.from_dlpack(array) for name, array in problem.operands.items()}
     if isinstance(problem.case, ConvolutionCase):
         case = problem.case
@@ -694,6 +710,28 @@ def check_small(case: Case, which: str, dtype: str, arrays: Library, peer: str =
             raise Disagreement(f"off by up to {np.nanmax(off) if off.size else math.nan:.3g} from the reference")
 
 
+@contextlib.contextmanager
+def only_tile(number: int) -> Iterator[None]:
+    """Let the matrix products take the tile of this number, whatever the shape."""
+    from fastconv.cuda_kernels import implicit_gemm, tiles
+
+    with (
+        mock.patch.object(implicit_gemm, "choose_tile", lambda rows, columns, groups, choice: choice[number]),
+        mock.patch.object(
+            implicit_gemm, "_weight_tile", lambda rows, columns, kind: tiles.ARITHMETIC[kind].tiles[number]
+        ),
+    ):
+        yield
+
+
+def check_tile(case: Case, which: str, dtype: str, arrays: Library, peer: str, tile: int) -> None:
+    """Some elements of a matrix product in this tile: too many for the reference's loops. Raises Disagreement."""
+    problem = Problem(case, which, dtype, arrays, operands(case, dtype, arrays))
+    prepared = PEERS[peer](problem)
+    with only_tile(tile):
+        check(problem, prepared.result(prepared.call()), 256)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Time
 # ---------------------------------------------------------------------------------------------------------------------
@@ -863,6 +901,10 @@ class Bench:
     tell: Callable[[str], object] = print
     failures: list[str] = dataclasses.field(default_factory=list)
     done: int = 0
+    checks_until: float = math.inf  # of time.monotonic
+    right: int = 0  # checks
+    unchecked: int = 0  # for want of time
+    commit: str = dataclasses.field(default_factory=results.commit)
 
     @property
     def left(self) -> float:
@@ -894,26 +936,35 @@ class Bench:
         if torch is not None and torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def check_kernels(
-        self, dtypes: Sequence[str], chosen: Sequence[Case] = tuple(CHECKED), seconds: float = math.inf
-    ) -> None:
-        """fastconv on small odd shapes, in both layouts, against fastconv.reference; begun within `seconds`."""
-        right, end = 0, min(self.deadline, time.monotonic() + seconds)
-        layouts = ("fastconv", "fastconv channels-last")
-        jobs = [(d, c, w, p) for d in dtypes for c in chosen for w in c.passes for p in layouts]
-        for dtype, case, which, peer in jobs:
-            if time.monotonic() > end:
-                self.tell(f"SKIPPED the other checks, from {case.name} {which} {dtype} on: out of time")
-                break
-            what = f"check {case.name} {which} {dtype} {peer}"
+    def check(self, case: Case, which: str, dtype: str, peer: str, tile: int | None = None) -> None:
+        """fastconv on a small shape against fastconv.reference, in the tile of this number if given."""
+        if time.monotonic() > self.checks_until:
+            self.unchecked += 1
+            return
 
-            def one(case=case, which=which, dtype=dtype, peer=peer) -> bool:
-                _set_precision(self.arrays, dtype)
+        def one() -> bool:
+            _set_precision(self.arrays, dtype)
+            if tile is None:
                 check_small(case, which, dtype, self.arrays, peer)
-                return True
+            else:
+                check_tile(case, which, dtype, self.arrays, peer, tile)
+            return True
 
-            right += bool(self.guarded(what, one))
-        self.tell(f"checked: {right} right, {len(self.failures)} wrong")
+        self.right += bool(self.guarded(name_of_check(case, which, dtype, peer, tile), one))
+
+    def tell_checks(self) -> None:
+        skipped = f", SKIPPED {self.unchecked} for want of time" if self.unchecked else ""
+        self.tell(f"checked: {self.right} right, {len(self.failures)} wrong{skipped}")
+
+    def note(self, **facts: Any) -> None:
+        """Write facts about the machine to the file beside the rows."""
+        file = self.output.with_suffix(".json")
+        known = json.loads(file.read_text()) if file.exists() else {}
+        results.write_machine(file, known | facts)
+
+    def measure_peaks(self, dtypes: Sequence[str]) -> None:
+        self.peaks = peaks(self.timer, self.arrays, dtypes, self.tell)
+        self.note(peaks=self.peaks)
 
     def measure(self, case: Case, which: str, dtype: str) -> list[results.Row]:
         """The rows of one pass of one layer, written to the file as well."""
@@ -957,6 +1008,8 @@ class Bench:
         found = results.with_ratios([rows[peer] for peer in self.peers if peer in rows])
         self._save(found)
         self.done += 1
+        if found:
+            self.tell(line(found))
         return found
 
     def for_gpu(self, case: Case) -> Case:
@@ -1000,7 +1053,7 @@ class Bench:
             machine=self.machine, backend="cuda", protocol="interleaved", network=case.network, case=case.name,
             op=case.op, which=which, dtype=dtype, batch=case.batch, threads=1, peer=peer, flops=case.flops(which),
             bytes=case.bytes(which, itemsize), count=case.count, peak_gflops=self.peaks.get(dtype),
-            copy_gbs=self.peaks.get("copy"), date=results.today(), commit=results.commit(), version=version(peer),
+            copy_gbs=self.peaks.get("copy"), date=results.today(), commit=self.commit, version=version(peer),
             note=note[:300],
         )  # fmt: skip
 
@@ -1008,7 +1061,7 @@ class Bench:
         kept = results.read(self.output) if self.output.exists() else []
         results.write(self.output, results.merge(kept, rows))
 
-    def launch_costs(self) -> dict[str, float]:
+    def measure_launches(self) -> dict[str, float]:
         """Microseconds of the host for a small call, by peer and operation, into arrays that are there already."""
         costs: dict[str, float] = {}
         small = [
@@ -1027,6 +1080,7 @@ class Bench:
             if seconds is not None:
                 costs[f"{peer} {case.name}"] = round(1e6 * seconds, 2)
                 self.tell(f"launch {case.name}: {peer} takes the host {1e6 * seconds:.1f} us a call")
+        self.note(launch_us=costs)
         return costs
 
 
@@ -1106,29 +1160,94 @@ def summary(rows: Iterable[results.Row]) -> Iterator[str]:
         )
 
 
-def run(
-    bench: Bench, jobs: Sequence[tuple[Case, str, str]], start: int = 0, restart: Callable[[int], object] | None = None
-) -> int:
-    """Measure the jobs from `start` on until the time is up; return how many were measured.
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs, and the processes that do them
+# ---------------------------------------------------------------------------------------------------------------------
 
-    Where the device is lost, `restart` is called with the number of the next job: in a new process it is there again.
-    """
-    for number, (case, which, dtype) in enumerate(jobs[start:], start):
+
+class Job(NamedTuple):
+    name: str
+    do: Callable[[], object]
+
+
+def name_of_check(case: Case, which: str, dtype: str, peer: str, tile: int | None) -> str:
+    return f"check {case.name} {which} {dtype} {peer}{'' if tile is None else f' tile {tile}'}"
+
+
+def checks(
+    bench: Bench, dtypes: Sequence[str], chosen: Sequence[Case] = tuple(CHECKED),
+    in_every_tile: Sequence[Case] = tuple(EVERY_TILE),
+) -> list[Job]:  # fmt: skip
+    """Small odd shapes in both layouts: first those of every arithmetic, then those in every tile."""
+    from fastconv.cuda_kernels.tiles import ARITHMETIC
+
+    every: list[tuple[Case, str, int | None]] = [(c, d, None) for d in dtypes for c in chosen]
+    every += [(c, d, tile) for d in dtypes for c in in_every_tile for tile in range(len(ARITHMETIC[d].tiles))]
+    jobs = []
+    for case, dtype, tile in every:
+        for which, peer in itertools.product(case.passes, ("fastconv", "fastconv channels-last")):
+            job = functools.partial(bench.check, case, which, dtype, peer, tile)
+            jobs.append(Job(name_of_check(case, which, dtype, peer, tile), job))
+    return [*jobs, Job("sum of the checks", bench.tell_checks)]
+
+
+def measurements(bench: Bench, dtypes: Sequence[str], planned: Sequence[tuple[Case, str, str]]) -> list[Job]:
+    return [
+        Job("peaks", lambda: bench.measure_peaks(dtypes)),
+        Job("launches", bench.measure_launches),
+        *(
+            Job(f"{case.network} {case.name} {which} {dtype}", functools.partial(bench.measure, case, which, dtype))
+            for case, which, dtype in planned
+        ),
+    ]
+
+
+def run(bench: Bench, jobs: Sequence[Job], start: int = 0, begun: Callable[[int], object] = abs) -> None:
+    """Do the jobs from `start` on until the time is up; `begun` hears the number of each. Raises DeviceLost."""
+    for number, job in enumerate(jobs[start:], start):
         if bench.left < 0:
-            bench.tell(f"SKIPPED {len(jobs) - number} of {len(jobs)} measurements: out of time, the first of them "
-                       f"{case.network} {case.name} {which} {dtype}")  # fmt: skip
+            bench.tell(f"SKIPPED {len(jobs) - number} of {len(jobs)} jobs: out of time, the first of them {job.name}")
             break
+        begun(number)
         try:
-            rows = bench.measure(case, which, dtype)
+            job.do()
         except DeviceLost as error:
-            bench.tell(f"FAILED {case.network} {case.name} {which} {dtype}: the device is lost ({error})")
-            if restart is None:
-                break
-            restart(number + 1)
-            break
-        if rows:
-            bench.tell(line(rows))
-    return bench.done
+            bench.tell(f"FAILED {job.name}: the device is lost ({error})")
+            raise
+
+
+ENDED = "ended"  # what a worker says when it has done its jobs, in the place of the number of the one it is at
+
+
+def supervise(command: Sequence[str], tell: Callable[[str], object] = print) -> int:
+    """Do the jobs in a process of `command`; where it dies, go on in another with the job after. Returns its exit code.
+
+    Memory that an error has spoilt, a device that is lost until the process ends, a crash of the driver, a kernel that
+    never ends: none of them reaches the next job.
+    """
+    start, died = 0, False
+    with tempfile.TemporaryDirectory() as folder:
+        progress = Path(folder) / "job"
+        while True:
+            code = subprocess.run([*command, "--worker", str(progress), "--start", str(start)]).returncode
+            said = progress.read_text() if progress.exists() else ""
+            if said == ENDED:
+                return 1 if died else code
+            if not said or int(said) < start:
+                tell(f"FAILED: the process ended with code {code} before its first job")
+                return code or 1
+            tell(f"FAILED: the process ended with code {code} in job {said}; going on with the next")
+            start, died = int(said) + 1, True
+
+
+def _watched(bench: Bench, progress: Path) -> Callable[[int], None]:
+    """Says which job is begun, and ends the process, with a traceback, if that hangs."""
+
+    def begun(number: int) -> None:
+        progress.write_text(str(number))
+        faulthandler.dump_traceback_later(min(PATIENCE, max(bench.left, 0) + LATE), exit=True)
+
+    return begun
 
 
 def find_package() -> None:
@@ -1166,17 +1285,34 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", type=int, default=BATCH, help="of the networks' layers (default: %(default)d)")
     made.add_argument("--check-only", action="store_true", help="check the kernels, time nothing")
     made.add_argument("--no-check", action="store_true", help="leave out the small shapes against the reference")
-    made.add_argument("--start", type=int, default=0, metavar="N", help="begin with measurement N")
+    for name, kind in (("worker", Path), ("start", int), ("deadline", float)):  # from one process to the next
+        made.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     return made
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check and measure as the options say; 0 if every check passed, 2 if nothing can run here."""
-    begin = time.monotonic()
-    options = parser().parse_args(arguments)
+    begin = time.monotonic()  # one clock for all processes
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_args(given)
     unknown = [name for name in options.dtype if name not in DTYPES]
     if unknown:
         parser().error(f"--dtype: {unknown[0]!r} is none of {', '.join(DTYPES)}")
+    if options.worker is not None:
+        return work(options)
+    deadline = begin + options.budget
+    return supervise([sys.executable, "-u", "-m", f"{__package__}.cuda", *given, "--deadline", str(deadline)])
+
+
+def work(options: argparse.Namespace) -> int:
+    """The jobs from the one that the options say."""
+    begin = time.monotonic()
+
+    def ended(code: int) -> int:
+        faulthandler.cancel_dump_traceback_later()
+        options.worker.write_text(ENDED)
+        return code
+
     find_package()
     import fastconv as fc
     from fastconv.backends import cuda_status
@@ -1184,54 +1320,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usable, reason = cuda_status()
     if not usable:
         print(f"no benchmark: {reason}")
-        return 2
+        return ended(2)
     try:
         arrays = library()
     except Unsupported as error:
         print(f"no benchmark: {error}")
-        return 2
+        return ended(2)
     gpu = name_of_gpu()
     machine = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     options.output.mkdir(parents=True, exist_ok=True)
     output = options.output / f"{machine}.csv"
-    bench = Bench(arrays, CudaTimer(), machine, output, begin + options.budget, options.batch)
+    bench = Bench(arrays, CudaTimer(), machine, output, options.deadline, options.batch)
     print(f"{gpu}; fastconv {fc.__version__}, {version('torch')}, {version('cupy')}; arrays of {arrays.name}")
 
-    facts = results.machine() | {"gpu": gpu}
     steps = [step for step in STEPS if step[3] in options.dtype]
     if options.passes:
         steps = [(names, narrow, tuple(w for w in passes if w in options.passes), dtype)
                  for names, narrow, passes, dtype in steps]  # fmt: skip
-    jobs = plan(steps, options.only)
-    again = sys.argv[1:] if arguments is None else list(arguments)
-
-    def restart(number: int) -> None:
-        """In the place of this process, whose CUDA context is beyond repair."""
-        left = [*again, "--no-check", "--start", str(number), "--budget", f"{max(bench.left, 0):.0f}"]
-        sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", f"{__package__}.cuda", *left])
-
+    jobs: list[Job] = []
+    if not options.no_check:
+        jobs += checks(bench, options.dtype)
+        bench.checks_until = begin + (1.0 if options.check_only else SHARE_OF_CHECKS) * bench.left
+    if not options.check_only:
+        jobs += measurements(bench, options.dtype, plan(steps, options.only))
+    if options.start == 0:
+        results.write_machine(output.with_suffix(".json"), results.machine() | {"gpu": gpu})
+    else:
+        bench.peaks = json.loads(output.with_suffix(".json").read_text()).get("peaks", {})
     try:
-        if options.start == 0 and not options.no_check:
-            share = 1.0 if options.check_only else SHARE_OF_CHECKS
-            bench.check_kernels(options.dtype, seconds=share * options.budget)
-        if options.check_only:
-            return 1 if bench.failures else 0
-        bench.peaks = peaks(bench.timer, arrays, options.dtype, print)
-        facts |= {"peaks": bench.peaks, "launch_us": bench.launch_costs()}
-    except DeviceLost as error:
-        print(f"FAILED: the device is lost ({error})")
-        if options.check_only:
-            return 1
-        restart(options.start)
-    results.write_machine(output.with_suffix(".json"), facts)
-    measured = run(bench, jobs, options.start, restart)
+        run(bench, jobs, options.start, _watched(bench, options.worker))
+    except DeviceLost:
+        return 1
     if output.exists():
         for text in summary(results.read(output)):
             print(text)
-    print(f"{measured} of {len(jobs)} measurements in {time.monotonic() - begin:.0f} s, "
+    print(f"{bench.done} measurements in {time.monotonic() - begin:.0f} s, "
           f"{len(bench.failures)} failures, written to {output}")  # fmt: skip
-    return 1 if bench.failures else 0
+    return ended(1 if bench.failures else 0)
 
 
 if __name__ == "__main__":

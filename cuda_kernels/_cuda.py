@@ -324,6 +324,18 @@ def current_stream(obj: Any) -> int:
     return 0  # DLPack makes the default stream wait for the array (`_exported`)
 
 
+class bfloat(np.void):  # NumPy adds the bits to the name of the type: the dtype is "bfloat16"
+    """What stands for bfloat16 where ml_dtypes is not installed: two bytes, which only the kernels compute with."""
+
+
+def _bfloat16() -> np.dtype:
+    try:
+        import ml_dtypes
+    except ImportError:
+        return np.dtype((bfloat, [("bits", np.uint16)]))
+    return np.dtype(ml_dtypes.bfloat16)
+
+
 def _exported(obj: Any) -> Any:
     """The memory behind `obj` as a `cuda.core` StridedMemoryView, by DLPack or else the CUDA array interface."""
     from cuda.core.utils import StridedMemoryView
@@ -346,8 +358,12 @@ def admit(obj: Any) -> DeviceArray:
     interface = None if hasattr(obj, "__dlpack__") else obj.__cuda_array_interface__
     if interface is not None and 0 in interface["shape"]:  # no address to ask the driver about
         return DeviceArray(0, interface["shape"], None, np.dtype(interface["typestr"]), obj, current_stream(obj))
-    view = _exported(obj)
-    dtype = obj.dtype if isinstance(getattr(obj, "dtype", None), np.dtype) else view.dtype
+    if _library(obj) == "torch" and obj.dtype == sys.modules["torch"].bfloat16:
+        # by its bits: cuda.core knows bfloat16 only with ml_dtypes, which torch does not need
+        view, dtype = _exported(obj.view(sys.modules["torch"].int16)), _bfloat16()
+    else:
+        view = _exported(obj)
+        dtype = obj.dtype if isinstance(getattr(obj, "dtype", None), np.dtype) else view.dtype
     strides = None if view.strides is None else [s * dtype.itemsize for s in view.strides]
     array = DeviceArray(view.ptr, view.shape, strides, dtype, obj, current_stream(obj), not view.readonly)
     if not view.is_device_accessible:

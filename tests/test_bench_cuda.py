@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,7 +18,7 @@ from fastconv import reference
 from fastconv.bench import cases, checks, results
 from fastconv.bench import cuda as bench
 from fastconv.bench import cuda_predictions as predictions
-from fastconv.cuda_kernels import softmax_rows
+from fastconv.cuda_kernels import implicit_gemm, softmax_rows, tiles
 from helpers import output_of, run_python
 
 ROOT = Path(__file__).parent.parent
@@ -68,8 +71,14 @@ def a_run(arrays, tmp_path, said):
 JOBS = [(case, which, "float32") for case in (GROUPED, INDEX) for which in case.passes]
 
 
+def measure(a_run, planned, **options):
+    """Do the measurements alone; return how many gave rows."""
+    bench.run(a_run, bench.measurements(a_run, ["float32"], planned)[2:], **options)
+    return a_run.done
+
+
 def test_the_whole_run(a_run, said):
-    assert bench.run(a_run, JOBS) == len(JOBS)
+    assert measure(a_run, JOBS) == len(JOBS)
     assert a_run.failures == []
     rows = results.read(a_run.output)
     ours = [row for row in rows if row.peer == "fastconv"]
@@ -89,9 +98,9 @@ def test_the_whole_run(a_run, said):
 
 
 def test_a_second_run_replaces_the_rows(a_run):
-    bench.run(a_run, JOBS[:1])
+    measure(a_run, JOBS[:1])
     count = len(results.read(a_run.output))
-    bench.run(a_run, JOBS[:2])
+    measure(a_run, JOBS[:2])
     assert len(results.read(a_run.output)) == 2 * count
 
 
@@ -118,7 +127,7 @@ def off_by_one(result):
 def test_a_failure_is_a_row_and_the_run_goes_on(change, note, a_run, said, monkeypatch):
     monkeypatch.setitem(bench.PEERS, "broken", peer_that(change))
     a_run.peers = ("fastconv", "broken")
-    assert bench.run(a_run, JOBS[:3]) == 3
+    assert measure(a_run, JOBS[:3]) == 3
     rows = [row for row in results.read(a_run.output) if row.peer == "broken"]
     assert len(rows) == len(a_run.failures) == 3
     assert all(row.note.startswith(note) and row.best_ms is None for row in rows)
@@ -135,7 +144,7 @@ def test_operands_that_do_not_fit_are_a_failure_and_the_run_goes_on(a_run, monke
         return made(shape, dtype, scale, seed)
 
     monkeypatch.setattr(a_run.arrays, "normal", normal)
-    assert bench.run(a_run, [(GROUPED, "forward", "float32"), (INDEX, "forward", "float32")]) == 1
+    assert measure(a_run, [(GROUPED, "forward", "float32"), (INDEX, "forward", "float32")]) == 1
     assert len(a_run.failures) == 1
     assert {row.case for row in results.read(a_run.output)} == {"index"}
 
@@ -147,34 +156,78 @@ def test_an_error_while_timing_leaves_a_note(a_run, monkeypatch):
 
     a_run.timer = Failing()
     a_run.peers = ("fastconv",)
-    bench.run(a_run, JOBS[:1])
+    measure(a_run, JOBS[:1])
     (row,) = results.read(a_run.output)
     assert "clock" in row.note
     assert row.best_ms is None
 
 
 def test_what_there_is_no_time_for_is_named(a_run, said):
-    a_run.deadline = time.monotonic() - 1
-    assert bench.run(a_run, JOBS) == 0
-    assert said == [f"SKIPPED {len(JOBS)} of {len(JOBS)} measurements: out of time, the first of them "
+    a_run.deadline = a_run.checks_until = time.monotonic() - 1
+    assert measure(a_run, JOBS) == 0
+    assert said == [f"SKIPPED {len(JOBS)} of {len(JOBS)} jobs: out of time, the first of them "
                     "test grouped forward float32"]  # fmt: skip
-    a_run.check_kernels(["float32"], [GROUPED])
-    assert said[1:] == [
-        "SKIPPED the other checks, from grouped forward float32 on: out of time", "checked: 0 right, 0 wrong"
-    ]  # fmt: skip
+    a_run.deadline += 600
+    bench.run(a_run, bench.checks(a_run, ["float32"], [GROUPED], []))
+    assert said[1:] == ["checked: 0 right, 0 wrong, SKIPPED 6 for want of time"]
 
 
-def test_a_lost_device_starts_again_with_the_next(a_run, said, monkeypatch):
+def test_a_lost_device_ends_the_jobs_of_the_process(a_run, said, monkeypatch):
     def lost():
         raise RuntimeError("illegal address")
 
     monkeypatch.setitem(bench.PEERS, "fastconv", peer_that(raise_error))
     monkeypatch.setattr(a_run.arrays, "synchronize", lost)
-    restarted = []
-    bench.run(a_run, JOBS, start=1, restart=restarted.append)
-    assert restarted == [2]
+    begun = []
+    with pytest.raises(bench.DeviceLost):
+        measure(a_run, JOBS, start=1, begun=begun.append)
+    assert begun == [1]
     assert "the device is lost (RuntimeError: illegal address)" in said[-1]
-    assert bench.run(a_run, JOBS) == 0  # and without a way to start again it ends
+
+
+WORKER = """
+import faulthandler, os, pathlib, signal, sys, time
+from fastconv.bench import cuda as bench
+options = bench.parser().parse_args(sys.argv[2:])
+ways = sys.argv[1].split(",")  # how each job ends
+class Watched: left = 0.0
+begun = bench._watched(Watched, options.worker)
+bench.LATE = 0.3
+for number in range(options.start, len(ways)):
+    begun(number)
+    with open(options.output, "a") as log:
+        log.write(f"{number} ")
+    if ways[number] == "crashes":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if ways[number] == "lost":
+        sys.exit(1)
+    if ways[number] == "hangs":
+        time.sleep(60)
+faulthandler.cancel_dump_traceback_later()
+options.worker.write_text(bench.ENDED)
+sys.exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ways", "code", "failed"),
+    [
+        ("ends,ends", 0, []),
+        ("ends,crashes,ends,crashes", 1, [1, 3]),
+        ("lost,hangs,ends", 1, [0, 1]),
+    ],
+)
+def test_where_a_process_dies_another_goes_on_with_the_next_job(ways, code, failed, said, tmp_path):
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", WORKER, ways, "--output", str(log)]
+    assert bench.supervise(command, said.append) == code
+    assert log.read_text().split() == [str(i) for i in range(ways.count(",") + 1)]  # each once
+    assert [re.search(r"in job (\d+); going on with the next", text)[1] for text in said] == list(map(str, failed))
+
+
+def test_a_process_that_cannot_begin_is_not_tried_again(said):
+    assert bench.supervise([sys.executable, "-c", "raise SystemExit(5)"], said.append) == 5
+    assert said == ["FAILED: the process ended with code 5 before its first job"]
 
 
 def test_a_whole_that_is_far_from_torchs_is_found(a_run):
@@ -244,17 +297,44 @@ def test_small_cases_are_checked_in_every_element(case, dtype, arrays, monkeypat
 
 def test_the_checks_pass_with_the_kernels_of_the_cpu(a_run, said):
     quick = [case for case in bench.CHECKED if case.flops("forward") < 100_000]  # the reference is slow
-    a_run.check_kernels(["float32"], quick)
+    bench.run(a_run, bench.checks(a_run, ["float32"], quick))
     assert a_run.failures == []
     count = sum(len(c.passes) * (2 if c.op.startswith("conv") else 1) for c in quick)  # both layouts
+    count += len(bench.EVERY_TILE) * 3 * 2 * len(tiles.TILES)
     assert said == [f"checked: {count} right, 0 wrong"]
 
 
 def test_a_wrong_kernel_is_counted(a_run, said, monkeypatch):
     monkeypatch.setitem(bench.PEERS, "fastconv", peer_that(off_by_one))
-    a_run.check_kernels(["float32"], [GROUPED])
-    assert len(a_run.failures) == 3
-    assert said[-1] == "checked: 3 right, 3 wrong"  # those in channels-last are not changed
+    bench.run(a_run, bench.checks(a_run, ["float32"], [GROUPED], [GROUPED]))
+    each = 1 + len(tiles.TILES)
+    assert len(a_run.failures) == 3 * each
+    assert said[-1] == f"checked: {3 * each} right, {3 * each} wrong"  # those in channels-last are not changed
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_every_tile_is_taken_once(dtype, monkeypatch, a_run):
+    """By the forward pass and by the weight gradient, which choose in two places."""
+    taken = []
+
+    def check(problem, result, count):
+        arithmetic = tiles.ARITHMETIC[dtype]
+        chosen = implicit_gemm.choose_tile(1, 1, 1, arithmetic.tiles)
+        assert chosen == implicit_gemm._weight_tile(1, 1, dtype)
+        taken.append(chosen)
+
+    monkeypatch.setattr(bench, "check", check)
+    monkeypatch.setattr(bench, "operands", lambda case, dtype, arrays: {})
+    monkeypatch.setitem(bench.PEERS, "fastconv", lambda problem: bench.Prepared(lambda: None))
+    monkeypatch.setitem(bench.PEERS, "fastconv channels-last", lambda problem: bench.Prepared(lambda: None))
+    one = bench.EVERY_TILE[:1]
+    bench.run(a_run, bench.checks(a_run, [dtype], [], one))
+    assert taken == [tile for tile in tiles.ARITHMETIC[dtype].tiles for _ in range(6)]
+    assert implicit_gemm.choose_tile is tiles.choose_tile
+    case, largest = one[0], tiles.TILES[0]
+    rows, columns = case.out_channels, case.batch * math.prod(case.size)
+    assert largest.rows < rows < 2 * largest.rows
+    assert largest.columns < columns < 2 * largest.columns
 
 
 def test_bfloat16_with_torch_alone():
@@ -366,17 +446,19 @@ def test_a_peak_that_cannot_be_measured_is_left_out(said):
 
 
 def test_launch_costs_are_told_apart(a_run):
-    costs = a_run.launch_costs()
+    costs = a_run.measure_launches()
     assert {"fastconv conv2d", "fastconv cross-entropy"} <= set(costs)
     assert all(us > 0 for us in costs.values())
+    a_run.note(gpu="a name")
+    assert json.loads(a_run.output.with_suffix(".json").read_text()) == {"launch_us": costs, "gpu": "a name"}
 
 
 # From the command line
 
 
-def test_without_a_gpu_it_says_so(capsys):
+def test_without_a_gpu_it_says_so(capfd):
     assert bench.main(["--check-only"]) == 2
-    assert capsys.readouterr().out.startswith("no benchmark: ")
+    assert capfd.readouterr().out.startswith("no benchmark: ")
 
 
 def test_an_unknown_arithmetic_is_refused(capsys):
@@ -402,6 +484,70 @@ print(bench.cuda.main(["--check-only"]))
     lines = done.stdout.splitlines()
     assert Path(lines[0]) == ROOT / "cuda_kernels" / "_cuda.py"
     assert lines[-1] == "2"
+
+
+def test_a_worker_from_its_first_job_to_its_last(tmp_path, monkeypatch, capfd):
+    """With the arrays and the clock of the host, and the peaks of another process where it did not begin."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr(sys.modules["fastconv.backends"], "cuda_status", lambda: (True, ""))
+    monkeypatch.setattr(bench, "library", lambda: bench.Torch("cpu"))
+    monkeypatch.setattr(bench, "CudaTimer", HostTimer)
+    monkeypatch.setattr(bench, "name_of_gpu", lambda: "Test GPU (2)")
+    monkeypatch.setattr(bench, "plan", lambda steps, only: JOBS[:2])
+    monkeypatch.setattr(bench, "CHECKED", [])
+    monkeypatch.setattr(bench, "peaks", lambda timer, arrays, dtypes, tell: {"copy": 3.0, "float32": 2.0})
+
+    def work(*options):
+        deadline = str(time.monotonic() + 600)
+        every = ["--dtype", "float32", "--output", str(tmp_path), "--worker", str(tmp_path / "job"), *options]
+        return bench.work(bench.parser().parse_args([*every, "--deadline", deadline]))
+
+    assert work("--start", "0", "--no-check") == 0
+    assert (tmp_path / "job").read_text() == bench.ENDED
+    assert json.loads((tmp_path / "test-gpu-2.json").read_text()).keys() >= {"gpu", "peaks", "launch_us"}
+    rows = results.read(tmp_path / "test-gpu-2.csv")
+    assert {(row.which, row.peak_gflops) for row in rows} == {("forward", 2.0), ("weight_grad", 2.0)}
+    assert "2 measurements" in capfd.readouterr().out.splitlines()[-1]
+    (tmp_path / "test-gpu-2.csv").unlink()
+    assert work("--start", "3", "--no-check") == 0
+    rows = results.read(tmp_path / "test-gpu-2.csv")
+    assert {(row.which, row.peak_gflops) for row in rows} == {("weight_grad", 2.0)}
+
+
+def test_it_needs_nothing_but_numba_and_an_array_library():
+    code = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in repr(finder)]
+HIDDEN = {"tbb", "scipy", "ml_dtypes", "rich", "matplotlib", "pytest", "sklearn", "greenlet", "hypothesis", "cupy",
+          "liger_kernel", "triton", "setuptools", "PIL", "pandas"}
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in HIDDEN:
+            raise ImportError(f"{name} is not there")
+sys.meta_path.insert(0, Hide())
+import math, pathlib, tempfile, time
+import bench.cuda as bench
+bench.find_package()
+from fastconv.backends import cuda_status
+cuda_status()
+print(bench.version("torch"), bench.version("liger"))
+case = bench.CHECKED[0]
+with tempfile.TemporaryDirectory() as folder:
+    class Timer:
+        def host(self, call, count): return 1e-3
+        def device(self, call, count, host): call(); return [1e-3] * count
+    output = pathlib.Path(folder) / "gpu.csv"
+    run = bench.Bench(bench.Torch("cpu"), Timer(), "gpu", output, time.monotonic() + 100, batch=1)
+    jobs = bench.checks(run, ["float32"], [case], [])
+    jobs += bench.measurements(run, ["float32"], [(case, "forward", "float32")])
+    bench.run(run, jobs)
+    print(output.read_text())
+"""
+    pytest.importorskip("torch")
+    done = run_python(code, cwd=ROOT, NUMBA_ENABLE_CUDASIM="1")
+    assert done.returncode == 0, output_of(done)
+    assert "checked: 6 right" in done.stdout, output_of(done)
+    assert "torch channels-last" in done.stdout
 
 
 # Predictions

@@ -192,6 +192,29 @@ def test_an_array_is_taken_where_it_is(gpu):
     assert not array.writeable
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_bfloat16_tensor_is_taken_by_its_bits(installed, gpu, monkeypatch):
+    """torch has bfloat16 without ml_dtypes, cuda.core does not."""
+    if not installed:
+        monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    torch = ModuleType("torch")
+    torch.bfloat16, torch.int16 = object(), object()
+    torch.cuda = SimpleNamespace(current_stream=lambda device: SimpleNamespace(cuda_stream=11))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    bits = of_library("torch")
+    tensor = of_library(
+        "torch", dtype=torch.bfloat16, device="cuda:0", __dlpack__=None,
+        view=lambda self, dtype: bits if dtype is torch.int16 else pytest.fail("viewed as something else"),
+    )  # fmt: skip
+    gpu.dtype, gpu.strides = np.dtype(np.int16), (1, 2)
+    monkeypatch.setattr(_cuda, "_exported", lambda obj: gpu if obj is bits else pytest.fail("not by its bits"))
+    array = _cuda.admit(tensor)
+    assert (array.dtype.name, array.dtype.itemsize, array.stored_dtype) == ("bfloat16", 2, np.uint16)
+    assert (array.strides, array.owner, array.stream) == ((2, 4), tensor, 11)
+    assert (array.dtype == ml_dtypes.bfloat16) == installed
+    assert array[:1].dtype == array.dtype
+
+
 def test_an_array_of_another_device_is_refused(gpu):
     gpu.device_id = 1
     with pytest.raises(ValueError, match="on CUDA device 1, but the current device is 0"):
