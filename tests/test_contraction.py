@@ -54,6 +54,33 @@ def test_weights_of_any_memory_layout(case, layout: str, dtype: type, rng: np.ra
     np.testing.assert_array_equal(fc.conv2d_input_grad(x.shape, view, y, **options), dx)
 
 
+# (input shape, output channels, kernel, strides, dilations, groups): phases of few and many taps, several windows of
+# taps, more taps than a block of the reduction has, phases without taps
+PHASES = [
+    ((2, 20, 11, 11), 70, (3, 3), (2, 2), (1, 1), 1), ((1, 6, 13, 15), 40, (7, 7), (3, 2), (1, 1), 2),
+    ((1, 2, 1, 2100), 3, (1, 1001), (1, 2), (1, 1), 1), ((2, 30, 9, 9), 34, (3, 3), (4, 3), (2, 1), 2),
+    ((1, 64, 8, 8), 64, (5, 5), (2, 2), (2, 2), 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("layout", ["contiguous", *LAYOUTS])
+@pytest.mark.parametrize("case", PHASES)
+def test_weights_of_all_phases(case, layout: str, dtype: type, rng: np.random.Generator) -> None:
+    """The phases of a strided input gradient take their taps from the weights together."""
+    shape, out_channels, kernel, stride, dilation, groups = case
+    w = integers(rng, (out_channels, shape[1] // groups, *kernel), dtype)
+    known = {"stride": stride, "padding": [(1, 1), (0, 2)], "dilation": dilation, "groups": groups}
+    y = oracle.convolution(np.zeros(shape, dtype), w, padding_mode="zeros", **known)
+    y = integers(rng, y.shape, dtype)
+    dx = oracle.input_grad(w, y, input_shape=shape, padding_mode="zeros", **known)
+    view = LAYOUTS.get(layout, np.ascontiguousarray)(w)
+    np.testing.assert_array_equal(fc.conv2d_input_grad(shape, view, y, algorithm="direct", **known), dx)
+    np.testing.assert_array_equal(
+        fc.conv2d_input_grad(shape, view, y, algorithm="direct", out=np.ones_like(dx), accumulate=True, **known), dx + 1
+    )
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("case", [FEW[0], MANY[0], FEW[1], MANY[1]])
 def test_infinite_weights_meet_no_zeros_that_are_not_there(case, accumulate: bool, rng: np.random.Generator) -> None:

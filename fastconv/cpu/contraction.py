@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,8 +57,9 @@ AGAIN_WEIGHTS = 8 * 1024  # elements for each thread
     SOURCE_D, SOURCE_H, SOURCE_W, PADDED_W, BEFORE_W, SIZE_W, ZEROS, PADDED,
     TAP_OFFSET, BLOCK_CHANNELS, BLOCK_TAPS, PANELS, PIXEL_TASKS, CHUNK, CHUNKS, ROW_TASKS, GROUP, WEIGHT_PANELS,
     IN_PLACE, EXTENT, PLANE, SEGMENTS, SEGMENT_ROWS, PHASE_PITCH, ROW_PITCH, ROW_LENGTH, CHANNEL_PITCH,
-    SLAB_SIZE, PANEL_SIZE, WEIGHT_SIZE, TABLE_BYTES, ROW_TABLE, AHEAD, PACKING, WEIGHTS_STAY, END,
-) = range(tasks.FIRST, tasks.FIRST + 66)  # fmt: skip
+    SLAB_SIZE, PANEL_SIZE, WEIGHT_SIZE, TABLE_BYTES, RUN_TABLE, ROW_TABLE, DEPTH_OFFSET, AHEAD, PACKING, WEIGHTS_STAY,
+    END,
+) = range(tasks.FIRST, tasks.FIRST + 68)  # fmt: skip
 
 # Those of the weight gradient: the same for the slab, where Y stands for the gradient of the output; and
 (
@@ -68,8 +70,15 @@ AGAIN_WEIGHTS = 8 * 1024  # elements for each thread
 # Those of packing weights.
 (
     FROM, TO, FROM_BEGIN, FROM_END, GROUP_STEP, ROW_STEP, CHANNEL_STEP, OFFSETS, CONSECUTIVE, RUN_CHANNELS,
-    P_ROWS, P_CHANNELS, P_TAPS, P_BLOCK_CHANNELS, P_BLOCK_TAPS, P_PANELS, P_TASKS, CHECK_FINITE, NOT_FINITE, PACK_END,
-) = range(tasks.FIRST, tasks.FIRST + 20)  # fmt: skip
+    P_ROWS, P_CHANNELS, P_TAPS, P_BLOCK_CHANNELS, P_BLOCK_TAPS, P_PANELS, P_TASKS, CHECK_FINITE, NOT_FINITE,
+    PHASES, PHASE_TABLE, TAP_TABLE, WINDOWS, WINDOW_TABLE, ASCENDING, BLOCK_BYTES, PACK_END,
+) = range(tasks.FIRST, tasks.FIRST + 27)  # fmt: skip
+# The tables of packing several phases: of a phase; of a tap, whose part of the reduction (TAP_FIRST, TAP_COUNT) and
+# place in it are those of its phase; of taps within a vector of one another; and of the block that a phase is at.
+PHASE_TO, PHASE_TAPS, PHASE_BLOCK, PHASE_BLOCK_TAPS, PHASE_FIELDS = range(5)
+FROM_TAP, TAP_PHASE, TAP_FIRST, TAP_COUNT, TAP_ROW, TAP_FIELDS = range(6)
+FIRST_TAP, LAST_TAP, LOWEST, WINDOW_FIELDS = range(4)
+BLOCK_PLACE, BLOCK_CHANNEL, BLOCK_SIZE, BLOCK_FIELDS = range(4)
 
 _jit = njit(error_model="numpy", nogil=True)
 
@@ -92,7 +101,7 @@ def _copy_row(row, phase_pitch, source, step, stride, count, first, places):
     elif step == 1 and stride == 4:
         simd.separate_4(row, places, source, count)
     elif step == 2 and stride == 1:
-        simd.copy_every_second(simd.offset(row, first), source, count)
+        simd.copy_every_second(simd.offset(row, first), 0, source, 0, 1, count)
     elif stride == 1:
         target = simd.offset(row, first)
         for i in range(count):
@@ -206,6 +215,8 @@ def _find_pieces(p, table, pixel, end, first_row, first_column, like):
     The pixels are split where an output row ends. A piece is entered in the table of every vector it has pixels in.
     """
     out_h, out_w = p[OUT_H], p[OUT_W]
+    if p[IN_PLACE]:  # the pixels of a plane follow one another
+        out_w *= p[OUT_D] * out_h
     lanes, stride = simd.lanes(like), simd.piece_table_stride(like)
     for vector in range(simd.columns(like) // lanes):
         table[vector * stride] = 0
@@ -236,6 +247,15 @@ def _find_pieces(p, table, pixel, end, first_row, first_column, like):
             entry[2 * piece + 1] = entry[1]
             entry[2 * piece + 2] = 0
     return largest
+
+
+@_jit
+def _few_pieces(table, like):
+    """Can the microkernel pack a panel of these pieces?"""
+    few = simd.packs(like) != 0
+    for vector in range(simd.columns(like) // simd.lanes(like)):
+        few = few and table[vector * simd.piece_table_stride(like)] <= simd.MOST_PIECES
+    return few
 
 
 @_jit
@@ -302,11 +322,11 @@ _TRANSPOSED_COLUMNS = 6
 
 
 @_jit
-def _pack_taps(target, rows, source, row_step, offsets, length, count, lowest, left, begin, end):
+def _pack_taps(target, rows, source, row_step, offsets, length, count, lowest, left, begin, end, block):
     """target[k][row] = source[row * row_step + offsets[k]] for k < length; the rest as for `_pack_run`.
 
-    Taps that lie within a vector of one another are taken from one transposed block: `count` and `lowest` are those of
-    the first.
+    Taps that lie within a vector of one another are taken from one transposed block, for which there is room at
+    `block`: `count` and `lowest` are those of the first.
     """
     lanes = simd.lanes(target)
     k = 0
@@ -317,8 +337,10 @@ def _pack_taps(target, rows, source, row_step, offsets, length, count, lowest, l
         if count >= _TRANSPOSED_COLUMNS and inside and row_step >= 0 and (left - k - count) * rows >= lanes:
             first = (rows - 1) // lanes * lanes
             while first >= 0:
-                part, place = simd.offset(low, first * row_step), simd.offset(target, k * rows + first)
-                simd.transpose_some(place, rows, part, row_step, rows - first, simd.offset(offsets, k), lowest, count)
+                simd.transpose(block, lanes, simd.offset(low, first * row_step), row_step, rows - first)
+                for j in range(k, k + count):
+                    column = simd.offset(block, (offsets[j] - lowest) * lanes)
+                    simd.copy_vector(simd.offset(target, j * rows + first), column)
                 first -= lanes
         else:
             for j in range(k, k + count):
@@ -336,10 +358,11 @@ _RUNS_AT_ONCE = 8  # the bounds of a panel are found once for so many: half the 
 
 
 @_jit
-def _pack_rows(p, packed, group, first_panel, last_panel, first_channel, channels, first_tap, last_tap, like):
+def _pack_rows(p, packed, group, first_panel, last_panel, first_channel, channels, first_tap, last_tap, block, like):
     """Panels of a group's weights for one block of the reduction: [panel][(channel, tap)][row].
 
-    `p` are the parameters of packing. Memory before and after the array of weights is not read.
+    `p` are the parameters of packing, `block` is room for lanes x lanes elements. Memory before and after the array of
+    weights is not read.
     """
     begin, end, offsets = simd.at(like, p[FROM_BEGIN]), simd.at(like, p[FROM_END]), simd.at(p, p[OFFSETS])
     lanes, row_step = simd.lanes(like), p[ROW_STEP]
@@ -384,16 +407,22 @@ def _pack_rows(p, packed, group, first_panel, last_panel, first_channel, channel
             else:
                 _pack_taps(
                     target, rows, source, row_step, simd.offset(offsets, first_tap), length, count, lowest, left,
-                    begin, end,
+                    begin, end, block,
                 )  # fmt: skip
     if p[CHECK_FINITE]:
-        size = (last_o - first_o) * depth
-        not_finite = simd.count_not_finite(packed, size // lanes) if size >= lanes else 0
-        for k in range(size // lanes * lanes, size):
-            if packed[k] * 0 != 0:
-                not_finite = 1
-        if not_finite:
-            simd.fetch_add(simd.offset(p, NOT_FINITE), 1)
+        _check_finite(p, packed, (last_o - first_o) * depth)
+
+
+@_jit
+def _check_finite(p, packed, size):
+    """Note in the parameters of packing if one of `size` packed weights is not finite."""
+    lanes = simd.lanes(packed)
+    not_finite = simd.count_not_finite(packed, size // lanes) if size >= lanes else 0
+    for k in range(size // lanes * lanes, size):
+        if packed[k] * 0 != 0:
+            not_finite = 1
+    if not_finite:
+        simd.fetch_add(simd.offset(p, NOT_FINITE), 1)
 
 
 @tasks.Body
@@ -403,6 +432,7 @@ def _pack_weights(task, worker, p, real):
     first_panel, last_panel = part * p[P_PANELS] // p[P_TASKS], (part + 1) * p[P_PANELS] // p[P_TASKS]
     o = first_panel * p[P_ROWS] // p[P_PANELS]
     packed = simd.offset(simd.at(real, p[TO]), group * p[P_ROWS] * p[P_CHANNELS] * p[P_TAPS])
+    block = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
     reduced = 0
     for c in range(0, p[P_CHANNELS], p[P_BLOCK_CHANNELS]):
         channels = min(p[P_BLOCK_CHANNELS], p[P_CHANNELS] - c)
@@ -410,8 +440,82 @@ def _pack_weights(task, worker, p, real):
             last_tap = min(tap + p[P_BLOCK_TAPS], p[P_TAPS])
             depth = channels * (last_tap - tap)
             panel = simd.offset(packed, p[P_ROWS] * reduced + o * depth)
-            _pack_rows(p, panel, group, first_panel, last_panel, c, channels, tap, last_tap, real)
+            _pack_rows(p, panel, group, first_panel, last_panel, c, channels, tap, last_tap, block, real)
             reduced += depth
+
+
+@tasks.Body
+def _pack_phases(task, worker, p, real):
+    """Task = some panels of rows of one group, for several phases, each packed as by `_pack_weights`.
+
+    A phase has some of the taps of the filter. The taps of all are taken from memory together, in an order in which the
+    places of each phase ascend, where there is one.
+    """
+    lanes = simd.lanes(real)
+    block = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
+    blocks = simd.at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[BLOCK_BYTES])
+    phases, taps, windows = simd.at(p, p[PHASE_TABLE]), simd.at(p, p[TAP_TABLE]), simd.at(p, p[WINDOW_TABLE])
+    begin, end, packed = simd.at(real, p[FROM_BEGIN]), simd.at(real, p[FROM_END]), simd.at(real, p[TO])
+    row_step, all_rows = p[ROW_STEP], p[P_ROWS]
+
+    part, group = task % p[P_TASKS], task // p[P_TASKS]
+    w = simd.offset(simd.at(real, p[FROM]), group * p[GROUP_STEP])
+    first_panel, last_panel = part * p[P_PANELS] // p[P_TASKS], (part + 1) * p[P_PANELS] // p[P_TASKS]
+    for panel in range(first_panel, last_panel):
+        o = panel * all_rows // p[P_PANELS]
+        rows = (panel + 1) * all_rows // p[P_PANELS] - o
+        for c in range(p[P_CHANNELS]):
+            for f in range(p[PHASES]):  # the block of channels that c is in: where it begins, and how many
+                phase, mine = simd.offset(phases, f * PHASE_FIELDS), simd.offset(blocks, f * BLOCK_FIELDS)
+                if c % phase[PHASE_BLOCK] == 0:
+                    mine[BLOCK_CHANNEL], mine[BLOCK_SIZE] = c, min(phase[PHASE_BLOCK], p[P_CHANNELS] - c)
+                    mine[BLOCK_PLACE] = phase[PHASE_TO] + (group * p[P_CHANNELS] + c) * all_rows * phase[PHASE_TAPS]
+            source = simd.offset(w, c * p[CHANNEL_STEP] + o * row_step)
+            for v in range(p[WINDOWS]):
+                window = simd.offset(windows, v * WINDOW_FIELDS)
+                low = simd.offset(source, window[LOWEST])
+                high = simd.offset(low, (rows - 1) * row_step + lanes)
+                transposed = (
+                    simd.address_of(low) >= simd.address_of(begin)
+                    and simd.address_of(high) <= simd.address_of(end)
+                    and row_step > 1
+                    and window[LAST_TAP] - window[FIRST_TAP] >= _TRANSPOSED_COLUMNS
+                )
+                first = (rows - 1) // lanes * lanes
+                while first >= 0:
+                    if transposed:
+                        simd.transpose(block, lanes, simd.offset(low, first * row_step), row_step, rows - first)
+                    for t in range(window[FIRST_TAP], window[LAST_TAP]):
+                        tap = simd.offset(taps, t * TAP_FIELDS)
+                        mine = simd.offset(blocks, tap[TAP_PHASE] * BLOCK_FIELDS)
+                        channels, count = mine[BLOCK_SIZE], tap[TAP_COUNT]  # of a panel: channels, taps
+                        row = (c - mine[BLOCK_CHANNEL]) * count + tap[TAP_ROW]
+                        place = mine[BLOCK_PLACE] + channels * (tap[TAP_FIRST] * all_rows + o * count) + row * rows
+                        target = simd.offset(packed, place + first)
+                        if transposed:
+                            column = simd.offset(block, (tap[FROM_TAP] - window[LOWEST]) * lanes)
+                            if p[ASCENDING] and (channels * count - 1 - row) * rows >= lanes:
+                                simd.copy_vector(target, column)  # what is too much, others write over
+                            else:
+                                simd.copy_span(target, column, min(lanes, rows - first))
+                        elif row_step == 1:
+                            simd.copy_span(target, simd.offset(source, tap[FROM_TAP] + first), min(lanes, rows - first))
+                        else:
+                            element = simd.offset(source, tap[FROM_TAP] + first * row_step)
+                            for k in range(min(lanes, rows - first)):
+                                target[k] = element[0]
+                                element = simd.offset(element, row_step)
+                    first -= lanes
+        if p[CHECK_FINITE]:
+            for f in range(p[PHASES]):
+                phase = simd.offset(phases, f * PHASE_FIELDS)
+                for c in range(0, p[P_CHANNELS], phase[PHASE_BLOCK]):
+                    channels = min(phase[PHASE_BLOCK], p[P_CHANNELS] - c)
+                    for tap in range(0, phase[PHASE_TAPS], phase[PHASE_BLOCK_TAPS]):
+                        count = min(phase[PHASE_BLOCK_TAPS], phase[PHASE_TAPS] - tap)
+                        place = (group * p[P_CHANNELS] + c) * all_rows * phase[PHASE_TAPS]
+                        place += phase[PHASE_TO] + channels * (tap * all_rows + o * count)
+                        _check_finite(p, simd.offset(packed, place), rows * channels * count)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -423,12 +527,18 @@ def _pack_weights(task, worker, p, real):
 def _find_runs(p, runs, pixel, end):
     """List where in a channel of the output the pixels pixel .. end are: number of runs; place and length of each."""
     out_d, out_h, out_w = p[OUT_D], p[OUT_H], p[OUT_W]
+    row_length = p[PLANE] if p[PLANE] else out_w  # a plane whose pixels are consecutive is one row
     count = 0
     while pixel < end:
-        row = pixel // out_w
-        length = min(end, (row + 1) * out_w) - pixel
-        n, d, h = row // out_h // out_d, row // out_h % out_d, row % out_h
-        runs[2 * count + 1] = n * p[Y_N] + d * p[Y_D] + h * p[Y_H] + (pixel - row * out_w) * p[Y_W]
+        row = pixel // row_length
+        place = pixel - row * row_length
+        length = min(end - pixel, row_length - place)
+        if p[PLANE]:
+            place += row * p[Y_N]
+        else:
+            n, d, h = row // out_h // out_d, row // out_h % out_d, row % out_h
+            place = n * p[Y_N] + d * p[Y_D] + h * p[Y_H] + place * p[Y_W]
+        runs[2 * count + 1] = place
         runs[2 * count + 2] = length
         count += 1
         pixel += length
@@ -449,17 +559,14 @@ def _load_tile(p, y, tile, runs, rows):
                         simd.offset(tile, i * columns + j + k), columns, simd.offset(source, k * step + i), step,
                         min(lanes, length - k), min(lanes, rows - i),
                     )  # fmt: skip
+        elif step == 1:
+            simd.copy_block(simd.offset(tile, j), columns, source, channel_step, rows, length)
+        elif step == 2:
+            simd.copy_every_second(simd.offset(tile, j), columns, source, channel_step, rows, length)
         else:
             for i in range(rows):
-                if step == 1:
-                    simd.copy_span(simd.offset(tile, i * columns + j), simd.offset(source, i * channel_step), length)
-                elif step == 2:
-                    simd.copy_every_second(
-                        simd.offset(tile, i * columns + j), simd.offset(source, i * channel_step), length
-                    )
-                else:
-                    for k in range(length):
-                        tile[i * columns + j + k] = source[i * channel_step + k * step]
+                for k in range(length):
+                    tile[i * columns + j + k] = source[i * channel_step + k * step]
         j += length
 
 
@@ -477,17 +584,14 @@ def _store_tile(p, y, tile, runs, rows):
                         simd.offset(target, k * step + i), step, simd.offset(tile, i * columns + j + k), columns,
                         min(lanes, rows - i), min(lanes, length - k),
                     )  # fmt: skip
+        elif step == 1:
+            simd.copy_block(target, channel_step, simd.offset(tile, j), columns, rows, length)
+        elif step == 2:
+            simd.spread_every_second(target, channel_step, simd.offset(tile, j), columns, rows, length)
         else:
             for i in range(rows):
-                if step == 1:
-                    simd.copy_span(simd.offset(target, i * channel_step), simd.offset(tile, i * columns + j), length)
-                elif step == 2:
-                    simd.spread_every_second(
-                        simd.offset(target, i * channel_step), simd.offset(tile, i * columns + j), length
-                    )
-                else:
-                    for k in range(length):
-                        target[i * channel_step + k * step] = tile[i * columns + j + k]
+                for k in range(length):
+                    target[i * channel_step + k * step] = tile[i * columns + j + k]
         j += length
 
 
@@ -528,7 +632,7 @@ def _correlate(task, worker, p, real):
     bias = simd.at(real, p[BIAS])
     tap_offset = simd.at(p, p[TAP_OFFSET])
     task_o = first_panel * p[ROW_CHANNELS] // p[PANELS]
-    slab, rows_table = scratch, simd.offset(table, p[ROW_TABLE])
+    slab, runs, rows_table = scratch, simd.offset(table, p[RUN_TABLE]), simd.offset(table, p[ROW_TABLE])
     listed = 0 if p[IN_PLACE] else _find_rows(p, rows_table, first_row, last_row)
     if p[PADDED]:
         simd.fill_zero(slab, p[SLAB_SIZE])
@@ -545,24 +649,12 @@ def _correlate(task, worker, p, real):
         for tap in range(0, p[TAPS], p[BLOCK_TAPS]):
             last_tap = min(tap + p[BLOCK_TAPS], p[TAPS])
             depth = channels * (last_tap - tap)
+            offsets = simd.offset(simd.at(p, p[DEPTH_OFFSET]), tap)
             flags = simd.ADD if reduced > 0 or p[ADD] else 0
             if reduced + depth == p[CHANNELS] * p[TAPS]:
                 flags |= (simd.BIAS if p[BIAS] else 0) | (simd.RELU if p[RELU] else 0)
             for start in range(first, last, p[GROUP] * columns):
                 stop = min(start + p[GROUP] * columns, last)
-                for pixel in range(start, stop, columns):
-                    end = min(pixel + columns, stop)
-                    largest = _find_pieces(p, table, pixel, end, first_row, first_column, real)
-                    panel = simd.offset(panels, (pixel - start) * depth)
-                    # in place, the last pixels of the last channel are the end of the input
-                    after = largest + (group * p[CHANNELS] + c + channels - 1) * p[X_C] + 2 * columns
-                    if p[IN_PLACE] and after > p[EXTENT]:
-                        _pack_exactly(p, panel, slab, table, channels, tap, last_tap, end - pixel)
-                    else:
-                        simd.pack_panel(
-                            panel, slab, channels, p[CHANNEL_PITCH], last_tap - tap, simd.offset(tap_offset, tap),
-                            table, p[AHEAD],
-                        )  # fmt: skip
                 for panel_block in range(first_panel, last_panel, p[WEIGHT_PANELS]):
                     panel_end = min(panel_block + p[WEIGHT_PANELS], last_panel)
                     first_o = panel_block * p[ROW_CHANNELS] // p[PANELS]
@@ -572,31 +664,50 @@ def _correlate(task, worker, p, real):
                     if p[PACKING] and (start == first or not p[WEIGHTS_STAY]):
                         _pack_rows(
                             simd.at(p, p[PACKING]), weights, group, panel_block, panel_end, c, channels, tap, last_tap,
-                            real,
+                            tile, real,
                         )  # fmt: skip
-                    for pixel in range(start, stop, columns):
-                        end = min(pixel + columns, stop)
-                        panel = simd.offset(panels, (pixel - start) * depth)
-                        vectors = (end - pixel + simd.lanes(real) - 1) // simd.lanes(real)
-                        plane = p[PLANE]  # pixels of an output plane, 0 where they are not consecutive
-                        n = pixel // plane if plane else 0
-                        whole = plane and end - pixel == columns and end <= (n + 1) * plane
-                        if not whole:
-                            _find_runs(p, table, pixel, end)
-                        for i in range(panel_block, panel_end):
-                            o = i * p[ROW_CHANNELS] // p[PANELS]
-                            rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o
-                            a = simd.offset(weights, (o - first_o) * depth)
-                            channel_bias = simd.offset(bias, group * p[ROW_CHANNELS] + o)
+                    for i in range(panel_block, panel_end):
+                        o = i * p[ROW_CHANNELS] // p[PANELS]
+                        rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o
+                        a = simd.offset(weights, (o - first_o) * depth)
+                        channel_bias = simd.offset(bias, group * p[ROW_CHANNELS] + o)
+                        for pixel in range(start, stop, columns):
+                            end = min(pixel + columns, stop)
+                            panel = simd.offset(panels, (pixel - start) * depth)
+                            vectors = (end - pixel + simd.lanes(real) - 1) // simd.lanes(real)
+                            how = flags
+                            if i == first_panel:
+                                largest = _find_pieces(p, table, pixel, end, first_row, first_column, real)
+                                # in place, the last pixels of the last channel are the end of the input
+                                after = largest + (group * p[CHANNELS] + c + channels - 1) * p[X_C] + 2 * columns
+                                if p[IN_PLACE] and after > p[EXTENT]:
+                                    _pack_exactly(p, panel, slab, table, channels, tap, last_tap, end - pixel)
+                                elif vectors * simd.lanes(real) == columns and _few_pieces(table, real):
+                                    how |= simd.PACK  # by the first product
+                                else:
+                                    simd.pack_panel(
+                                        panel, slab, channels, p[CHANNEL_PITCH], last_tap - tap,
+                                        simd.offset(tap_offset, tap), table, p[AHEAD],
+                                    )  # fmt: skip
+                            plane = p[PLANE]  # pixels of an output plane, 0 where they are not consecutive
+                            n = pixel // plane if plane else 0
+                            whole = plane and end - pixel == columns and end <= (n + 1) * plane
+                            if not whole:
+                                _find_runs(p, runs, pixel, end)
+                            place, pitch = simd.offset(y, o * p[Y_O]), p[Y_O]
                             if whole:
-                                place = simd.offset(y, n * p[Y_N] + o * p[Y_O] + pixel - n * plane)
-                                simd.contract(rows, vectors, depth, a, panel, place, p[Y_O], flags, channel_bias)
-                            else:
-                                place = simd.offset(y, o * p[Y_O])
-                                if flags & simd.ADD:
-                                    _load_tile(p, place, tile, table, rows)
-                                simd.contract(rows, vectors, depth, a, panel, tile, columns, flags, channel_bias)
-                                _store_tile(p, place, tile, table, rows)
+                                place = simd.offset(place, n * p[Y_N] + pixel - n * plane)
+                            elif flags & simd.ADD:
+                                _load_tile(p, place, tile, runs, rows)
+                            target = place
+                            if not whole:
+                                target, pitch = tile, columns
+                            simd.contract_packing(
+                                rows, vectors, depth, a, panel, target, pitch, how, channel_bias, slab, offsets, table,
+                                p[AHEAD],
+                            )  # fmt: skip
+                            if not whole:
+                                _store_tile(p, place, tile, runs, rows)
             reduced += depth
 
 
@@ -937,13 +1048,12 @@ def are_consecutive(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return inner == 1 and is_flat(shape, strides)
 
 
-def can_stay_in_place(axes: tuple[Axis, ...], x: Strides, y: Strides) -> bool:
+def can_stay_in_place(axes: tuple[Axis, ...], x: Strides) -> bool:
     """Is this a matrix product on the image as it lies in memory: kernel and stride 1, no padding, flat planes?"""
     shape = tuple(a.out for a in axes)
     return (
         all(a.is_identity() for a in axes)
         and are_consecutive(shape, x[2:])
-        and is_flat(shape, y[2:])
         and min(x) >= 0
     )
 
@@ -1007,7 +1117,8 @@ def plan_correlation(
     """
     t = simd.tile(dtype.itemsize * 8)
     size = dtype.itemsize
-    axes, x, y = _flattened(axes, x, y) if in_place else (axes, x, y)
+    if in_place and is_flat(tuple(a.out for a in axes), y[2:]):
+        axes, x, y = _flattened(axes, x, y)
     depth, height, width = axes
     plane = depth.out * height.out * width.out
     pixels = batch * plane
@@ -1060,12 +1171,15 @@ def plan_correlation(
     weight_size = 0
     if packs:
         weight_size = _ceil(task_weights if weights_stay else weight_panels * t.rows * blocks.depth, 16) * 16
-    row_table = t.vectors * simd.piece_stride(t)
+    run_table = t.vectors * simd.piece_stride(t)
+    row_table = run_table + 1 + 2 * t.columns
     table_bytes = _ceil((row_table + slab.table) * 8, 64) * 64
     scratch = (slab_size + panel_size + weight_size + t.rows * t.columns) * size + table_bytes
 
     tap_offset = _tap_offsets(axes, slab)
-    tables = (depth.source, height.source, width.source, tap_offset)
+    channel_pitch = x[1] if in_place else slab.channel
+    depth_offset = (np.arange(blocks.block_channels, dtype=np.int64)[:, None] * channel_pitch + tap_offset).ravel()
+    tables = (depth.source, height.source, width.source, tap_offset, depth_offset)
 
     parameters = np.zeros(END, np.int64)
     _set_common(parameters, batch, axes, slab, x, y, zeros, in_place)
@@ -1076,7 +1190,8 @@ def plan_correlation(
     parameters[[WEIGHT_PANELS, WEIGHT_SIZE, WEIGHTS_STAY]] = weight_panels, weight_size, weights_stay
     parameters[EXTENT] = (batch - 1) * x[0] + (blocks.groups * blocks.channels - 1) * x[1] + plane
     parameters[[SLAB_SIZE, PANEL_SIZE, TABLE_BYTES, ROW_TABLE]] = slab_size, panel_size, table_bytes, row_table
-    parameters[AHEAD] = group * t.columns if in_place else 0  # the next group of panels, while this one is packed
+    parameters[[RUN_TABLE, DEPTH_OFFSET]] = run_table, address(depth_offset)
+    parameters[AHEAD] = t.columns if in_place else 0  # the next panel, while this one is packed
     flops = 2 * pixels * blocks.rows * blocks.groups * blocks.channels * blocks.taps
     return Plan(parameters, tables, blocks.groups * pixel_tasks * row_tasks, scratch, flops, packs)
 
@@ -1108,8 +1223,10 @@ def correlation(
 class Packing:
     """How weights of one shape and memory layout are packed: all but the addresses."""
 
+    body: tasks.Body
     parameters: np.ndarray
-    offsets: np.ndarray  # whose address stands in the parameters
+    tables: tuple[np.ndarray, ...]  # whose addresses stand in the parameters
+    scratch: int
     below: int  # bytes of the array before its first element (negative strides), and from there to its end
     above: int
 
@@ -1126,16 +1243,63 @@ def plan_packing(
     Its weight of a group, row and channel is `steps` elements (each) from the first, that of a tap `offsets`.
     """
     consecutive = bool((np.diff(offsets) == 1).all())
+    parameters = _packing_parameters(blocks, steps, check_finite)
+    parameters[[OFFSETS, CONSECUTIVE]] = address(offsets), consecutive
+    parameters[RUN_CHANNELS] = consecutive and steps[2] == blocks.taps
+    parameters[[P_TAPS, P_BLOCK_CHANNELS, P_BLOCK_TAPS]] = blocks.taps, blocks.block_channels, blocks.block_taps
+    lanes = simd.tile(itemsize * 8).lanes
+    return Packing(_pack_weights, parameters, (offsets,), lanes * lanes * itemsize, *_extent(shape, strides, itemsize))
+
+
+def plan_phase_packing(
+    blocks: Sequence[Blocks], places: Sequence[int], shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int,
+    steps: tuple[int, int, int], offsets: Sequence[np.ndarray], check_finite: bool,
+) -> Packing:  # fmt: skip
+    """Plan the packing of one array for several products at once, each with other taps of the same rows and channels.
+
+    `blocks`, `offsets` and where in the packed weights they begin (`places`) are given for each of the products.
+    """
+    lanes = simd.tile(itemsize * 8).lanes
+    phases = np.array(
+        [(place, each.taps, each.block_channels, each.block_taps) for place, each in zip(places, blocks, strict=True)],
+        np.int64,
+    )
+    table = []
+    for f, (each, of_taps) in enumerate(zip(blocks, offsets, strict=True)):
+        for tap, offset in enumerate(of_taps.tolist()):
+            first = tap // each.block_taps * each.block_taps
+            table.append((offset, f, first, min(each.block_taps, each.taps - first), tap - first))
+    table.sort(reverse=True)  # the taps of a phase are listed from the last to the first
+    ascending = all(
+        [tap for _, phase, *tap in table if phase == f] == sorted(tap for _, phase, *tap in table if phase == f)
+        for f in range(len(blocks))
+    )
+    windows, first = [], 0
+    for t in range(1, len(table) + 1):
+        if t == len(table) or table[first][0] - table[t][0] >= lanes:
+            windows.append((first, t, table[t - 1][0]))
+            first = t
+    tables = phases, np.array(table, np.int64), np.array(windows, np.int64)
+    parameters = _packing_parameters(blocks[0], steps, check_finite)
+    parameters[[PHASES, PHASE_TABLE, TAP_TABLE]] = len(blocks), address(tables[0]), address(tables[1])
+    parameters[[WINDOWS, WINDOW_TABLE, ASCENDING]] = len(windows), address(tables[2]), ascending
+    parameters[BLOCK_BYTES] = len(blocks) * BLOCK_FIELDS * 8
+    scratch = lanes * lanes * itemsize + int(parameters[BLOCK_BYTES])
+    return Packing(_pack_phases, parameters, tables, scratch, *_extent(shape, strides, itemsize))
+
+
+def _packing_parameters(blocks: Blocks, steps: tuple[int, int, int], check_finite: bool) -> np.ndarray:
     parameters = np.zeros(PACK_END, np.int64)
-    parameters[GROUP_STEP:NOT_FINITE] = (
-        *steps, address(offsets), consecutive, consecutive and steps[2] == blocks.taps, blocks.rows, blocks.channels,
-        blocks.taps, blocks.block_channels, blocks.block_taps, blocks.panels, min(blocks.panels, PACKING_TASKS),
-        check_finite,
-    )  # fmt: skip
+    parameters[[GROUP_STEP, ROW_STEP, CHANNEL_STEP]] = steps
+    parameters[[P_ROWS, P_CHANNELS, P_PANELS]] = blocks.rows, blocks.channels, blocks.panels
+    parameters[[P_TASKS, CHECK_FINITE]] = min(blocks.panels, PACKING_TASKS), check_finite
+    return parameters
+
+
+def _extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
+    """Bytes of an array before its first element (negative strides), and from there to its end."""
     ends = [(n - 1) * stride for n, stride in zip(shape, strides, strict=True)]
-    below = sum(end for end in ends if end < 0) * itemsize
-    above = (sum(end for end in ends if end > 0) + 1) * itemsize
-    return Packing(parameters, offsets, below, above)
+    return sum(end for end in ends if end < 0) * itemsize, (sum(end for end in ends if end > 0) + 1) * itemsize
 
 
 class Unpacked:
@@ -1143,6 +1307,7 @@ class Unpacked:
 
     def __init__(self, plan: Packing, w: np.ndarray) -> None:
         first = address(w)
+        self.plan = plan
         self.parameters = plan.parameters.copy()
         self.parameters[FROM:GROUP_STEP] = first, 0, first + plan.below, first + plan.above
 
@@ -1151,12 +1316,12 @@ class Unpacked:
         return not self.parameters[NOT_FINITE]
 
 
-def packing(weights: Unpacked, blocks: Blocks, packed: np.ndarray) -> tasks.Stage:
+def packing(weights: Unpacked, groups: int, packed: np.ndarray) -> tasks.Stage:
     """Packing of weights for `correlation` into `packed`, to be run once."""
-    parameters = weights.parameters
+    plan, parameters = weights.plan, weights.parameters
     parameters[TO] = address(packed)
     # counted as 16 operations an element, since reading and writing is most of the work
-    return _pack_weights, blocks.groups * int(parameters[P_TASKS]), parameters, 64, 16 * packed.size, 0
+    return plan.body, groups * int(parameters[P_TASKS]), parameters, plan.scratch, 16 * packed.size, 0
 
 
 _UNIT_PIXELS = 448  # output pixels of a unit of the weight gradient

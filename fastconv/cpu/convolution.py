@@ -162,7 +162,7 @@ def _forward_plan(
     """How the reduction is cut, how weights are packed, and the product; from strides in bytes."""
     x, w, y = (_in_elements(strides, dtype) for strides in (x, w, y))
     axes, x = contraction.fold_strides(_axes(geometry), x)
-    in_place = contraction.can_stay_in_place(axes, x, y)
+    in_place = contraction.can_stay_in_place(axes, x)
     blocks = contraction.make_blocks(
         dtype, geometry.groups, geometry.out_channels_per_group, geometry.in_channels_per_group, axes, in_place
     )
@@ -173,7 +173,7 @@ def _forward_plan(
     packing = contraction.plan_packing(blocks, shape, w, dtype.itemsize, (blocks.rows * row, row, channel), offsets)
     zeros = geometry.padding_mode == "zeros"
     batch, axes, x, y = contraction.fold_batch(geometry.batch, axes, x, y)
-    in_place = contraction.can_stay_in_place(axes, x, y)
+    in_place = contraction.can_stay_in_place(axes, x)
     plan = contraction.plan_correlation(dtype, batch, blocks, axes, x, y, zeros, in_place, workers, packed=packed)
     return blocks, packing, plan
 
@@ -253,7 +253,7 @@ def forward(
         weights = contraction.Unpacked(packing, weight)
     else:
         weights = tasks.workspace(blocks.packed_size, out.dtype)
-        stages.append(contraction.packing(contraction.Unpacked(packing, weight), blocks, weights))
+        stages.append(contraction.packing(contraction.Unpacked(packing, weight), blocks.groups, weights))
     stages.append(contraction.correlation(plan, input, weights, out, bias, relu, False, waits=len(stages)))
     tasks.run_stages(out.dtype, stages)
 
@@ -261,7 +261,7 @@ def forward(
 def _packed_alone(blocks: contraction.Blocks, packing: contraction.Packing, weight: np.ndarray) -> np.ndarray:
     """The packed weights, in memory of their own."""
     packed = np.empty(blocks.packed_size, weight.dtype)
-    tasks.run_stages(weight.dtype, [contraction.packing(contraction.Unpacked(packing, weight), blocks, packed)])
+    tasks.run_stages(weight.dtype, [contraction.packing(contraction.Unpacked(packing, weight), blocks.groups, packed)])
     return packed
 
 
@@ -324,7 +324,7 @@ def _weight_grad_plan(
     x, dy, dw = (_in_elements(strides, dtype) for strides in (x, dy, dw))
     axes, x = contraction.fold_strides(_axes(geometry), x)
     batch, axes, x, dy = contraction.fold_batch(geometry.batch, axes, x, dy)
-    in_place = contraction.can_stay_in_place(axes, x, dy)
+    in_place = contraction.can_stay_in_place(axes, x) and contraction.is_flat(tuple(a.out for a in axes), dy[2:])
     offsets = _offsets([range(n) for n in geometry.kernel_size], dw[2:])
     return contraction.plan_weight_gradient(
         dtype, batch, geometry.groups, geometry.out_channels_per_group, geometry.in_channels_per_group, axes,
@@ -359,7 +359,6 @@ class _Phase:
 
     where: tuple[slice, ...]  # of the input gradient (N, C, D, H, W)
     blocks: contraction.Blocks
-    packing: contraction.Packing
     packed: slice  # of the packed weights of all phases
     plan: contraction.Plan
 
@@ -367,6 +366,7 @@ class _Phase:
 @dataclass(frozen=True)
 class _Phases:
     each: tuple[_Phase, ...]
+    packing: contraction.Packing | None  # of all; None if there is no phase
     untouched: tuple[tuple[slice, ...], ...]  # `where` of elements that no tap reaches
     packed_size: int
     padded: bool  # does a phase see zeros around the output gradient?
@@ -423,7 +423,7 @@ def _input_grad_phases(
     w, dy, dx = (_in_elements(strides, dtype) for strides in (w, dy, dx))
     channel, row, *tap_steps = w
     shape = (geometry.out_channels, geometry.in_channels_per_group, *geometry.kernel_size)
-    phases, untouched, size = [], [], 0
+    reached, untouched = [], []
     for first in itertools.product(*map(range, map(min, geometry.stride, geometry.input_size))):
         taps, axes = zip(
             *map(
@@ -433,26 +433,38 @@ def _input_grad_phases(
             strict=True,
         )  # fmt: skip
         where = (slice(None), slice(None), *map(slice, first, (None,) * 3, geometry.stride))
-        if not all(taps):
+        if all(taps):
+            reached.append((where, axes, _offsets(taps, tap_steps)))
+        else:
             untouched.append(where)
-            continue
+    phases, size = [], 0
+    for where, axes, _ in reached:
         steps = (*dx[:2], *(step * stride for step, stride in zip(dx[2:], geometry.stride, strict=True)))
-        in_place = contraction.can_stay_in_place(axes, dy, steps)
+        in_place = contraction.can_stay_in_place(axes, dy)
         blocks = contraction.make_blocks(
             dtype, geometry.groups, geometry.in_channels_per_group, geometry.out_channels_per_group, axes, in_place
         )
         batch, axes, x, y = contraction.fold_batch(geometry.batch, axes, dy, steps)
-        in_place = contraction.can_stay_in_place(axes, x, y)
-        plan = contraction.plan_correlation(dtype, batch, blocks, axes, x, y, True, in_place, workers, packed=packed)
-        packing = contraction.plan_packing(
-            blocks, shape, w, dtype.itemsize, (geometry.out_channels_per_group * channel, row, channel),
-            _offsets(taps, tap_steps), check_finite=bool(plan.parameters[contraction.PADDED]),
-        )  # fmt: skip
+        in_place = contraction.can_stay_in_place(axes, x)
+        plan = contraction.plan_correlation(
+            dtype, batch, blocks, axes, x, y, True, in_place, workers, packed=packed or len(reached) > 1
+        )
         needed = 0 if plan.packs else blocks.packed_size
-        phases.append(_Phase(where, blocks, packing, slice(size, size + needed), plan))
+        phases.append(_Phase(where, blocks, slice(size, size + needed), plan))
         size += needed
     padded = any(phase.plan.parameters[contraction.PADDED] for phase in phases)
-    return _Phases(tuple(phases), tuple(untouched), size, padded)
+    packing = None
+    steps = (geometry.out_channels_per_group * channel, row, channel)
+    if len(phases) == 1:
+        packing = contraction.plan_packing(
+            phases[0].blocks, shape, w, dtype.itemsize, steps, reached[0][2], check_finite=padded
+        )
+    elif phases:
+        packing = contraction.plan_phase_packing(
+            [phase.blocks for phase in phases], [phase.packed.start for phase in phases], shape, w, dtype.itemsize,
+            steps, [offsets for _, _, offsets in reached], check_finite=padded,
+        )  # fmt: skip
+    return _Phases(tuple(phases), packing, tuple(untouched), size, padded)
 
 
 @_on_reals(_input_grad_through_float32)
@@ -495,18 +507,16 @@ def input_grad(
         geometry, out.dtype, weight.strides, grad_output.strides, out.strides, workers, accumulate
     )
     memory = tasks.workspace(phases.packed_size, out.dtype)
-    unpacked = [contraction.Unpacked(phase.packing, weight) for phase in phases.each]
-    stages = [
-        contraction.packing(weights, phase.blocks, memory[phase.packed])
-        for phase, weights in zip(phases.each, unpacked, strict=True)
-        if not phase.plan.packs
-    ]
+    unpacked = contraction.Unpacked(phases.packing, weight) if phases.packing else None
+    stages = []
+    if unpacked and phases.packed_size:
+        stages.append(contraction.packing(unpacked, geometry.groups, memory))
     # The zeros around grad_output are no outputs: times an infinite weight they would make a nan where there is no such
     # product. The plain loops sum only what exists.
     if phases.padded and accumulate:  # once added to, `out` cannot be computed a second time
         tasks.run_stages(out.dtype, stages)
         stages = []
-        if not all(weights.finite() for weights in unpacked):
+        if unpacked and not unpacked.finite():
             _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
             return
     if phases.untouched and bias is None and not accumulate:
@@ -515,12 +525,15 @@ def input_grad(
         for where in phases.untouched:
             _fill_without_taps(out[where], bias, relu, accumulate)
     number = len(stages)
-    for phase, weights in zip(phases.each, unpacked, strict=True):
+    for phase in phases.each:
+        weights: np.ndarray | contraction.Unpacked = memory[phase.packed]
+        waits = number
+        if unpacked and phase.plan.packs:
+            weights, waits = unpacked, 0
         part = out[phase.where]
-        each, waits = (weights, 0) if phase.plan.packs else (memory[phase.packed], number)
-        stages.append(contraction.correlation(phase.plan, grad_output, each, part, bias, relu, accumulate, waits))
+        stages.append(contraction.correlation(phase.plan, grad_output, weights, part, bias, relu, accumulate, waits))
     tasks.run_stages(out.dtype, stages)
-    if not all(weights.finite() for weights in unpacked):
+    if unpacked and not unpacked.finite():
         _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -43,6 +45,7 @@ class Tile:
     gradient_vectors: int  # the same two for `accumulate_outer`, whose rows have an address each
     gradient_rows: int
     fma: bool  # without the instruction, llvm.fma is a library call, hundreds of times slower
+    packs: bool  # can the microkernel pack the panel as it multiplies? That takes masks, and registers to spare
 
     @property
     def columns(self) -> int:
@@ -68,12 +71,12 @@ def tile(bits: int) -> Tile:
     """
     architecture, features = _features()
     if architecture in ("aarch64", "arm64"):
-        return Tile(128 // bits, 3, 8, 3, 6, True)
+        return Tile(128 // bits, 3, 8, 3, 6, True, False)
     if "avx512f" in features:
-        return Tile(512 // bits, 2, 14, 4, 6, True)
+        return Tile(512 // bits, 2, 14, 4, 6, True, True)
     if "avx" in features:
-        return Tile(256 // bits, 2, 6, 2, 6, "fma" in features)
-    return Tile(128 // bits, 2, 6, 2, 6, "fma" in features)
+        return Tile(256 // bits, 2, 6, 2, 6, "fma" in features, False)
+    return Tile(128 // bits, 2, 6, 2, 6, "fma" in features, False)
 
 
 def _element(pointer: types.CPointer) -> ir.Type:
@@ -117,7 +120,7 @@ def _multiply_add(b: ir.IRBuilder, module: ir.Module, fma: bool, x: ir.Value, y:
     return b.call(function, [x, y, z])
 
 
-def _prefetch(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, write: bool = False) -> None:
+def _prefetch(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, write: bool = False, locality: int = 3) -> None:
     """Ask for the cache line at `pointer`, which need not be an address that can be read."""
     byte = _I8.as_pointer()
     function = cgutils.get_or_insert_function(
@@ -184,18 +187,25 @@ def _switch(b: ir.IRBuilder, value: ir.Value, cases: dict[int, ir.Function], arg
 # The microkernel
 # ---------------------------------------------------------------------------------------------------------------------
 
-ADD, BIAS, RELU = 1, 2, 4  # what the microkernel does as it stores, in this order
+ADD, BIAS, RELU = 1, 2, 4  # what the microkernel does as it stores, in this order; and
+PACK = 8  # that it is to pack the panel
 
 
-def _contract_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, vectors: int) -> ir.Function:
-    pointer = element.as_pointer()
+# Pieces of memory that a vector of a panel may come from if the microkernel is to pack it
+MOST_PIECES = 2
+
+
+def _contract_function(
+    module: ir.Module, element: ir.Type, t: Tile, rows: int, vectors: int, packs: bool
+) -> ir.Function:
+    pointer, table = element.as_pointer(), _I64.as_pointer()
     function, new = _internal(
         module, f"fastconv_contract_{element}_{rows}x{vectors * t.lanes}",
-        [_I64, pointer, pointer, pointer, _I64, _I64, pointer],
+        [_I64, pointer, pointer, pointer, _I64, _I64, pointer, *([pointer, table, table, _I64] if packs else [])],
     )  # fmt: skip
     if not new:
         return function
-    depth, a, panel, c, pitch, flags, bias = function.args
+    depth, a, panel, c, pitch, flags, bias, *unpacked = function.args
     for p in (a, panel, c):
         p.add_attribute("noalias")
     vector = ir.VectorType(element, t.lanes)
@@ -205,16 +215,53 @@ def _contract_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, 
     for place in places:
         _prefetch(b, module, place, True)
 
-    loop = _Loop(b, "depth", depth, [zero] * (rows * vectors))
-    a_k = b.gep(a, [b.mul(loop.k, _i64(rows))])
-    panel_k = b.gep(panel, [b.mul(loop.k, _i64(t.columns))])
-    columns = [_load(b, b.gep(panel_k, [_i64(j * t.lanes)]), vector) for j in range(vectors)]
-    sums = []
-    for i in range(rows):
-        row = _splat(b, b.load(b.gep(a_k, [_i64(i)])), t.lanes)
-        for j in range(vectors):
-            sums.append(_multiply_add(b, module, t.fma, row, columns[j], loop.values[i * vectors + j]))
-    loop.close(sums)
+    def multiply(columns_of: Callable[[ir.Value, ir.Value], list[ir.Value]]) -> list[ir.Value]:
+        """The sums over k; `columns_of` gives row k of the panel, whose place in it it is told too."""
+        loop = _Loop(b, "depth", depth, [zero] * (rows * vectors))
+        a_k = b.gep(a, [b.mul(loop.k, _i64(rows))])
+        columns = columns_of(loop.k, b.gep(panel, [b.mul(loop.k, _i64(t.columns))]))
+        sums = []
+        for i in range(rows):
+            row = _splat(b, b.load(b.gep(a_k, [_i64(i)])), t.lanes)
+            for j in range(vectors):
+                sums.append(_multiply_add(b, module, t.fma, row, columns[j], loop.values[i * vectors + j]))
+        loop.close(sums)
+        return sums
+
+    def packed_columns(k: ir.Value, panel_k: ir.Value) -> list[ir.Value]:
+        return [_load(b, b.gep(panel_k, [_i64(j * t.lanes)]), vector) for j in range(vectors)]
+
+    if packs and vectors == t.vectors:
+        source, offsets, pieces, ahead = unpacked
+        parts = []
+        plain, packing, summed = (b.append_basic_block(name) for name in ("plain", "packing", "summed"))
+        b.cbranch(b.icmp_signed("==", b.and_(flags, _i64(PACK)), _i64(0)), plain, packing)
+        b.position_at_end(plain)
+        parts.append((multiply(packed_columns), b.block))
+        b.branch(summed)
+        b.position_at_end(packing)
+        entries = [b.gep(pieces, [_i64(j * piece_stride(t))]) for j in range(vectors)]
+        known = [[_piece(b, entry, _i64(m)) for m in range(MOST_PIECES)] for entry in entries]
+
+        def pack_columns(k: ir.Value, panel_k: ir.Value) -> list[ir.Value]:
+            at = b.gep(source, [b.load(b.gep(offsets, [k]))])
+            columns = []
+            for j in range(vectors):
+                value = _load_pieces(b, module, at, known[j], vector)
+                _store(b, value, b.gep(panel_k, [_i64(j * t.lanes)]))
+                _prefetch(b, module, b.gep(at, [b.add(known[j][0][0], ahead)]), locality=2)
+                columns.append(value)
+            return columns
+
+        parts.append((multiply(pack_columns), b.block))
+        b.branch(summed)
+        b.position_at_end(summed)
+        sums = [b.phi(vector) for _ in places]
+        for values, block in parts:
+            for phi, value in zip(sums, values, strict=True):
+                phi.add_incoming(value, block)
+    else:
+        sums = multiply(packed_columns)
 
     def step(flag: int, values: list[ir.Value], change) -> list[ir.Value]:
         """`change(values)` where the flag is set."""
@@ -259,27 +306,50 @@ def contract(typingctx, rows, vectors, depth, a, panel, c, pitch, flags, bias):
     by `flags`: ADD adds what C held, BIAS adds bias[i], RELU replaces what is below zero by zero.
     """
     i = types.int64
-    signature = types.void(i, i, i, a, a, a, i, i, a)
 
     def codegen(context, builder, sig, args):
-        element, t = _element(sig.args[3]), _tile_of(sig.args[3])
-        name = f"fastconv_contract_{element}"
-        pointer = element.as_pointer()
-        arguments = [_I64, pointer, pointer, pointer, _I64, _I64, pointer]
-        function, new = _internal(builder.module, name, [_I64, *arguments])
-        if new:
-            b = ir.IRBuilder(function.append_basic_block("entry"))
-            cases = {
-                n * 8 + v: _contract_function(builder.module, element, t, n, v)
-                for n in range(1, t.rows + 1)
-                for v in range(1, t.vectors + 1)
-            }
-            _switch(b, function.args[0], cases, list(function.args[1:]))
-            b.ret_void()
-        builder.call(function, [builder.add(builder.mul(args[0], _i64(8)), args[1]), *args[2:]])
+        _call_contract(builder, sig, args, packs=False)
         return context.get_dummy_value()
 
-    return signature, codegen
+    return types.void(i, i, i, a, a, a, i, i, a), codegen
+
+
+@intrinsic
+def contract_packing(
+    typingctx, rows, vectors, depth, a, panel, c, pitch, flags, bias, source, offsets, pieces, ahead
+):  # fmt: skip
+    """`contract`, for panels that may not be packed yet. With the flag PACK the panel is written, not read.
+
+    Row k of B is then what `pack_panel` takes from ``source + offsets[k]``: the arithmetic hides the copying. `vectors`
+    must be all of the tile, each of at most MOST_PIECES pieces, and the tile one that `packs`; on others the flag must
+    not be set. `ahead` is fetched into L2, as the panel after this one.
+    """
+    i, table = types.int64, types.CPointer(types.int64)
+
+    def codegen(context, builder, sig, args):
+        _call_contract(builder, sig, args, packs=True)
+        return context.get_dummy_value()
+
+    return types.void(i, i, i, a, a, a, i, i, a, a, table, table, i), codegen
+
+
+def _call_contract(builder: ir.IRBuilder, sig: Any, args: Sequence[ir.Value], packs: bool) -> None:
+    """Call the microkernel of so many rows and vectors, the first two arguments."""
+    element, t = _element(sig.args[3]), _tile_of(sig.args[3])
+    name = f"fastconv_contract_{element}"
+    function, new = _internal(builder.module, name, [_I64, *(value.type for value in args[2:])])
+    if new:
+        b = ir.IRBuilder(function.append_basic_block("entry"))
+        packs = packs and t.packs
+        arguments = list(function.args[1:])
+        cases = {
+            n * 8 + v: _contract_function(builder.module, element, t, n, v, packs)
+            for n in range(1, t.rows + 1)
+            for v in range(1, t.vectors + 1)
+        }
+        _switch(b, function.args[0], cases, arguments if packs else arguments[:7])
+        b.ret_void()
+    builder.call(function, [builder.add(builder.mul(args[0], _i64(8)), args[1]), *args[2:]])
 
 
 def _outer_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, vectors: int) -> ir.Function:
@@ -380,7 +450,7 @@ def _tile_constant(field: str):
     @intrinsic
     def constant(typingctx, like):
         def codegen(context, builder, sig, args):
-            return _i64(getattr(_tile_of(sig.args[0]), field))
+            return _i64(int(getattr(_tile_of(sig.args[0]), field)))
 
         return types.int64(like), codegen
 
@@ -388,6 +458,7 @@ def _tile_constant(field: str):
 
 
 lanes = _tile_constant("lanes")
+packs = _tile_constant("packs")
 columns = _tile_constant("columns")
 tile_rows = _tile_constant("rows")
 gradient_rows = _tile_constant("gradient_rows")
@@ -454,6 +525,22 @@ def piece_stride(t: Tile) -> int:
     return 1 + 2 * max(t.lanes, FIXED_PIECES)
 
 
+def _piece(b: ir.IRBuilder, entry: ir.Value, number: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Place and bits of a piece in the table of `pack_panel`."""
+    at = b.gep(entry, [b.add(b.mul(number, _i64(2)), _i64(1))])
+    return b.load(at), b.load(b.gep(at, [_i64(1)]))
+
+
+def _load_pieces(
+    b: ir.IRBuilder, module: ir.Module, at: ir.Value, pieces: list[tuple[ir.Value, ir.Value]], vector: ir.VectorType
+) -> ir.Value:
+    """A vector: the first piece is loaded whole, each further one replaces the lanes from its own on."""
+    value = _load(b, b.gep(at, [pieces[0][0]]), vector)
+    for place, bits in pieces[1:]:
+        value = _masked_load(b, module, b.gep(at, [place]), bits, value)
+    return value
+
+
 def _pack_function(module: ir.Module, element: ir.Type, t: Tile) -> ir.Function:
     pointer, table = element.as_pointer(), _I64.as_pointer()
     function, new = _internal(
@@ -476,28 +563,21 @@ def _pack_function(module: ir.Module, element: ir.Type, t: Tile) -> ir.Function:
     for m in range(FIXED_PIECES + 1):
         switch.add_case(_i64(m), blocks[max(0, m - 1)])
 
-    def piece(entry: ir.Value, number: ir.Value) -> tuple[ir.Value, ir.Value]:
-        at = b.gep(entry, [b.add(b.mul(number, _i64(2)), _i64(1))])
-        return b.load(at), b.load(b.gep(at, [_i64(1)]))
-
     for block in (*blocks, any_number):
         b.position_at_end(block)
         fixed = FIXED_PIECES if block is any_number else blocks.index(block) + 1
-        known = [[piece(entry, _i64(m)) for m in range(fixed)] for entry in entries]
+        known = [[_piece(b, entry, _i64(m)) for m in range(fixed)] for entry in entries]
         outer = _Loop(b, "channels", channels, [panel, source])
         inner = _Loop(b, "taps", taps, [outer.values[0]])
         at = b.gep(outer.values[1], [b.load(b.gep(tap_offset, [inner.k]))])
         for j in range(t.vectors):
-            # the first piece is loaded whole; each further one replaces the lanes from its own on
-            value = _load(b, b.gep(at, [known[j][0][0]]), vector)
-            for place, bits in known[j][1:]:
-                value = _masked_load(b, module, b.gep(at, [place]), bits, value)
+            value = _load_pieces(b, module, at, known[j], vector)
             if block is any_number:
                 before, more, done = b.block, b.append_basic_block("more"), b.append_basic_block("merged")
                 b.cbranch(b.icmp_signed(">", counts[j], _i64(fixed)), more, done)
                 b.position_at_end(more)
                 loop = _Loop(b, "others", b.sub(counts[j], _i64(fixed)), [value])
-                place, bits = piece(entries[j], b.add(loop.k, _i64(fixed)))
+                place, bits = _piece(b, entries[j], b.add(loop.k, _i64(fixed)))
                 merged = _masked_load(b, module, b.gep(at, [place]), bits, loop.values[0])
                 loop.close([merged])
                 inside = b.block
@@ -643,81 +723,97 @@ separate_2, separate_4 = _separator(2), _separator(4)
 separate_2.__doc__ = "target[place[k % 2] + k // 2] = source[k] for k < count, and similarly separate_4."
 
 
-@intrinsic
-def copy_span(typingctx, target, source, count):
-    """Copy `count` elements, neither reading nor writing beyond them."""
-
-    def codegen(context, builder, sig, args):
-        element, t = _element(sig.args[0]), _tile_of(sig.args[0])
-        function, new = _internal(
-            builder.module, f"fastconv_copy_{element}", [element.as_pointer(), element.as_pointer(), _I64]
-        )
-        if new:
-            _write_copy_span(builder.module, function, element, t.lanes)
-        builder.call(function, args)
-        return context.get_dummy_value()
-
-    return types.void(target, target, types.int64), codegen
-
-
-def _write_copy_span(module: ir.Module, function: ir.Function, element: ir.Type, n: int) -> None:
-    target, source, count = function.args
-    vector, mask_type = ir.VectorType(element, n), ir.VectorType(_I1, n)
-    kind = "f32" if isinstance(element, ir.FloatType) else "f64"
+def _copy_block_function(module: ir.Module, element: ir.Type, n: int) -> ir.Function:
+    pointer = element.as_pointer()
+    function, new = _internal(module, f"fastconv_copy_{element}", [pointer, _I64, pointer, _I64, _I64, _I64])
+    if not new:
+        return function
+    target, target_pitch, source, source_pitch, rows, count = function.args
+    vector = ir.VectorType(element, n)
     b = ir.IRBuilder(function.append_basic_block("entry"))
     whole, rest = b.sdiv(count, _i64(n)), b.srem(count, _i64(n))
+    mask, end_of_whole = _lane_mask(b, rest, n), b.mul(whole, _i64(n))
+    row = _Loop(b, "rows", rows, [target, source])
+    to, come_from = row.values
     vectors, tail, last, end = (b.append_basic_block(name) for name in ("vectors", "tail", "last", "end"))
     b.cbranch(b.icmp_signed(">", whole, _i64(0)), vectors, tail)
     b.position_at_end(vectors)
     loop = _Loop(b, "loop", whole, [])
     at = b.mul(loop.k, _i64(n))
-    _store(b, _load(b, b.gep(source, [at]), vector), b.gep(target, [at]))
+    _store(b, _load(b, b.gep(come_from, [at]), vector), b.gep(to, [at]))
     loop.close([])
     b.branch(tail)
     b.position_at_end(tail)
     b.cbranch(b.icmp_signed(">", rest, _i64(0)), last, end)
     b.position_at_end(last)
-    at = b.mul(whole, _i64(n))
-    bits = b.sub(b.shl(_i64(1), rest), _i64(1))
-    value = _masked_load(b, module, b.gep(source, [at]), bits, ir.Constant(vector, [0.0] * n))
-    store = cgutils.get_or_insert_function(
-        module, ir.FunctionType(ir.VoidType(), [vector, vector.as_pointer(), _I32, mask_type]),
-        f"llvm.masked.store.v{n}{kind}.p0",
-    )  # fmt: skip
-    mask = b.bitcast(b.trunc(bits, ir.IntType(n)), mask_type)
-    b.call(store, [value, b.bitcast(b.gep(target, [at]), vector.as_pointer()), ir.Constant(_I32, 4), mask])
+    value = _load_lanes(b, module, b.gep(come_from, [end_of_whole]), mask, vector)
+    _store_lanes(b, module, value, b.gep(to, [end_of_whole]), mask)
     b.branch(end)
     b.position_at_end(end)
+    row.close([b.gep(to, [target_pitch]), b.gep(come_from, [source_pitch])])
     b.ret_void()
+    return function
 
 
 @intrinsic
-def copy_every_second(typingctx, target, source, count):
-    """target[i] = source[2 * i] for i < count, neither reading nor writing beyond."""
+def copy_span(typingctx, target, source, count):
+    """Copy `count` elements, neither reading nor writing beyond them."""
+
+    def codegen(context, builder, sig, args):
+        function = _copy_block_function(builder.module, _element(sig.args[0]), _tile_of(sig.args[0]).lanes)
+        target, source, count = args
+        builder.call(function, [target, _i64(0), source, _i64(0), _i64(1), count])
+        return context.get_dummy_value()
+
+    return types.void(target, target, types.int64), codegen
+
+
+@intrinsic
+def copy_block(typingctx, target, target_pitch, source, source_pitch, rows, count):
+    """Copy `rows` >= 1 rows of `count` elements, neither reading nor writing beyond them."""
+
+    def codegen(context, builder, sig, args):
+        function = _copy_block_function(builder.module, _element(sig.args[0]), _tile_of(sig.args[0]).lanes)
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(target, i, target, i, i, i), codegen
+
+
+@intrinsic
+def copy_every_second(typingctx, target, target_pitch, source, source_pitch, rows, count):
+    """target[r, i] = source[r, 2 * i] for r < rows, i < count, neither reading nor writing beyond; rows, count >= 1."""
 
     def codegen(context, builder, sig, args):
         element, t = _element(sig.args[0]), _tile_of(sig.args[0])
         module, pointer = builder.module, element.as_pointer()
-        function, new = _internal(module, f"fastconv_copy_every_second_{element}", [pointer, pointer, _I64])
+        function, new = _internal(
+            module, f"fastconv_copy_every_second_{element}", [pointer, _I64, pointer, _I64, _I64, _I64]
+        )
         if new:
-            target, source, count = function.args
+            target, target_pitch, source, source_pitch, rows, count = function.args
             vector = ir.VectorType(element, t.lanes)
             b = ir.IRBuilder(function.append_basic_block("entry"))
             loop = _Loop(b, "vectors", b.sdiv(b.add(count, _i64(t.lanes - 1)), _i64(t.lanes)), [])
             first = b.mul(loop.k, _i64(t.lanes))
             left = b.sub(b.mul(b.sub(count, first), _i64(2)), _i64(1))
-            start = b.gep(source, [b.mul(first, _i64(2))])
-            values = [
-                _load_up_to(b, module, b.gep(start, [_i64(j)]), vector, b.sub(left, _i64(j))) for j in (0, t.lanes)
-            ]
+            masks = [_lane_mask(b, b.sub(left, _i64(j)), t.lanes) for j in (0, t.lanes)]
             mask = _lane_mask(b, b.sub(count, first), t.lanes)
-            _store_lanes(b, module, _separate(b, *values)[0], b.gep(target, [first]), mask)
+            row = _Loop(b, "rows", rows, [b.gep(target, [first]), b.gep(source, [b.mul(first, _i64(2))])])
+            to, come_from = row.values
+            values = [
+                _load_lanes(b, module, b.gep(come_from, [_i64(j * t.lanes)]), masks[j], vector) for j in range(2)
+            ]
+            _store_lanes(b, module, _separate(b, *values)[0], to, mask)
+            row.close([b.gep(to, [target_pitch]), b.gep(come_from, [source_pitch])])
             loop.close([])
             b.ret_void()
         builder.call(function, args)
         return context.get_dummy_value()
 
-    return types.void(target, target, types.int64), codegen
+    i = types.int64
+    return types.void(target, i, target, i, i, i), codegen
 
 
 @intrinsic
@@ -733,32 +829,38 @@ def fill_zero(typingctx, target, elements):
 
 
 @intrinsic
-def spread_every_second(typingctx, target, source, count):
-    """target[2 * i] = source[i] for i < count; nothing else is read or written."""
+def spread_every_second(typingctx, target, target_pitch, source, source_pitch, rows, count):
+    """target[r, 2 * i] = source[r, i] for r < rows, i < count; nothing else is read or written; rows, count >= 1."""
 
     def codegen(context, builder, sig, args):
         element, t = _element(sig.args[0]), _tile_of(sig.args[0])
         module, pointer, n = builder.module, element.as_pointer(), t.lanes
-        function, new = _internal(module, f"fastconv_spread_every_second_{element}", [pointer, pointer, _I64])
+        function, new = _internal(
+            module, f"fastconv_spread_every_second_{element}", [pointer, _I64, pointer, _I64, _I64, _I64]
+        )
         if new:
-            target, source, count = function.args
+            target, target_pitch, source, source_pitch, rows, count = function.args
             vector = ir.VectorType(element, n)
             b = ir.IRBuilder(function.append_basic_block("entry"))
             loop = _Loop(b, "vectors", b.sdiv(b.add(count, _i64(n - 1)), _i64(n)), [])
             first = b.mul(loop.k, _i64(n))
             left = b.mul(b.sub(count, first), _i64(2))
-            value = _load_up_to(b, module, b.gep(source, [first]), vector, b.sub(count, first))
             even = ir.Constant(ir.VectorType(_I1, n), [1 - k % 2 for k in range(n)])
+            masks = [b.and_(_lane_mask(b, b.sub(left, _i64(j * n)), n), even) for j in range(2)]
+            read = _lane_mask(b, b.sub(count, first), n)
+            row = _Loop(b, "rows", rows, [b.gep(target, [b.mul(first, _i64(2))]), b.gep(source, [first])])
+            to, come_from = row.values
+            value = _load_lanes(b, module, come_from, read, vector)
             for j, part in enumerate(_interleave(b, value, value)):
-                mask = b.and_(_lane_mask(b, b.sub(left, _i64(j * n)), n), even)
-                place = b.gep(target, [b.add(b.mul(first, _i64(2)), _i64(j * n))])
-                _store_lanes(b, module, part, place, mask)
+                _store_lanes(b, module, part, b.gep(to, [_i64(j * n)]), masks[j])
+            row.close([b.gep(to, [target_pitch]), b.gep(come_from, [source_pitch])])
             loop.close([])
             b.ret_void()
         builder.call(function, args)
         return context.get_dummy_value()
 
-    return types.void(target, target, types.int64), codegen
+    i = types.int64
+    return types.void(target, i, target, i, i, i), codegen
 
 
 def _transpose_vectors(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
@@ -865,39 +967,6 @@ Rows of the source from `rows` on are read as the last of these. Stores are whol
 target_pitch < lanes a store overwrites what the one before wrote too much.
 """)  # fmt: skip
 transpose_add = _transposer(True, "The same, added to what the target holds.")
-
-
-@intrinsic
-def transpose_some(typingctx, target, target_pitch, source, source_pitch, rows, columns, lowest, count):
-    """target[k * target_pitch + i] = source[i * source_pitch + columns[k] - lowest], k < count, i < lanes.
-
-    The columns are within lowest .. lowest + lanes. The rest is as for `transpose`.
-    """
-    i, table = types.int64, types.CPointer(types.int64)
-
-    def codegen(context, builder, sig, args):
-        element = _element(sig.args[0])
-        pointer = element.as_pointer()
-        function, new = _internal(
-            builder.module, f"fastconv_transpose_some_{element}",
-            [pointer, _I64, pointer, _I64, _I64, _I64.as_pointer(), _I64, _I64],
-        )  # fmt: skip
-        if new:
-            target, target_pitch, source, source_pitch, rows, columns, lowest, count = function.args
-            vector = ir.VectorType(element, _tile_of(sig.args[0]).lanes)
-            b = ir.IRBuilder(function.append_basic_block("entry"))
-            block = b.alloca(vector, vector.count)  # vectors cannot be chosen by a number, memory can
-            for k, row in enumerate(_load_transposed(b, vector, source, source_pitch, rows)):
-                b.store(row, b.gep(block, [_i64(k)]))
-            loop = _Loop(b, "columns", count, [target])
-            column = b.sub(b.load(b.gep(columns, [loop.k])), lowest)
-            _store(b, b.load(b.gep(block, [column])), loop.values[0])
-            loop.close([b.gep(loop.values[0], [target_pitch])])
-            b.ret_void()
-        builder.call(function, args)
-        return context.get_dummy_value()
-
-    return types.void(target, i, target, i, i, table, i, i), codegen
 
 
 @intrinsic
