@@ -12,7 +12,7 @@ import pytest
 
 import fastconv as fc
 import oracle
-from fastconv.cpu import convolution, depthwise, depthwise_channels, simd
+from fastconv.cpu import convolution, depthwise, depthwise_planes, simd
 from fastconv.geometry import PADDING_MODES, ConvGeometry
 from helpers import LAYOUTS, VIEWS, channels_first, channels_last, functions, integers, normal, output_of, run_python
 from shapes import Case
@@ -113,22 +113,64 @@ CHANNEL_CASES = [
 BY_NAME |= {case.name: case for case in CHANNEL_CASES}
 
 
+# those of the above that vectors of a row of a plane are for where the processor has masks, and what is at their edges
+PLANE_CASES = [
+    *(
+        filters(f"planes_{h}x{w}", 5, (h, w), (3, 3), padding=1)
+        for h, w in ((4, 8), (5, 9), (6, 17), (8, 16), (11, 33), (7, 80))
+    ),
+    *(filters(f"planes_{k}x{k}", 3, (15, 21), (k, k), padding=k // 2) for k in (2, 4, 6, 7, 8, 11, 15)),
+    *(filters(f"planes_stride2_{k}x{k}", 3, (29, 67), (k, k), stride=2, padding=k // 2) for k in (2, 3, 4, 5)),
+    filters("planes_wide_padding", 3, (6, 7), (3, 3), padding=((9, 4), (6, 21))),
+    filters("planes_many", 700, (7, 7), (3, 3), batch=1, padding=1),
+    filters("planes_tiles", 2, (210, 160), (5, 5), batch=1, padding=2),
+    filters("planes_small_tiles", 1, (29, 1000), (3, 3), batch=1, padding=1),
+    filters("planes_small_tiles_of_4", 1, (13, 3000), (3, 3), batch=1, padding=1),
+    filters("planes_3d", 3, (6, 9, 13), (3, 3, 3), padding=1),
+    filters("planes_3d_stride2_dilated", 3, (9, 15, 30), (2, 3, 3), stride=(1, 2, 2), dilation=(3, 1, 1), padding=1),
+]  # fmt: skip
+BY_NAME |= {case.name: case for case in PLANE_CASES}
+ALL_CASES = [*CASES, *CHANNEL_CASES, *PLANE_CASES]
+
+
+def forget_plans():
+    for plan in (convolution._depthwise_forward_plan, convolution._depthwise_input_grad_plan):
+        plan.cache_clear()
+
+
+@pytest.fixture
+def no_masks(monkeypatch):
+    """As where vectors have no masks: the kernels that planes are not read in place by."""
+    monkeypatch.setattr(depthwise_planes, "applies", lambda *_: False)
+    forget_plans()
+    yield
+    forget_plans()
+
+
+def bodies(monkeypatch, cases):
+    """The module of the body that runs each of these cases forward."""
+    seen = []
+    monkeypatch.setattr(depthwise, "correlate", lambda plan, *_: seen.append(plan.body.function.__module__))
+    for case in cases:
+        x, w = np.zeros(case.input, np.float32), np.zeros(case.weight, np.float32)
+        functions(case.ndim).conv(x, w, **case.options)
+    assert len(seen) == len(cases)
+    return [name.rpartition(".")[2] for name in seen]
+
+
+@pytest.mark.usefixtures("no_masks")
 def test_the_cases_run_on_these_kernels(monkeypatch):
-    seen = []
-    monkeypatch.setattr(depthwise, "correlate", lambda *arguments: seen.append(arguments))
-    for case in CASES:
-        x, w = np.zeros(case.input, np.float32), np.zeros(case.weight, np.float32)
-        functions(case.ndim).conv(x, w, **case.options)
-    assert len(seen) == len(CASES)
+    assert set(bodies(monkeypatch, CASES)) == {"depthwise"}
 
 
+@pytest.mark.usefixtures("no_masks")
 def test_where_vectors_hold_channels(monkeypatch):
-    seen = []
-    monkeypatch.setattr(depthwise_channels, "correlate", lambda *arguments: seen.append(arguments))
-    for case in CHANNEL_CASES:
-        x, w = np.zeros(case.input, np.float32), np.zeros(case.weight, np.float32)
-        functions(case.ndim).conv(x, w, **case.options)
-    assert len(seen) == len(CHANNEL_CASES)
+    assert set(bodies(monkeypatch, CHANNEL_CASES)) == {"depthwise_channels"}
+
+
+@pytest.mark.skipif(not simd.tile(32).masks, reason="vectors of this processor have no masks")
+def test_where_planes_are_read_in_place(monkeypatch):
+    assert set(bodies(monkeypatch, PLANE_CASES)) == {"depthwise_planes"}
 
 
 SOME = [
@@ -137,14 +179,14 @@ SOME = [
         "width_13", "height_11", "rows_12", "stride2_5x5_13x70", "stride2_4x4_9x17", "stride3", "dilated_3",
         "multiplier_stride2", "plane_to_4", "1d_k4", "1d_k400", "3d_stride2", "reflect_stride2", "tiles_of_rows",
         "channels_13", "channels_2x3", "channels_stride2_5x5", "channels_stride3", "channels_tiles",
-        "channels_3d_stride2",
+        "channels_3d_stride2", "planes_11x33", "planes_stride2_5x5", "planes_wide_padding", "planes_3d_stride2_dilated",
     )
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [*((case, "float32") for case in [*CASES, *CHANNEL_CASES]), *((case, "float64") for case in SOME)],
+    [*((case, "float32") for case in ALL_CASES), *((case, "float64") for case in SOME)],
     ids=str,
 )
 def test_passes(case, dtype, rng):
@@ -163,6 +205,13 @@ def test_passes(case, dtype, rng):
     assert_accurate(channels_first(f.conv(x, w, b, **options)), y)
     assert_accurate(f.weight_grad(x, case.weight, dy, **options), dw)
     assert_accurate(channels_first(f.input_grad(x.shape, w, dy, **options)), dx)
+
+
+@pytest.mark.skipif(not simd.tile(32).masks, reason="there are no other kernels for them on this processor")
+@pytest.mark.parametrize("case", [case for case in [*CASES, *CHANNEL_CASES] if case.ndim > 1], ids=str)
+@pytest.mark.usefixtures("no_masks")
+def test_passes_without_masks(case, rng):
+    test_passes(case, "float32", rng)
 
 
 @pytest.mark.parametrize("case", SOME, ids=str)
@@ -258,9 +307,9 @@ def plans_of(shape, kernel, stride, dtype):
         for s in (shape, (*shape[:2], *geometry.output_size))
     ]
     return (
-        convolution._depthwise_forward_plan(geometry, dtype, *steps, 2)[1],
-        convolution._depthwise_input_grad_plan(geometry, dtype, *steps[::-1], 2)[1],
-        convolution._depthwise_weight_grad_plan(geometry, dtype, *steps)[1],
+        convolution._depthwise_forward_plan(geometry, dtype, *steps, 2),
+        convolution._depthwise_input_grad_plan(geometry, dtype, *steps[::-1], False, 2),
+        convolution._depthwise_weight_grad_plan(geometry, dtype, *steps),
     )
 
 

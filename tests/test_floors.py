@@ -22,6 +22,7 @@ MACHINERY = {
         "contraction": "the register-blocked sum of products that all passes of a convolution are made of",
         "depthwise": "the kernels of convolution for one input channel a group",
         "depthwise_channels": "the same with channels in the lanes of the vectors",
+        "depthwise_planes": "the same with whole planes, read where they lie",
         "elementary": "exp, log and tanh in vectors; CUDA has its own",
         "fft": "convolution by Fourier transforms; CUDA has the direct sum only",
         "half": "float16 in vectors; CUDA has instructions for it",

@@ -17,7 +17,7 @@ import numpy as np
 from numba import prange, types
 
 from ..geometry import ConvGeometry
-from . import contraction, depthwise, depthwise_channels, fft, tasks, winograd
+from . import contraction, depthwise, depthwise_channels, depthwise_planes, fft, tasks, winograd
 from .jit import array_of, kernel, output_of
 from .threads import get_num_threads
 
@@ -178,30 +178,33 @@ def _forward_plan(
     return blocks, packing, plan
 
 
-@functools.lru_cache(maxsize=1024)
-def _depthwise_forward_plan(
-    geometry: ConvGeometry, dtype: np.dtype, x: tuple[int, ...], y: tuple[int, ...], workers: int
-) -> tuple[depthwise.Lines | None, contraction.Plan]:
-    """For `_run_depthwise`."""
-    depth, height, width = map(depthwise.forward_line, _axes(geometry))
-    lines = (depth, height, width)
-    if depthwise_channels.applies(geometry, dtype, lines, x, y):
-        return None, depthwise_channels.plan_correlation(dtype, geometry.batch, geometry.groups, lines, x, y, workers)
-    zeros = geometry.padding_mode == "zeros"
-    return lines, depthwise.plan_correlation(
-        dtype, geometry.batch, geometry.groups, geometry.out_channels_per_group, 1, lines, x, y, zeros, workers
+def _depthwise_plan(
+    geometry: ConvGeometry, dtype: np.dtype, lines: depthwise.Lines, rows: int, channels: int, x: Strides, y: Strides,
+    zeros: bool, forward: bool, add: bool, workers: int,
+) -> depthwise.Plan:  # fmt: skip
+    """A correlation of groups of `channels` planes in and `rows` planes out, by what is fastest for it."""
+    by_channels = depthwise_channels.applies(geometry, dtype, lines, x, y)
+    by_planes = channels == 1 and not add and depthwise_planes.applies(dtype, lines, x, y, zeros)
+    if by_planes and (not by_channels or depthwise_planes.pays(dtype, lines)):
+        return depthwise_planes.plan_correlation(
+            dtype, geometry.batch, geometry.groups, rows, lines, x, y, forward, workers
+        )
+    if by_channels:
+        return depthwise_channels.plan_correlation(dtype, geometry.batch, geometry.groups, lines, x, y, workers)
+    return depthwise.plan_correlation(
+        dtype, geometry.batch, geometry.groups, rows, channels, lines, x, y, zeros, workers
     )
 
 
-def _run_depthwise(
-    lines: depthwise.Lines | None, plan: contraction.Plan, x: np.ndarray, weight: np.ndarray, y: np.ndarray,
-    bias: np.ndarray | None, relu: bool, add: bool,
-) -> None:  # fmt: skip
-    """`lines` are those of a plan whose vectors run along the rows; None says that they hold channels."""
-    if lines is None:
-        depthwise_channels.correlate(plan, x, weight, y, bias, relu, add)
-    else:
-        depthwise.correlate(plan, x, depthwise.order_weights(lines, weight), y, bias, relu, add)
+@functools.lru_cache(maxsize=1024)
+def _depthwise_forward_plan(
+    geometry: ConvGeometry, dtype: np.dtype, x: Strides, y: Strides, workers: int
+) -> depthwise.Plan:
+    depth, height, width = map(depthwise.forward_line, _axes(geometry))
+    return _depthwise_plan(
+        geometry, dtype, (depth, height, width), geometry.out_channels_per_group, 1, x, y,
+        geometry.padding_mode == "zeros", True, False, workers,
+    )  # fmt: skip
 
 
 def _offsets(places: Sequence[Sequence[int]], steps: Sequence[int]) -> np.ndarray:
@@ -238,8 +241,8 @@ def forward(
         bias = np.ascontiguousarray(bias)
     if depthwise.applies(geometry):
         strides = _elements(input), _elements(out)
-        lines, plan = _depthwise_forward_plan(geometry, out.dtype, *strides, get_num_threads())
-        _run_depthwise(lines, plan, input, weight, out, bias, relu, False)
+        depthwise_plan = _depthwise_forward_plan(geometry, out.dtype, *strides, get_num_threads())
+        depthwise.correlate(depthwise_plan, input, weight, out, bias, relu, False)
         return
     workers = tasks.workers(contraction.work(geometry.flops))
     blocks, packing, plan = _forward_plan(
@@ -303,14 +306,13 @@ def _winograd_input_grad(geometry, weight, grad_output, bias, relu, out):
 
 @functools.lru_cache(maxsize=1024)
 def _depthwise_weight_grad_plan(
-    geometry: ConvGeometry, dtype: np.dtype, x: tuple[int, ...], dy: tuple[int, ...]
-) -> tuple[Callable[..., None], contraction.Plan]:
+    geometry: ConvGeometry, dtype: np.dtype, x: Strides, dy: Strides
+) -> depthwise.Plan:
     depth, height, width = map(depthwise.forward_line, _axes(geometry))
     lines = (depth, height, width)
     if depthwise_channels.applies(geometry, dtype, lines, x, dy, weight_gradient=True):
-        plan = depthwise_channels.plan_weight_gradient(dtype, geometry.batch, geometry.groups, lines, x, dy)
-        return depthwise_channels.weight_gradient, plan
-    return depthwise.weight_gradient, depthwise.plan_weight_gradient(
+        return depthwise_channels.plan_weight_gradient(dtype, geometry.batch, geometry.groups, lines, x, dy)
+    return depthwise.plan_weight_gradient(
         dtype, geometry.batch, geometry.groups, geometry.out_channels_per_group, lines, x, dy,
         geometry.padding_mode == "zeros",
     )  # fmt: skip
@@ -346,8 +348,8 @@ def weight_grad(
     if algorithm == "fft" and fft.weight_grad(geometry, input, grad_output, accumulate, out):
         return
     if depthwise.applies(geometry):
-        run, plan = _depthwise_weight_grad_plan(geometry, out.dtype, _elements(input), _elements(grad_output))
-        run(plan, input, grad_output, out, accumulate)
+        depthwise_plan = _depthwise_weight_grad_plan(geometry, out.dtype, _elements(input), _elements(grad_output))
+        depthwise.weight_gradient(depthwise_plan, input, grad_output, out, accumulate)
         return
     plan = _weight_grad_plan(geometry, out.dtype, input.strides, grad_output.strides, out.strides)
     contraction.weight_gradient(plan, input, grad_output, out, accumulate)
@@ -393,9 +395,8 @@ def _phase_axis(
 
 @functools.lru_cache(maxsize=1024)
 def _depthwise_input_grad_plan(
-    geometry: ConvGeometry, dtype: np.dtype, dy: tuple[int, ...], dx: tuple[int, ...], workers: int
-) -> tuple[depthwise.Lines | None, contraction.Plan]:
-    """For `_run_depthwise`."""
+    geometry: ConvGeometry, dtype: np.dtype, dy: Strides, dx: Strides, add: bool, workers: int
+) -> depthwise.Plan:
     each = []
     for size, taps, stride, dilation, before, positions in zip(
         geometry.input_size, geometry.kernel_size, geometry.stride, geometry.dilation, geometry.pad_before,
@@ -406,12 +407,8 @@ def _depthwise_input_grad_plan(
         ]
         each.append(depthwise.backward_line(tuple(phases), stride, positions))
     depth, height, width = each
-    lines = (depth, height, width)
-    if depthwise_channels.applies(geometry, dtype, lines, dy, dx):
-        plan = depthwise_channels.plan_correlation(dtype, geometry.batch, geometry.groups, lines, dy, dx, workers)
-        return None, plan
-    return lines, depthwise.plan_correlation(
-        dtype, geometry.batch, geometry.groups, 1, geometry.out_channels_per_group, lines, dy, dx, True, workers
+    return _depthwise_plan(
+        geometry, dtype, (depth, height, width), 1, geometry.out_channels_per_group, dy, dx, True, False, add, workers
     )
 
 
@@ -499,8 +496,8 @@ def input_grad(
             _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
             return
         strides = _elements(grad_output), _elements(out)
-        lines, plan = _depthwise_input_grad_plan(geometry, out.dtype, *strides, get_num_threads())
-        _run_depthwise(lines, plan, grad_output, weight, out, bias, relu, accumulate)
+        plan = _depthwise_input_grad_plan(geometry, out.dtype, *strides, accumulate, get_num_threads())
+        depthwise.correlate(plan, grad_output, weight, out, bias, relu, accumulate)
         return
     workers = tasks.workers(contraction.work(geometry.flops))
     phases = _input_grad_phases(

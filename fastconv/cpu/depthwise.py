@@ -27,7 +27,7 @@ import numpy as np
 from numba import njit, types
 
 from ..geometry import ConvGeometry
-from . import contraction, simd, tasks
+from . import simd, tasks
 from .contraction import Axis, Strides, address
 from .jit import REAL, compiled
 
@@ -529,7 +529,7 @@ def _parameters(
 def plan_correlation(
     dtype: np.dtype, batch: int, groups: int, rows: int, channels: int, lines: Lines, x: Strides, y: Strides,
     zeros: bool, workers: int,
-) -> contraction.Plan:  # fmt: skip
+) -> Plan:  # fmt: skip
     """Plan y[n, g, i] = sum over c, k of w[g, i, c, k] * x[n, g, c, u(k)], with strides of x and y in elements."""
     parameters, tables, tiles = _parameters(dtype, lines, _rows)
     lanes, phases = simd.tile(dtype.itemsize * 8).lanes, len(lines[2].phases)
@@ -542,14 +542,15 @@ def plan_correlation(
     parameters[TILE_ROWS : TILE_SIZE + 1] = tile_rows, tile_pitch, tile_rows * tile_pitch
     scratch = int(parameters[SLAB_SIZE] + phases * parameters[TILE_SIZE]) * dtype.itemsize
     outputs = math.prod(sum(f.count * max(1, len(f.taps)) for f in line.phases) for line in lines)
-    return contraction.Plan(
-        parameters, tables, tiles * plane_tasks, scratch, 2 * planes * rows * channels * outputs
-    )
+    return Plan(
+        _correlate, parameters, tables, tiles * plane_tasks, scratch, 2 * planes * rows * channels * outputs,
+        order=functools.partial(order_weights, lines),
+    )  # fmt: skip
 
 
 def plan_weight_gradient(
     dtype: np.dtype, batch: int, groups: int, rows: int, lines: Lines, x: Strides, dy: Strides, zeros: bool
-) -> contraction.Plan:
+) -> Plan:
     """Plan dw[g, i, k] = sum over n, p of dy[n, g, i, p] * x[n, g, u(p, k)], with strides of x and dy in elements."""
     parameters, tables, tiles = _parameters(dtype, lines, _accumulate)
     units = batch * tiles
@@ -562,7 +563,9 @@ def plan_weight_gradient(
     sums = rows * int(parameters[TAPS]) * simd.tile(dtype.itemsize * 8).lanes
     scratch = int(parameters[SLAB_SIZE] + parameters[TILE_SIZE] + sums) * dtype.itemsize
     flops = 2 * batch * groups * rows * math.prod(line.out * len(line.taps) for line in lines)
-    return contraction.Plan(parameters, tables, group_tasks * splits, scratch, flops)
+    return Plan(
+        _weight_gradient, parameters, tables, group_tasks * splits, scratch, flops, splits=splits
+    )
 
 
 def order_weights(lines: Lines, w: np.ndarray) -> np.ndarray:
@@ -573,26 +576,42 @@ def order_weights(lines: Lines, w: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(w)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Running a plan: of this module, of `depthwise_channels` or of `depthwise_planes`
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about one call but the addresses, which are the first parameters of all bodies."""
+
+    body: tasks.Body
+    parameters: np.ndarray
+    tables: tuple[np.ndarray, ...]  # whose addresses stand in the parameters
+    tasks: int
+    scratch: int
+    flops: int
+    # The weights (O, 1, KD, KH, KW) as the body reads them; of a weight gradient, the number of parts it is the sum of.
+    order: Callable[[np.ndarray], np.ndarray] = np.ascontiguousarray
+    splits: int = 1
+
+
 def correlate(
-    plan: contraction.Plan, x: np.ndarray, w: np.ndarray, y: np.ndarray, bias: np.ndarray | None, relu: bool, add: bool
+    plan: Plan, x: np.ndarray, w: np.ndarray, y: np.ndarray, bias: np.ndarray | None, relu: bool, add: bool
 ) -> None:
-    """Run a plan on arrays of the strides it was made for, and weights from `order_weights`."""
+    """Run a plan on arrays of the strides it was made for, and weights of any strides."""
+    w = plan.order(w)
     parameters = plan.parameters.copy()
     parameters[X:X_N] = address(x), address(w), address(y), 0 if bias is None else address(bias), relu, add
-    tasks.run(_correlate, x.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
+    tasks.run(plan.body, x.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
 
 
-def weight_gradient(plan: contraction.Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, add: bool) -> None:
+def weight_gradient(plan: Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, add: bool) -> None:
     """Run a plan on arrays of the strides it was made for; dw of any strides."""
-    parts = np.empty((int(plan.parameters[SPLITS]), *dw.shape), dw.dtype)
+    parts = np.empty((plan.splits, *dw.shape), dw.dtype)
     parameters = plan.parameters.copy()
-    parameters[[X, Y, W]] = address(x), address(dy), address(parts)
-    tasks.run(_weight_gradient, dw.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
-    store_sum(parts, dw, add)
-
-
-def store_sum(parts: np.ndarray, dw: np.ndarray, add: bool) -> None:
-    """dw (+)= the parts of a weight gradient, added in order; they are overwritten."""
+    parameters[[X, W, Y]] = address(x), address(parts), address(dy)
+    tasks.run(plan.body, dw.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
     total = parts[0]
     for part in parts[1:]:
         total += part

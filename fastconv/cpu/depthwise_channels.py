@@ -24,9 +24,9 @@ import numpy as np
 from numba import njit
 
 from ..geometry import ConvGeometry
-from . import contraction, simd, tasks
+from . import simd, tasks
 from .contraction import Strides, address
-from .depthwise import Line, Lines, Phase, address_of, cut, store_sum
+from .depthwise import Line, Lines, Phase, Plan, address_of, cut
 
 # Parameters of the bodies (int64, in this order), and
 (
@@ -547,7 +547,7 @@ def _can_stay_in_place(lines: Lines, x: Strides, y: Strides) -> bool:
 
 def plan_correlation(
     dtype: np.dtype, batch: int, channels: int, lines: Lines, x: Strides, y: Strides, workers: int
-) -> contraction.Plan:
+) -> Plan:
     """Plan y[n, c] = sum over k of w[c, k] * x[n, c, u(k)], with strides of x and y in elements."""
     lanes = simd.tile(dtype.itemsize * 8).lanes
     blocks = -(-channels // lanes)
@@ -565,14 +565,14 @@ def plan_correlation(
     unit_tasks = int(parameters[UNIT_TASKS])
     scratch = parameters[SLAB_SIZE] + parameters[OUT_SIZE] + (1 + group * (parameters[TAPS] + 1)) * lanes
     outputs = math.prod(sum(f.count * len(f.taps) for f in line.phases) for line in lines)
-    return contraction.Plan(
-        parameters, tuple(tables), unit_tasks, int(scratch) * dtype.itemsize, 2 * batch * channels * outputs
+    return Plan(
+        _correlate, parameters, tuple(tables), unit_tasks, int(scratch) * dtype.itemsize, 2 * batch * channels * outputs
     )
 
 
 def plan_weight_gradient(
     dtype: np.dtype, batch: int, channels: int, lines: Lines, x: Strides, dy: Strides
-) -> contraction.Plan:
+) -> Plan:
     """Plan dw[c, k] = sum over n, p of dy[n, c, p] * x[n, c, u(p, k)], with strides of x and dy in elements."""
     lanes = simd.tile(dtype.itemsize * 8).lanes
     blocks = -(-channels // lanes)
@@ -583,28 +583,10 @@ def plan_weight_gradient(
     parameters[CHANNELS:TAPS] = channels, batch, units, block_tasks, splits, 1, False, 1
     scratch = parameters[SLAB_SIZE] + parameters[OUT_SIZE] + parameters[TAPS] * lanes
     flops = 2 * batch * channels * math.prod(line.out * len(line.taps) for line in lines)
-    return contraction.Plan(
-        parameters, tuple(tables), block_tasks * splits, int(scratch) * dtype.itemsize, flops
-    )
-
-
-def correlate(
-    plan: contraction.Plan, x: np.ndarray, w: np.ndarray, y: np.ndarray, bias: np.ndarray | None, relu: bool, add: bool
-) -> None:
-    """Run a plan on arrays of the strides it was made for, and weights (C, 1, KD, KH, KW)."""
-    w = np.ascontiguousarray(w)
-    parameters = plan.parameters.copy()
-    parameters[X:X_N] = address(x), address(w), address(y), 0 if bias is None else address(bias), relu, add
-    tasks.run(_correlate, x.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
-
-
-def weight_gradient(plan: contraction.Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, add: bool) -> None:
-    """Run a plan on arrays of the strides it was made for; dw of any strides."""
-    parts = np.empty((int(plan.parameters[SPLITS]), *dw.shape), dw.dtype)
-    parameters = plan.parameters.copy()
-    parameters[[X, Y, W]] = address(x), address(dy), address(parts)
-    tasks.run(_weight_gradient, dw.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
-    store_sum(parts, dw, add)
+    return Plan(
+        _weight_gradient, parameters, tuple(tables), block_tasks * splits, int(scratch) * dtype.itemsize, flops,
+        splits=splits,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

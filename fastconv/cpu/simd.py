@@ -10,6 +10,7 @@ A *pointer* here is Numba's ``CPointer(float32)`` or ``CPointer(float64)``: inde
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Tile:
     gradient_rows: int
     fma: bool  # without the instruction, llvm.fma is a library call, hundreds of times slower
     packs: bool  # can the microkernel pack the panel as it multiplies? That takes masks, and registers to spare
+    masks: bool = False  # are vectors loaded and stored as fast with a mask as without?
 
     @property
     def columns(self) -> int:
@@ -73,7 +75,7 @@ def tile(bits: int) -> Tile:
     if architecture in ("aarch64", "arm64"):
         return Tile(128 // bits, 3, 8, 3, 6, True, False)
     if "avx512f" in features:
-        return Tile(512 // bits, 2, 14, 4, 6, True, True)
+        return Tile(512 // bits, 2, 14, 4, 6, True, True, True)
     if "avx" in features:
         return Tile(256 // bits, 2, 6, 2, 6, "fma" in features, False)
     return Tile(128 // bits, 2, 6, 2, 6, "fma" in features, False)
@@ -2802,6 +2804,184 @@ def call_accumulate_pixels(
 
     def codegen(context, builder, sig, args):
         _call_compiled(builder, args[0], args[1:], _element(sig.args[2]).as_pointer())
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Depthwise convolution of whole planes that are read where they lie
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Rows of output that have their accumulators in registers: seven, since the planes of so many networks have 7, 14, 28,
+# 56 and 112, or four, where that leaves fewer rows over.
+PLANE_ROWS = (7, 4)
+# Rows (and columns) of the filter, by stride. With stride 1, a weight of each row, and two vectors of seven rows of
+# output, are in registers; with stride 2, the first half of one vector must hold what follows the last of a row.
+PLANE_TAPS = {1: range(2, 16), 2: range(2, 6)}
+
+
+def plane_shapes(t: Tile) -> tuple[tuple[int, int], ...]:
+    """(lanes, vectors) of pieces of a row of output, by width."""
+    return (t.lanes // 2, 1), (t.lanes, 1), (t.lanes, 2)
+
+
+def plane_loads(lanes: int, vectors: int, taps: int, stride: int) -> list[int]:
+    """Where the vectors that are loaded for a row of input begin, after what the first tap of the first lane meets."""
+    if stride == 1:
+        return [k + n * lanes for k in range(taps) for n in range(vectors)]
+    return [n * lanes for n in range(2 * vectors + 1)]
+
+
+def _correlate_planes_function(
+    module: ir.Module, element: ir.Type, t: Tile, taps: int, stride: int, rows: int, lanes: int, vectors: int
+) -> ir.Function:
+    pointer, table = element.as_pointer(), _I64.as_pointer()
+    function, new = _internal(
+        module, f"fastconv_correlate_planes_{element}_{taps}_{stride}_{rows}_{lanes}x{vectors}",
+        [table, pointer, _I64, _I64, pointer, *[_I64] * 6, pointer, *[_I64] * 6, pointer, _I64, element],
+    )  # fmt: skip
+    if not new:
+        return function
+    (
+        piece, y, y_plane, y_row, x, x_plane, x_depth, x_row, first_row, height, depths, w, w_plane, w_depth, w_height,
+        w_width, planes, count, bias, bias_step, least,
+    ) = function.args  # fmt: skip
+    for p in (piece, y, x, w, bias):
+        p.add_attribute("noalias")
+    vector = ir.VectorType(element, lanes)
+    zero = ir.Constant(vector, [0.0] * lanes)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+
+    def mask_at(place: ir.Value) -> ir.Value:
+        bits = b.trunc(b.load(b.gep(piece, [place])), ir.IntType(lanes))
+        return b.bitcast(bits, ir.VectorType(_I1, lanes))
+
+    least = _splat(b, least, lanes)
+    last = b.sub(count, _i64(rows))
+    reached = stride * (rows - 1) + taps
+    block = _Loop(b, "blocks", b.sdiv(b.add(count, _i64(rows - 1)), _i64(rows)), [])
+    done = b.mul(block.k, _i64(rows))
+    done = b.select(b.icmp_signed("<", done, last), done, last)  # the last block may overlap the one before
+    first = b.add(first_row, b.mul(done, _i64(stride)))
+    within = [b.icmp_unsigned("<", b.add(first, _i64(i)), height) for i in range(reached)]
+    plane = _Loop(b, "planes", planes, [b.gep(x, [b.mul(x_row, first)]), b.gep(y, [b.mul(done, y_row)]), w, bias])
+    x_plane_now, y_now, w_plane_now, bias_now = plane.values
+    loop = _Loop(b, "depths", depths, [x_plane_now, w_plane_now, *[zero] * (rows * vectors)])
+    x_now, w_now, *sums = loop.values
+
+    def weight(a: int, k: ir.Value) -> ir.Value:
+        return _splat(b, b.load(b.gep(w_now, [b.add(b.mul(w_height, _i64(a)), b.mul(w_width, k))])), lanes)
+
+    def load_row(start: ir.Value, masks: list[ir.Value]) -> list[ir.Value]:
+        return [_load_lanes(b, module, b.gep(start, [_i64(n * lanes)]), m, vector) for n, m in enumerate(masks)]
+
+    def each_row(sums: list[ir.Value], add_row) -> list[ir.Value]:
+        """add_row(sums, offset of a row, the rows of output and of the filter that meet there) for each row there is.
+
+        The branches also keep LLVM from loading more rows at once than there are registers for.
+        """
+        for i in range(reached):
+            meeting = [(r, i - stride * r) for r in range(rows) if 0 <= i - stride * r < taps]
+            if meeting:
+                change = functools.partial(add_row, at=b.mul(x_row, _i64(i)), meeting=meeting)
+                sums = _where(b, within[i], sums, change)
+        return sums
+
+    if stride == 1:  # one column of the filter after the other, so that its weights are in registers
+        column = _Loop(b, "columns", _i64(taps), sums)
+        x_tap, weights = b.gep(x_now, [column.k]), [weight(a, column.k) for a in range(taps)]
+        entry = b.add(b.mul(column.k, _i64(vectors)), _i64(vectors))
+        masks = [mask_at(b.add(entry, _i64(n))) for n in range(vectors)]
+
+        def add_row(sums: list[ir.Value], at: ir.Value, meeting: list[tuple[int, int]]) -> list[ir.Value]:
+            sums = list(sums)
+            for n, value in enumerate(load_row(b.gep(x_tap, [at]), masks)):
+                for r, a in meeting:
+                    m = r * vectors + n
+                    sums[m] = _multiply_add(b, module, t.fma, weights[a], value, sums[m])
+            return sums
+
+        sums = each_row(column.values, add_row)
+        column.close(sums)
+    else:  # one row of input after the other, so that its even and odd places are separated once
+        masks = [mask_at(_i64(vectors + n)) for n in range(2 * vectors + 1)]
+        few = taps * taps <= 9  # weights that fit into registers
+        kept = {(a, k): weight(a, _i64(k)) for a in range(taps) for k in range(taps) if few}
+
+        def add_row(sums: list[ir.Value], at: ir.Value, meeting: list[tuple[int, int]]) -> list[ir.Value]:
+            sums = list(sums)
+            found = [*load_row(b.gep(x_now, [at]), masks), ir.Constant(vector, ir.Undefined)]
+            pairs = [_separate(b, *found[n : n + 2]) for n in range(0, len(found), 2)]
+            for k in range(taps):
+                values = [pair[k % 2] for pair in pairs]
+                if k > 1:
+                    shifted = ir.Constant(ir.VectorType(_I32, lanes), [k // 2 + n for n in range(lanes)])
+                    values = [b.shuffle_vector(*neighbours, shifted) for neighbours in itertools.pairwise(values)]
+                for r, a in meeting:
+                    each = kept[a, k] if few else weight(a, _i64(k))
+                    for n in range(vectors):
+                        m = r * vectors + n
+                        sums[m] = _multiply_add(b, module, t.fma, each, values[n], sums[m])
+            return sums
+
+        sums = each_row(sums, add_row)
+    loop.close([b.gep(x_now, [x_depth]), b.gep(w_now, [w_depth]), *sums])
+
+    added = _splat(b, b.load(bias_now), lanes)
+    masks = [mask_at(_i64(n)) for n in range(vectors)]
+    for m, value in enumerate(sums):
+        r, n = divmod(m, vectors)
+        value = b.fadd(value, added)
+        value = b.select(b.fcmp_ordered("<", value, least), least, value)  # nan stays nan
+        _store_lanes(b, module, value, b.gep(b.gep(y_now, [b.mul(y_row, _i64(r))]), [_i64(n * lanes)]), masks[n])
+    plane.close([
+        b.gep(p, [step]) for p, step in zip(plane.values, (x_plane, y_plane, w_plane, bias_step), strict=True)
+    ])  # fmt: skip
+    block.close([])
+    b.ret_void()
+    return function
+
+
+def plane_kind(stride: int, shape: int, rows: int) -> int:
+    """Stride, index in `plane_shapes` and rows of a function as one number."""
+    return (stride * 16 + shape) * 16 + rows
+
+
+def _correlate_planes_of_kind(module: ir.Module, element: ir.Type, t: Tile, taps: int, kind: int) -> ir.Function:
+    stride, shape, rows = kind // 256, kind // 16 % 16, kind % 16
+    return _correlate_planes_function(module, element, t, taps, stride, rows, *plane_shapes(t)[shape])
+
+
+correlate_planes = _literal_function(_correlate_planes_of_kind, """What `call_correlate_planes` calls.""")
+
+
+@intrinsic
+def call_correlate_planes(
+    typingctx, address, piece, y, y_plane, y_row, x, x_plane, x_depth, x_row, first_row, height, depths, w, w_plane,
+    w_depth, w_height, w_width, planes, rows, bias, bias_step, flags,
+):  # fmt: skip
+    """A piece of `rows` >= PLANE_ROWS[-1] rows of `planes` planes of output: y[r, q] = sum over d, h, k of w * x.
+
+    `address` is that of a C function compiled from `correlate_planes` for these taps and this `plane_kind`, whose rows
+    are at most `rows`. y[r, q] meets row first_row + stride * r + h of the input, whose rows are 0 to height - 1, and
+    there x[stride * q + k]: x, y and w are where row 0, column 0 (which need not exist) and tap 0 of the first plane
+    of each are; the pitches are those of plane, depth, row and column. `piece` has a mask for each vector of a row of
+    output, and one for each of `plane_loads`: bits of the lanes that exist. What does not exist is left out if it is
+    a row, and is zero if it is a lane; no memory of it is touched. All counts >= 1.
+    The sum is one chain of multiply-adds for every element, whatever the rows and vectors: with stride 1 in the order
+    of d, k, h, with stride 2 in that of d, h, k. Then `bias` is added, one number for each plane, and by `flags` RELU
+    replaces what is below zero by zero.
+    """
+    i, table = types.int64, types.CPointer(types.int64)
+    signature = types.void(i, table, y, i, i, y, *[i] * 6, y, *[i] * 6, y, i, i)
+
+    def codegen(context, builder, sig, args):
+        element = _element(sig.args[2])
+        *between, flags = args[1:]
+        relu = builder.icmp_signed("!=", builder.and_(flags, _i64(RELU)), _i64(0))
+        least = builder.select(relu, ir.Constant(element, 0.0), ir.Constant(element, -math.inf))
+        _call_compiled(builder, args[0], [*between, least], element.as_pointer())
         return context.get_dummy_value()
 
     return signature, codegen

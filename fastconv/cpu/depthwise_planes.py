@@ -1,0 +1,252 @@
+"""Depthwise convolutions of planes that are read and written where they lie, with a row along the vectors.
+
+For channels-first arrays, on machines whose vector loads and stores can leave lanes out (AVX-512): the lanes of a mask
+stand for what lies beside a row, and rows above and below the plane are left out, so that nothing is copied, neither
+with its border as in `depthwise` nor through transposes as in `depthwise_channels`. A row of output is cut into
+*pieces* of one or two vectors, and `simd.correlate_planes` computes several rows of a piece at a time, of many planes
+in one call.
+
+Taps that meet nothing but the zeros around the plane would make a nan of a weight that is infinite or nan, and that
+must be seen: with such weights rows are read from a copy that has its zeros. What is added up in which order depends
+on the filter alone: the bits depend neither on threads nor on the batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit
+
+from . import simd, tasks
+from .contraction import Strides, address
+from .depthwise import Line, Lines, Plan, address_of
+
+# Parameters of the body (int64, in this order).
+(
+    X, W, Y, BIAS, RELU, ADD,
+    X_N, X_C, X_D, X_H, Y_N, Y_O, Y_D, Y_H, W_FIRST, W_D, W_H, W_W, TAPS,
+    CHANNELS, ROWS, AT_ONCE, CHUNKS, OUT_D, OUT_H, TILES, UNITS, UNIT_TASKS, PIECES, PIECE_SIZE, TABLE, NO_BIAS,
+    CHECK, WIDTH, HEIGHT, STRIDE_H, FIRST_H, REACH_H, DEPTH, STRIDE_D, FIRST_D, TAPS_D, TAP_STEP, END,
+) = range(tasks.FIRST, tasks.FIRST + 44)  # fmt: skip
+# The table of the pieces: for each of them, and then its masks (see `simd.call_correlate_planes`)
+FUNCTION, COLUMN, FIRST_COLUMN, MASKS = range(4)
+
+# Input of one call: many planes share the work that is done for each call, and their rows are still in the nearest
+# caches when the next piece of them is computed. From 16 to 64 KiB within a tenth of one another.
+_CALL_BYTES = 32 * 1024
+
+_jit = njit(error_model="numpy", nogil=True)
+
+
+@_jit
+def _correlate_rows(p, y, x, x_plane, x_depth, x_row, first_h, height, depths, w, planes, rows, bias):
+    """`rows` rows of `planes` planes of output, from planes of `height` rows of input, of which the first tap of the
+    first row of output meets row first_h."""
+    table = simd.at(p, p[TABLE])
+    bias_step = p[ROWS] if p[BIAS] else 0
+    for k in range(p[PIECES]):
+        piece = simd.offset(table, k * p[PIECE_SIZE])
+        simd.call_correlate_planes(
+            piece[FUNCTION], simd.offset(piece, MASKS), simd.offset(y, piece[COLUMN]), p[ROWS] * p[Y_O], p[Y_H],
+            simd.offset(x, piece[FIRST_COLUMN]), x_plane, x_depth, x_row, first_h, height, depths,
+            w, p[ROWS] * p[TAPS], p[W_D], p[W_H], p[W_W], planes, rows, bias, bias_step, simd.RELU if p[RELU] else 0,
+        )  # fmt: skip
+
+
+@_jit
+def _all_finite(values, count):
+    lanes = simd.lanes(values)
+    vectors = count // lanes
+    if vectors > 0 and simd.count_not_finite(values, vectors) != 0:
+        return False
+    total = values[0] * 0
+    for k in range(vectors * lanes, count):
+        total += values[k] * 0  # 0 * inf and 0 * nan are nan, and stay
+    return total == 0
+
+
+@_jit
+def _copy_rows(p, target, x, first_d, first_h, rows):
+    """All rows [tap of the depth][row] that a tile of a plane of output meets, with zeros where there are none."""
+    simd.fill_zero(target, p[TAPS_D] * rows * p[WIDTH])
+    low, high = max(first_h, 0), min(first_h + rows, p[HEIGHT])
+    for a in range(p[TAPS_D]):
+        d = first_d + a * p[TAP_STEP]
+        if 0 <= d < p[DEPTH] and low < high:
+            simd.copy_rows(
+                simd.offset(target, (a * rows + low - first_h) * p[WIDTH]), p[WIDTH],
+                simd.offset(x, d * p[X_D] + low * p[X_H]), p[X_H], high - low, p[WIDTH],
+            )  # fmt: skip
+
+
+@tasks.Body
+def _correlate(task, worker, p, real):
+    """Task = a range of units: (sample, some channels, plane of the depth, tile of rows)."""
+    scratch = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
+    for unit in range(task * p[UNITS] // p[UNIT_TASKS], (task + 1) * p[UNITS] // p[UNIT_TASKS]):
+        tile, rest = unit % p[TILES], unit // p[TILES]
+        h, end = tile * p[OUT_H] // p[TILES], (tile + 1) * p[OUT_H] // p[TILES]
+        d, rest = rest % p[OUT_D], rest // p[OUT_D]
+        channel, n = rest % p[CHUNKS] * p[AT_ONCE], rest // p[CHUNKS]
+        channels, rows = min(p[AT_ONCE], p[CHANNELS] - channel), end - h
+        weights = simd.offset(simd.at(real, p[W]), channel * p[ROWS] * p[TAPS])
+        x = simd.offset(simd.at(real, p[X]), n * p[X_N] + channel * p[X_C])
+        y = simd.offset(
+            simd.at(real, p[Y]), n * p[Y_N] + channel * p[ROWS] * p[Y_O] + d * p[Y_D] + h * p[Y_H]
+        )
+        first_h, first_d = h * p[STRIDE_H] + p[FIRST_H], d * p[STRIDE_D] + p[FIRST_D]
+        low = max(-(first_d // p[TAP_STEP]), 0)  # taps of the depth from here on, and before `high`, meet a plane
+        high = min((p[DEPTH] - 1 - first_d) // p[TAP_STEP] + 1, p[TAPS_D])
+        finite = not p[CHECK] or _all_finite(weights, channels * p[ROWS] * p[TAPS])
+        for i in range(p[ROWS]):
+            w = simd.offset(weights, i * p[TAPS] + p[W_FIRST])
+            y_i = simd.offset(y, i * p[Y_O])
+            bias = simd.at(real, p[NO_BIAS])
+            if p[BIAS]:
+                bias = simd.offset(simd.at(real, p[BIAS]), channel * p[ROWS] + i)
+            if finite:
+                _correlate_rows(
+                    p, y_i, simd.offset(x, (first_d + low * p[TAP_STEP]) * p[X_D]), p[X_C], p[TAP_STEP] * p[X_D],
+                    p[X_H], first_h, p[HEIGHT], high - low, simd.offset(w, low * p[W_D]), channels, rows, bias,
+                )  # fmt: skip
+                continue
+            copied = (rows - 1) * p[STRIDE_H] + p[REACH_H]
+            for c in range(channels):
+                _copy_rows(p, scratch, simd.offset(x, c * p[X_C]), first_d, first_h, copied)
+                _correlate_rows(
+                    p, simd.offset(y_i, c * p[ROWS] * p[Y_O]), scratch, 0, copied * p[WIDTH], p[WIDTH], 0, copied,
+                    p[TAPS_D], simd.offset(w, c * p[ROWS] * p[TAPS]), 1, rows,
+                    simd.offset(bias, c * p[ROWS] if p[BIAS] else 0),
+                )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Planning
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _correlate_function(taps, kind, arguments, real):
+    simd.correlate_planes(taps, kind, arguments, real)
+
+
+def _rows_at_once(rows: int) -> int:
+    """Those of `simd.PLANE_ROWS`, no more than there are, with which the fewest rows are computed twice."""
+    return min((most for most in simd.PLANE_ROWS if most <= rows), key=lambda most: -(-rows // most) * most)
+
+
+def _lane_bits(low: int, high: int, lanes: int) -> int:
+    """The bits of lanes low .. high, of those there are."""
+    return sum(1 << lane for lane in range(max(low, 0), min(high, lanes)))
+
+
+def _shapes(count: int, dtype: np.dtype) -> list[tuple[int, int, int]]:
+    """(index in `simd.plane_shapes`, lanes, vectors) of the pieces of a row of `count` elements."""
+    shapes = [(n, *shape) for n, shape in enumerate(simd.plane_shapes(simd.tile(dtype.itemsize * 8)))]
+    pieces = []
+    while count > 0:
+        pieces.append(next((s for s in shapes if count <= s[1] * s[2]), shapes[-1]))
+        count -= pieces[-1][1] * pieces[-1][2]
+    return pieces
+
+
+def _pieces(line: Line, dtype: np.dtype, rows: int) -> np.ndarray:
+    """The table of the pieces of a row of output."""
+    (phase,) = line.phases
+    taps, first = len(phase.taps), 0
+    table = []
+    for shape, lanes, vectors in _shapes(phase.count, dtype):
+        column = first * line.stride + phase.shift - line.before
+        function = address_of(_correlate_function, taps, simd.plane_kind(line.stride, shape, rows), dtype)
+        stored = [_lane_bits(0, phase.count - first - n * lanes, lanes) for n in range(vectors)]
+        places = [column + at for at in simd.plane_loads(lanes, vectors, taps, line.stride)]
+        loaded = [_lane_bits(-place, line.size - place, lanes) for place in places]
+        table.append([function, first, column, *stored, *loaded])
+        first += lanes * vectors
+    size = max(map(len, table))
+    return np.array([piece + [0] * (size - len(piece)) for piece in table], np.int64)
+
+
+def plan_correlation(
+    dtype: np.dtype, batch: int, channels: int, rows: int, lines: Lines, x: Strides, y: Strides, check: bool,
+    workers: int,
+) -> Plan:  # fmt: skip
+    """Plan y[n, c, i] = sum over k of w[c, i, k] * x[n, c, u(k)], with strides of x and y in elements.
+
+    With `check`, weights need not be finite.
+    """
+    depth, height, width = lines
+    (in_depth,), (in_height,), (in_width,) = (line.phases for line in lines)
+    at_once = _rows_at_once(in_height.count)
+    pieces, no_bias = _pieces(width, dtype, at_once), np.array([-0.0], dtype)  # adding which changes nothing
+    taps = [len(line.taps) for line in lines]
+    row_bytes = max(width.size, in_width.count) * dtype.itemsize
+    tile = max(1, _CALL_BYTES // (row_bytes * at_once)) * at_once
+    tiles, planes = min(-(-in_height.count // tile), in_height.count // at_once), 1  # of at_once rows at the least
+    if tiles == in_depth.count == 1:
+        planes = max(1, min(channels, _CALL_BYTES // (row_bytes * height.size)))
+    tile = -(-in_height.count // tiles)
+    chunks = -(-channels // planes)
+    units = batch * chunks * in_depth.count * tiles
+    unit_tasks = min(units, 8 * workers)
+    # weights in the order of `taps`, which falls in the input gradient
+    sizes = taps[1] * taps[2], taps[2], 1
+    falls = [line.taps[0] > line.taps[-1] for line in lines]
+    first = sum((n - 1) * size for n, size, falling in zip(taps, sizes, falls, strict=True) if falling)
+    steps = [-size if falling else size for size, falling in zip(sizes, falls, strict=True)]
+    copied = taps[0] * ((tile - 1) * height.stride + taps[1]) * width.size + simd.tile(dtype.itemsize * 8).lanes
+    parameters = np.zeros(END, np.int64)
+    parameters[X_N:END] = (
+        *x[:4], *y[:4], first, *steps, math.prod(taps),
+        channels, rows, planes, chunks, in_depth.count, in_height.count, tiles, units, unit_tasks, *pieces.shape,
+        address(pieces), address(no_bias), check, width.size, height.size, height.stride,
+        in_height.shift - height.before, taps[1], depth.size, depth.stride, in_depth.shift - depth.before, taps[0],
+        in_depth.tap_step,
+    )  # fmt: skip
+    flops = 2 * batch * channels * rows * math.prod(line.out * len(line.taps) for line in lines)
+    scratch = copied * dtype.itemsize if check else 0
+    return Plan(_correlate, parameters, (pieces, no_bias), unit_tasks, scratch, flops)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where it pays
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Cycles for a vector of output beyond one for each tap: here, for vectors with empty lanes and rows computed twice as
+# well; and in `depthwise_channels`, which has two transposes, but no such waste. Of arrays in the caches, 3x3 to 7x7,
+# stride 1, these were 2 to 5 and 13 to 16 cycles on AVX-512.
+_OVERHEAD, _OVERHEAD_OF_CHANNELS = 3, 14
+
+
+def applies(dtype: np.dtype, lines: Lines, x: Strides, y: Strides, zeros: bool) -> bool:
+    """Is this a correlation for the functions of this module, with strides of input and output in elements?"""
+    if not zeros or not simd.tile(dtype.itemsize * 8).masks or not x[4] == y[4] == 1:
+        return False
+    for line in lines:
+        taps = tuple(range(len(line.taps)))
+        if len(line.phases) > 1 or not taps or line.taps not in (taps, taps[::-1]):
+            return False
+    depth, height, width = lines
+    places = np.arange(depth.out)[:, None] * depth.stride + depth.phases[0].shift
+    places = places + np.arange(len(depth.taps)) * depth.phases[0].tap_step
+    if not (depth.source[places] >= 0).any(axis=1).all():
+        return False
+    same = len(height.taps) == len(width.taps) and height.stride == width.stride
+    neighbours = height.phases[0].tap_step == width.phases[0].tap_step == 1
+    return (
+        same
+        and neighbours
+        and height.out >= min(simd.PLANE_ROWS)
+        and len(height.taps) in simd.PLANE_TAPS.get(height.stride, ())
+    )
+
+
+def pays(dtype: np.dtype, lines: Lines) -> bool:
+    """Is this faster than `depthwise_channels`?"""
+    _, height, width = lines
+    taps = math.prod(len(line.taps) for line in lines)
+    columns = sum(lanes * vectors for _, lanes, vectors in _shapes(width.out, dtype))
+    at_once = _rows_at_once(height.out)
+    rows = -(-height.out // at_once) * at_once
+    waste = columns * rows / (width.out * height.out)
+    return (taps + _OVERHEAD) * waste <= taps + _OVERHEAD_OF_CHANNELS
