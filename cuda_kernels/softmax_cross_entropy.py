@@ -304,7 +304,7 @@ def _sum_label_weights(
 
 
 def _sum(values: DeviceArray, denominator: DeviceArray, divisor: int, out: DeviceArray) -> None:
-    """out[0] = sum of the values / denominator[0] (unless that is empty) / divisor."""
+    """out[0] = sum of the values / denominator[0] (nan if 0; unless empty) / divisor."""
     if has_engine():
         add_values(values, denominator, divisor, out)
         return
@@ -335,7 +335,7 @@ def partial_sum_kernel(element):
     )
 )  # fmt: skip
 def sum_kernel(element):
-    store, zero = element.store, element.real(0)
+    store, zero, nan = element.store, element.real(0), element.real(np.nan)
 
     def sum_kernel(values, denominator, divisor, out):
         if cuda.grid(1) == 0:
@@ -343,7 +343,7 @@ def sum_kernel(element):
             for i in range(values.size):
                 total += values[i]
             if denominator.size > 0:
-                total /= denominator[0]
+                total = total / denominator[0] if denominator[0] != zero else nan
             out[0] = store(total / divisor)
 
     return sum_kernel

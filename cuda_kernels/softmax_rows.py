@@ -694,7 +694,7 @@ def _none(dtype: np.dtype) -> DeviceArray:
 
 
 def add_values(values: DeviceArray, denominator: DeviceArray, divisor: float, out: DeviceArray) -> None:
-    """out[0] = sum of the values / denominator[0] (unless that is empty) / divisor, always in the same order.
+    """out[0] = sum of the values / denominator[0] (nan if 0; unless empty) / divisor, always in the same order.
 
     `values` and `denominator` are of the type that `out`'s is summed in.
     """
@@ -731,7 +731,7 @@ def add_values_kernel(dtype: str) -> BlockKernel:
     """The kernel of `add_values` for results of this type."""
     real, store = ELEMENTS[dtype].real, ELEMENTS[dtype].store
     number = numba.from_dtype(np.dtype(real))
-    zero = real(0)
+    zero, nan = real(0), real(np.nan)
     sum_of_block = _over_group(_warp_sum, SUM_THREADS, zero, 0)
 
     def add_values(values, denominator, divisor, out):
@@ -743,7 +743,7 @@ def add_values_kernel(dtype: str) -> BlockKernel:
         total = sum_of_block(total, shared)
         if cuda.threadIdx.x == 0:
             if denominator.size > 0:
-                total /= denominator[0]
+                total = total / denominator[0] if denominator[0] != zero else nan
             out[np.int64(cuda.blockIdx.x)] = store(total / divisor)
 
     signature = (array_of(number, 1), array_of(number, 1), number, array_of(ELEMENTS[dtype].stored, 1))

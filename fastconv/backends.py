@@ -379,8 +379,12 @@ class Cuda:
             )
 
     def _copied(self, host: np.ndarray) -> Any:
-        """A copy of `host` on the device, that remembers `host`: sharing is judged on the caller's own arrays."""
-        array = self._cuda.to_device(host)
+        """A copy of `host` on the device, that remembers `host`: sharing is judged on the caller's own arrays.
+
+        Labels in the byte order of another machine come in that of this one. (Other arrays are refused later.)
+        """
+        is_swapped = host.dtype.kind in "iu" and not host.dtype.isnative
+        array = self._cuda.to_device(host.astype(host.dtype.newbyteorder("=")) if is_swapped else host)
         array.host = host
         return array
 

@@ -318,6 +318,22 @@ def test_all_ignored(backend, classes):
     assert fc.softmax_cross_entropy(logits, target, reduction="sum", backend=backend) == 0
 
 
+@pytest.mark.parametrize("classes", [3, 100])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_labels_that_weigh_nothing(backend, classes, smoothing):
+    """The mean over a weight of zero is nan, also where smoothing leaves a loss to divide."""
+    logits, target = np.ones((2, classes)), np.array([0, -100])
+    weight = np.arange(float(classes))
+    options = {"label_smoothing": smoothing, "backend": backend}
+    loss, gradient = fc.softmax_cross_entropy_with_grad(logits, target, weight, **options)
+    assert np.isnan(loss)
+    assert np.isnan(gradient[0]).all()
+    assert_same_bits(gradient[1], np.zeros(classes))
+    alone = fc.softmax_cross_entropy(logits, target, weight, reduction="sum", **options)
+    assert np.isfinite(alone)
+    assert (alone > 0) == (smoothing > 0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Arrays
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,7 +382,9 @@ def test_gradient_over_the_logits(rng, backend, shape, kind, cap):
     assert_same_bits(buffer, gradient)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+@pytest.mark.parametrize(
+    "dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", ">i4", ">u8"]
+)
 def test_labels_of_any_integer_type(rng, backend, dtype):
     logits, target, _ = problem(rng, (6, 10), "float32")
     assert_same_bits(
@@ -539,8 +557,9 @@ def test_bad_label(backend, shape, at, label, where, in_place, check):
     assert_same_bits(grad_out, before)
 
 
-def test_a_label_that_would_wrap_around(backend):
-    target = np.array([2**64 - 100], np.uint64)  # -100 as int64
+@pytest.mark.parametrize("dtype", ["uint64", ">u8"])
+def test_a_label_that_would_wrap_around(backend, dtype):
+    target = np.array([2**64 - 100], dtype)  # -100 as int64
     with pytest.raises(ValueError, match=r"target\[0\] is 18446744073709551516, but logits have C=3"):
         fc.softmax_cross_entropy(np.ones((1, 3), np.float32), target, backend=backend)
 

@@ -291,7 +291,7 @@ def _pack_run(target, rows, source, row_step, length, left, begin, end):
         low = simd.offset(source, k)
         high = simd.offset(low, (rows - 1) * row_step + lanes)
         inside = simd.address_of(low) >= simd.address_of(begin) and simd.address_of(high) <= simd.address_of(end)
-        if inside and (left - k - lanes) * rows >= lanes:
+        if inside and row_step >= 0 and (left - k - lanes) * rows >= lanes:
             first = (rows - 1) // lanes * lanes
             while first >= 0:  # the last columns first: what they write too much is at the beginning of the next row
                 part, place = simd.offset(low, first * row_step), simd.offset(target, k * rows + first)
@@ -379,7 +379,7 @@ def _pack_rows(p, packed, group, first_panel, last_panel, first_channel, channel
             some = min(_RUNS_AT_ONCE, runs - done)
             # the last vector of a row may write into the next one, never into the panel that follows
             fits = (depth - done - some) * (p[P_ROWS] // p[P_PANELS]) >= lanes
-            after = simd.offset(source, (some - 1) * p[CHANNEL_STEP] + last_o + lanes)
+            after = simd.offset(source, max((some - 1) * p[CHANNEL_STEP], 0) + last_o + lanes)
             if not fits or simd.address_of(after) > simd.address_of(end):
                 break
             for i in range(first_panel, last_panel):

@@ -822,11 +822,13 @@ def _prepare(
 
 
 def _reduce(partial, units, mean):
-    """The losses of all units, added in their order; divided, if `mean`, by the last of `partial`."""
+    """The losses of all units, added in their order; divided, if `mean`, by the last of `partial`: nan if that is 0."""
     total = 0.0
     for unit in range(units):
         total += partial[unit]
-    return total / partial[-1] if mean else total
+    if mean:
+        total = total / partial[-1] if partial[-1] != 0.0 else math.nan
+    return total
 
 
 _doubles = types.Array(types.float64, 1, "C")
@@ -983,7 +985,8 @@ def _through_float32(logits: np.ndarray, first_position: int, *arguments: Any) -
 
 
 def _to_int64(labels: np.ndarray) -> np.ndarray:
-    if labels.dtype == np.uint64:  # what int64 cannot hold must not wrap around to a valid label
+    # of either byte order; what int64 cannot hold must not wrap around to a valid label
+    if labels.dtype.kind == "u" and labels.itemsize == 8:
         labels = np.minimum(labels, np.uint64(np.iinfo(np.int64).max))
     return labels.astype(np.int64)
 
