@@ -654,8 +654,15 @@ def bad_label(
     )
 
 
-def check_prepared(function: str, ndim: int, weight: Any, bias: Any, backend: str) -> None:
-    """Judge the weight and bias of a prepared convolution, as far as that is possible before there is an input."""
+def check_prepared(
+    function: str, ndim: int, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any,
+    padding_mode: Any, backend: str,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Judge the weight, bias and options of a prepared convolution, as far as that is possible without an input.
+
+    Returns what it keeps of them: copies of arrays in the memory of the host, since the packed weights must not part
+    from what the caller may change later.
+    """
     home = home_of(function, backend, weight=weight, bias=bias)
     w = home.admit(function, "weight", weight)
     b = None if bias is None else home.admit(function, "bias", bias)
@@ -667,3 +674,17 @@ def check_prepared(function: str, ndim: int, weight: Any, bias: Any, backend: st
         )
     if b is not None:
         check_shape(function, "bias", b, (1 if w.ndim == ndim else w.shape[0],), "one per output channel")
+    check_choice(function, "padding_mode", padding_mode, PADDING_MODES)
+    groups = _integer(function, "groups", groups, 1)
+    if w.shape[0] % groups and w.ndim == ndim + 2:
+        raise ValueError(f"{function}: weight has {w.shape[0]} output channels, which groups={groups} does not divide")
+    strides = _per_dimension(function, "stride", stride, ndim, 1)
+    dilations = _per_dimension(function, "dilation", dilation, ndim, 1)
+    _padding(function, padding, (1,) * ndim, tuple(w.shape[-ndim:]), strides, dilations)
+    return _kept(home, weight, w), _kept(home, bias, b)
+
+
+def _kept(home: Any, given: Any, admitted: Any) -> Any:
+    if home.name == "cpu":
+        return None if admitted is None else admitted.copy()
+    return given.copy() if isinstance(given, np.ndarray) else given

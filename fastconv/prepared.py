@@ -62,10 +62,9 @@ class _Prepared:
         arguments.check_choice(name, "layout", layout, arguments.LAYOUTS[self._ndim])
         arguments.check_choice(name, "activation", activation, arguments.ACTIVATIONS)
         arguments.check_choice(name, "algorithm", algorithm, arguments.ALGORITHMS)
-        arguments.check_prepared(name, self._ndim, weight, bias, backend)
-        # NumPy arrays are copied: the packed weights must not part from what the caller may change later
-        self.weight = weight.copy() if isinstance(weight, np.ndarray) else weight
-        self.bias = bias.copy() if isinstance(bias, np.ndarray) else bias
+        self.weight, self.bias = arguments.check_prepared(
+            name, self._ndim, weight, bias, stride, padding, dilation, groups, padding_mode, backend
+        )
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.padding_mode, self.activation, self.layout = padding_mode, activation, layout
         self.algorithm, self.backend = algorithm, backend
@@ -95,9 +94,9 @@ class _Prepared:
 class Conv1d(_Prepared):
     """`conv1d` with its weight packed once: the same bits as ``conv1d(input, weight, bias, ...)``, call after call.
 
-    The arguments are those of `conv1d`. NumPy weights and biases are copied. The weight is packed at the first call
-    with an input of a new kind and kept; where the FFT runs, so are the spectra of the weight for the last sizes of the
-    input, up to 64 MiB. One object may be called by several threads at once; pickling it keeps the
+    The arguments are those of `conv1d`. Weights and biases in the memory of the host are copied. The weight is packed
+    at the first call with an input of a new kind and kept; where the FFT runs, so are the spectra of the weight for the
+    last sizes of the input, up to 64 MiB. One object may be called by several threads at once; pickling it keeps the
     weights and packs again where it is loaded. ``op(input, out=array)`` fills an array. Raises as `conv1d`.
 
     >>> import numpy as np, fastconv as fc
@@ -112,9 +111,9 @@ class Conv1d(_Prepared):
 class Conv2d(_Prepared):
     """`conv2d` with its weight packed once: the same bits as ``conv2d(input, weight, bias, ...)``, call after call.
 
-    The arguments are those of `conv2d`. NumPy weights and biases are copied. The weight is packed at the first call
-    with an input of a new kind and kept; where the FFT runs, so are the spectra of the weight for the last sizes of the
-    input, up to 64 MiB. One object may be called by several threads at once; pickling it keeps the
+    The arguments are those of `conv2d`. Weights and biases in the memory of the host are copied. The weight is packed
+    at the first call with an input of a new kind and kept; where the FFT runs, so are the spectra of the weight for the
+    last sizes of the input, up to 64 MiB. One object may be called by several threads at once; pickling it keeps the
     weights and packs again where it is loaded. ``op(input, out=array)`` fills an array. Raises as `conv2d`.
 
     >>> import numpy as np, fastconv as fc
@@ -129,9 +128,9 @@ class Conv2d(_Prepared):
 class Conv3d(_Prepared):
     """`conv3d` with its weight packed once: the same bits as ``conv3d(input, weight, bias, ...)``, call after call.
 
-    The arguments are those of `conv3d`. NumPy weights and biases are copied. The weight is packed at the first call
-    with an input of a new kind and kept; where the FFT runs, so are the spectra of the weight for the last sizes of the
-    input, up to 64 MiB. One object may be called by several threads at once; pickling it keeps the
+    The arguments are those of `conv3d`. Weights and biases in the memory of the host are copied. The weight is packed
+    at the first call with an input of a new kind and kept; where the FFT runs, so are the spectra of the weight for the
+    last sizes of the input, up to 64 MiB. One object may be called by several threads at once; pickling it keeps the
     weights and packs again where it is loaded. ``op(input, out=array)`` fills an array. Raises as `conv3d`.
 
     >>> import numpy as np, fastconv as fc

@@ -1,6 +1,7 @@
 """Prepared convolutions: the bits of the plain functions, kept weights, threads, pickling, errors."""
 
 import pickle
+import re
 import threading
 
 import numpy as np
@@ -60,6 +61,33 @@ def test_later_changes_of_the_weight_do_not_count(rng: np.random.Generator) -> N
     op = fc.Conv2d(w, bias)
     w[...], bias[...] = 0, 1
     np.testing.assert_array_equal(op(x), expected)
+
+
+def test_later_changes_of_a_tensor_do_not_count() -> None:
+    torch = pytest.importorskip("torch", reason="a tensor of torch is what this test changes")
+    x, w = torch.ones(1, 2, 5, 5), torch.ones(3, 2, 3, 3)
+    op = fc.Conv2d(w)
+    w.zero_()
+    y = op(x)
+    assert isinstance(y, torch.Tensor)
+    assert bool((y == 18).all())
+
+
+@pytest.mark.parametrize(
+    ("error", "options", "text"),
+    [
+        (ValueError, {"stride": 0}, "Conv2d: stride is 0 (expected at least 1)"),
+        (ValueError, {"padding": -1}, "Conv2d: padding is -1 (expected at least 0)"),
+        (ValueError, {"padding": "SAME"}, "Conv2d: padding is 'SAME' (expected one of 'valid', 'same', 'full', or"),
+        (TypeError, {"dilation": 1.0}, "Conv2d: dilation holds a float (expected integers)"),
+        (ValueError, {"groups": 2}, "Conv2d: weight has 3 output channels, which groups=2 does not divide"),
+        (ValueError, {"padding_mode": "edge"}, "Conv2d: padding_mode is 'edge' (expected one of 'zeros',"),
+    ],
+    ids=str,
+)
+def test_options_are_judged_before_there_is_an_input(error: type, options: dict, text: str) -> None:
+    with pytest.raises(error, match="^" + re.escape(text)):
+        fc.Conv2d(np.ones((3, 2, 3, 3), np.float32), **options)
 
 
 def test_pickled(rng: np.random.Generator) -> None:
