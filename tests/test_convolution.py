@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import hypothesis
 import hypothesis.strategies as st
 import ml_dtypes
@@ -513,6 +515,17 @@ def test_negative_zero(backend):
     assert np.isnan(fc.conv1d(x, w * np.float32(np.inf), backend=backend)).all()
     relu = fc.conv1d(x, w, padding=1, activation="relu", backend=backend)
     assert (relu == 0).all()
+
+
+def test_float16_beyond_its_range_is_infinite():
+    """As in torch, and with no warning of a conversion that the caller did not ask for."""
+    x, w = np.full((1, 4, 9, 9), 60_000, np.float16), np.full((2, 4, 3, 3), 1, np.float16)
+    dy = np.full((1, 2, 9, 9), 60_000, np.float16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.isinf(fc.conv2d(x, w, padding=1)).all()
+        for gradient in fc.conv2d_backward(x, w, dy, padding=1):
+            assert np.isinf(gradient).all()
 
 
 def test_extreme_numbers(backend):

@@ -17,7 +17,7 @@ import numpy as np
 from numba import prange, types
 
 from ..geometry import ConvGeometry
-from . import contraction, depthwise, depthwise_channels, depthwise_planes, fft, tasks, winograd
+from . import contraction, depthwise, depthwise_channels, depthwise_planes, fft, half, tasks, winograd
 from .jit import array_of, kernel, output_of
 from .threads import get_num_threads
 
@@ -82,7 +82,7 @@ def _forward_through_float32(
     for some, part in _slices(geometry, input, out):
         result = _result(out[part], False)
         operation(some, input[part].astype(np.float32), w, b, relu, algorithm, packed, result)
-        out[part] = result
+        half.narrow(result, out[part])
 
 
 def _input_grad_through_float32(
@@ -94,7 +94,7 @@ def _input_grad_through_float32(
     for some, part in _slices(geometry, grad_output, out):
         result = _result(out[part], accumulate)
         operation(some, w, grad_output[part].astype(np.float32), b, relu, accumulate, algorithm, result)
-        out[part] = result
+        half.narrow(result, out[part])
 
 
 def _weight_grad_through_float32(
@@ -106,7 +106,7 @@ def _weight_grad_through_float32(
         x, dy = input[part].astype(np.float32), grad_output[part].astype(np.float32)
         operation(some, x, dy, accumulate, algorithm, result)
         accumulate = True
-    out[...] = result
+    half.narrow(result, out)
 
 
 def _bias_grad_through_float32(
@@ -118,7 +118,7 @@ def _bias_grad_through_float32(
         some = slice(first, first + most)
         result = _result(out[some], accumulate)
         operation(grad_output[:, some].astype(np.float32), accumulate, result)
-        out[some] = result
+        half.narrow(result, out[some])
 
 
 def _on_reals(through_float32: Callable[..., None]) -> Callable[[Callable[..., None]], Callable[..., None]]:
