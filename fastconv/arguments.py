@@ -369,6 +369,8 @@ def _geometry(
                 f"{function}: {weight_name} spans {d * (k - 1) + 1} elements in dimension {axis}, but {input_name} has "
                 f"{s} and {a + b} of padding (expected a kernel no larger than the padded input)"
             )
+    # From the size of the padded input on there is one window whatever the stride, with which kernels take more memory.
+    stride = tuple(min(step, a + s + b) for step, a, s, b in zip(stride, before, size, after, strict=True))
     lead = 3 - ndim
 
     def three(values: tuple[int, ...], one: int) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import warnings
 
 import hypothesis
@@ -337,6 +338,26 @@ def test_empty_batch(ndim, dtype, backend):
     kept = np.full_like(w, 3)
     assert f.weight_grad(x, w.shape, y, out=kept, accumulate=True, backend=backend) is kept
     assert_same_bits(kept, np.full_like(w, 3))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_stride_beyond_the_input(groups, rng):
+    """There is one window, and no more memory for it than for any other."""
+    x, w = integers(rng, (2, 3, 8, 7), "float32"), integers(rng, (6, 3 // groups, 3, 3), "float32")
+    y = fc.conv2d(x, w, groups=groups)[:, :, :1, :1]
+    grads = fc.conv2d_backward(x[:, :, :3, :3], w, y, groups=groups)
+    tracemalloc.start()
+    try:
+        for stride in (9, 1000, 2**31 - 1):
+            np.testing.assert_array_equal(fc.conv2d(x, w, stride=stride, groups=groups), y)
+            far = fc.conv2d_backward(x, w, y, stride=stride, groups=groups)
+            np.testing.assert_array_equal(far.weight, grads.weight)
+            np.testing.assert_array_equal(far.input[:, :, :3, :3], grads.input)
+            assert not far.input[:, :, 3:].any()
+            assert not far.input[:, :, :, 3:].any()
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
