@@ -109,10 +109,10 @@ def test_docstring(name):
     """Every public function says what it does, and shows an example that runs."""
     thing = getattr(fc, name)
     assert inspect.getdoc(thing)
-    if name not in CLASSES:
-        finder = doctest.DocTestFinder(recurse=False)
-        examples = finder.find(inspect.unwrap(thing), name, globs={})
+    finder = doctest.DocTestFinder(recurse=False)
+    examples = finder.find(inspect.unwrap(thing), name, globs={})
+    if name not in {"ConvGrads", "LinearCrossEntropyGrads", "BackendUnavailableError"}:
         assert any(test.examples for test in examples), f"{name} shows no example"
-        for test in examples:
-            result = doctest.DocTestRunner(verbose=False).run(test, out=sys.stdout.write)
-            assert result.failed == 0
+    for test in examples:
+        result = doctest.DocTestRunner(verbose=False).run(test, out=sys.stdout.write)
+        assert result.failed == 0

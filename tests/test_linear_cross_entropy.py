@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 
 import numpy as np
 import pytest
@@ -439,6 +440,15 @@ def test_errors_name_the_argument(name, change, error, message):
     arguments = {"hidden": HIDDEN, "weight": WEIGHT, "target": TARGET} | change
     with pytest.raises(error, match=f"^{name}: {message}"):
         getattr(fc, name)(**arguments)
+
+
+def test_float16_beyond_its_range_is_infinite():
+    """As in torch, and with no warning of a conversion that the caller did not ask for."""
+    hidden, weight = np.full((4, 2), 200, np.float16), np.array([[100, 0], [-100, 0]], np.float16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        results = fc.linear_cross_entropy_with_grad(hidden, weight, np.ones(4, int), reduction="sum")
+    assert np.isinf(results.loss)
 
 
 def test_errors_of_needs():
