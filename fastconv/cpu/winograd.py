@@ -213,38 +213,28 @@ def _transform_weights(task, worker, p, real):
     w = simd.offset(w, o * p[V_ROW_STEP])
     v = simd.offset(v, points * (o * channels + task * _SLACK))
     pitch = rows * channels + _SLACK
-    kernels = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])  # [tap][channel]
-    turned = simd.offset(kernels, max(9, lanes) * lanes)  # [xi][row][channel]
-    turned_end = simd.offset(turned, points * rows * lanes)
-    step = p[V_CHANNEL_STEP]
-    for c in range(0, channels, lanes):
-        count = min(lanes, channels - c)
-        for row in range(rows):
-            source = simd.offset(w, row * p[V_ROW_STEP] + c * step)
-            low = simd.offset(source, offsets[8] if p[V_BACKWARDS] else 0)
-            last = simd.offset(low, (count - 1) * step + max(9, lanes))
+    kernels = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])  # [tap][row]
+    flipped = p[V_CONTIGUOUS] and p[V_BACKWARDS]
+    step, end = p[V_ROW_STEP], simd.at(real, p[FROM_END])
+    for c in range(channels):
+        first = (rows - 1) // lanes * lanes
+        while first >= 0:  # the last rows first: what they write too much is at the beginning of the next channel
+            count = min(lanes, rows - first)
+            source = simd.offset(w, c * p[V_CHANNEL_STEP] + first * step)
             taken = 0
-            if p[V_CONTIGUOUS] and simd.address_of(last) <= simd.address_of(simd.at(real, p[FROM_END])):
-                for first in range(0, 9, lanes):
-                    if first + lanes <= 9 or lanes > 9:
-                        simd.transpose(simd.offset(kernels, first * lanes), lanes, simd.offset(low, first), step, count)
-                        taken = min(9, first + lanes)
+            last = simd.offset(source, (count - 1) * step + lanes)
+            if p[V_CONTIGUOUS] and step >= 0 and simd.address_of(last) <= simd.address_of(end):
+                simd.transpose(kernels, lanes, source, step, count)
+                taken = min(9, lanes)
             for tap in range(taken, 9):
+                at = tap if p[V_CONTIGUOUS] else offsets[tap]
                 for k in range(lanes):
-                    channel = min(k, count - 1)
-                    kernels[tap * lanes + k] = (
-                        low[channel * step + tap] if p[V_CONTIGUOUS] else source[channel * step + offsets[tap]]
-                    )
-            flipped = p[V_CONTIGUOUS] and p[V_BACKWARDS]
+                    kernels[tap * lanes + k] = source[min(k, count - 1) * step + at]
             simd.winograd_weight(
-                m, simd.offset(turned, row * lanes), rows * lanes, simd.offset(kernels, 8 * lanes if flipped else 0),
+                m, simd.offset(v, c * rows + first), pitch, simd.offset(kernels, 8 * lanes if flipped else 0),
                 -lanes if flipped else lanes, w, 0, kernels,
             )  # fmt: skip
-        for xi in range(points):
-            target = simd.offset(v, xi * pitch + c * rows)
-            source = simd.offset(turned, xi * rows * lanes)
-            left = count + _SLACK // rows
-            contraction._pack_run(target, rows, source, lanes, count, left, turned, turned_end)
+            first -= lanes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,7 +354,7 @@ def transform_weights(
         contraction.address(weight), contraction.address(v), end, row_step, channel_step, contraction.address(offsets),
         contiguous, rows, channels, panels, m, operation == "input_grad",
     )  # fmt: skip
-    scratch = (max(9, t.lanes) + points * t.rows) * t.lanes * dtype.itemsize
+    scratch = max(9, t.lanes) * t.lanes * dtype.itemsize
     tasks.run(_transform_weights, dtype, panels, parameters, scratch, 16 * v.size)
     return v
 
