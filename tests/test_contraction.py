@@ -81,6 +81,24 @@ def test_weights_of_all_phases(case, layout: str, dtype: type, rng: np.random.Ge
     )
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("channels", "out_channels"), [(16, 96), (96, 16), (37, 150), (5, 70)])
+def test_weight_gradient_of_exchanged_operands(channels, out_channels, groups, accumulate, dtype, rng) -> None:
+    """That of a 1x1 kernel transposes the operand with fewer channels."""
+    t = np.dtype(dtype)
+    assert contraction.is_better_exchanged(t, 96, 16)
+    assert not contraction.is_better_exchanged(t, 16, 96)
+    x = integers(rng, (3, groups * channels, 9, 7), dtype)
+    dy = integers(rng, (3, groups * out_channels, 9, 7), dtype)
+    shape = (groups * out_channels, channels, 1, 1)
+    exact = np.einsum("ngohw,ngchw->goc", *(a.reshape(3, groups, -1, 9, 7) for a in (dy, x))).reshape(shape)
+    for out in (np.ones(shape, dtype), np.ones(shape[::-1], dtype).T, np.ones((*shape[:2], 1, 3), dtype)[..., ::3]):
+        dw = fc.conv2d_weight_grad(x, shape, dy, groups=groups, out=out, accumulate=accumulate)
+        np.testing.assert_array_equal(dw, exact + accumulate)
+
+
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("case", [FEW[0], MANY[0], FEW[1], MANY[1]])
 def test_infinite_weights_meet_no_zeros_that_are_not_there(case, accumulate: bool, rng: np.random.Generator) -> None:

@@ -321,17 +321,28 @@ def _depthwise_weight_grad_plan(
 @functools.lru_cache(maxsize=1024)
 def _weight_grad_plan(
     geometry: ConvGeometry, dtype: np.dtype, x: Strides, dy: Strides, dw: Strides
-) -> contraction.Plan:
-    """From strides in bytes."""
+) -> tuple[contraction.Plan, bool]:
+    """The plan, and if it is for exchanged operands; from strides in bytes."""
     x, dy, dw = (_in_elements(strides, dtype) for strides in (x, dy, dw))
     axes, x = contraction.fold_strides(_axes(geometry), x)
     batch, axes, x, dy = contraction.fold_batch(geometry.batch, axes, x, dy)
-    in_place = contraction.can_stay_in_place(axes, x) and contraction.is_flat(tuple(a.out for a in axes), dy[2:])
+    shape = tuple(axis.out for axis in axes)
+    in_place = contraction.can_stay_in_place(axes, x) and contraction.is_flat(shape, dy[2:])
+    rows, channels = geometry.out_channels_per_group, geometry.in_channels_per_group
+    steps = rows * dw[0], dw[0], dw[1]
+    exchanged = (
+        in_place
+        and contraction.can_stay_in_place(axes, dy)
+        and contraction.is_better_exchanged(dtype, rows, channels)
+    )
+    if exchanged:  # dw[o, c] = sum of dy[o] * x[c] over the pixels: the gradient of dy's weights for x, transposed
+        rows, channels, x, dy, steps = channels, rows, dy, x, (steps[0], steps[2], steps[1])
     offsets = _offsets([range(n) for n in geometry.kernel_size], dw[2:])
-    return contraction.plan_weight_gradient(
-        dtype, batch, geometry.groups, geometry.out_channels_per_group, geometry.in_channels_per_group, axes,
-        x, dy, dw[:2], offsets, geometry.padding_mode == "zeros", in_place,
+    plan = contraction.plan_weight_gradient(
+        dtype, batch, geometry.groups, rows, channels, axes, x, dy, steps, offsets, geometry.padding_mode == "zeros",
+        in_place,
     )  # fmt: skip
+    return plan, exchanged
 
 
 @_on_reals(_weight_grad_through_float32)
@@ -351,7 +362,9 @@ def weight_grad(
         depthwise_plan = _depthwise_weight_grad_plan(geometry, out.dtype, _elements(input), _elements(grad_output))
         depthwise.weight_gradient(depthwise_plan, input, grad_output, out, accumulate)
         return
-    plan = _weight_grad_plan(geometry, out.dtype, input.strides, grad_output.strides, out.strides)
+    plan, exchanged = _weight_grad_plan(geometry, out.dtype, input.strides, grad_output.strides, out.strides)
+    if exchanged:
+        input, grad_output = grad_output, input
     contraction.weight_gradient(plan, input, grad_output, out, accumulate)
 
 
