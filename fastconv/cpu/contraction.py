@@ -57,9 +57,9 @@ AGAIN_WEIGHTS = 8 * 1024  # elements for each thread
     SOURCE_D, SOURCE_H, SOURCE_W, PADDED_W, BEFORE_W, SIZE_W, ZEROS, PADDED,
     TAP_OFFSET, BLOCK_CHANNELS, BLOCK_TAPS, PANELS, PIXEL_TASKS, CHUNK, CHUNKS, ROW_TASKS, GROUP, WEIGHT_PANELS,
     IN_PLACE, EXTENT, PLANE, SEGMENTS, SEGMENT_ROWS, PHASE_PITCH, ROW_PITCH, ROW_LENGTH, CHANNEL_PITCH,
-    SLAB_SIZE, PANEL_SIZE, WEIGHT_SIZE, TABLE_BYTES, RUN_TABLE, ROW_TABLE, DEPTH_OFFSET, AHEAD, PACKING, WEIGHTS_STAY,
-    END,
-) = range(tasks.FIRST, tasks.FIRST + 68)  # fmt: skip
+    SLAB_SIZE, PANEL_SIZE, WEIGHT_SIZE, TABLE_BYTES, RUN_TABLE, ROW_TABLE, DEPTH_OFFSET, AHEAD, PACKING, PACKING_BODY,
+    WEIGHTS_STAY, END,
+) = range(tasks.FIRST, tasks.FIRST + 69)  # fmt: skip
 
 # Those of the weight gradient: the same for the slab, where Y stands for the gradient of the output; and
 (
@@ -73,6 +73,11 @@ AGAIN_WEIGHTS = 8 * 1024  # elements for each thread
     P_ROWS, P_CHANNELS, P_TAPS, P_BLOCK_CHANNELS, P_BLOCK_TAPS, P_PANELS, P_TASKS, CHECK_FINITE, NOT_FINITE,
     PHASES, PHASE_TABLE, TAP_TABLE, WINDOWS, WINDOW_TABLE, ASCENDING, BLOCK_BYTES, PACK_END,
 ) = range(tasks.FIRST, tasks.FIRST + 27)  # fmt: skip
+# What `_correlate` asks for where its tasks pack their own weights: see `_pack_rows`.
+(
+    OWN_PACKING, OWN_TO, OWN_GROUP, OWN_FIRST_PANEL, OWN_LAST_PANEL, OWN_CHANNEL, OWN_CHANNELS, OWN_FIRST_TAP,
+    OWN_LAST_TAP, OWN_BLOCK, OWN_FIELDS,
+) = range(11)  # fmt: skip
 # The tables of packing several phases: of a phase; of a tap, whose part of the reduction (TAP_FIRST, TAP_COUNT) and
 # place in it are those of its phase; of taps within a vector of one another; and of the block that a phase is at.
 PHASE_TO, PHASE_TAPS, PHASE_BLOCK, PHASE_BLOCK_TAPS, PHASE_FIELDS = range(5)
@@ -427,7 +432,16 @@ def _check_finite(p, packed, size):
 
 @tasks.Body
 def _pack_weights(task, worker, p, real):
-    """Task = some panels of output channels of one group: [block of the reduction][panel][r][rows]."""
+    """Task = some panels of output channels of one group: [block of the reduction][panel][r][rows].
+
+    Or, with task < 0, what OWN says: some panels and one block of the reduction, for a task of `_correlate`.
+    """
+    if task < 0:
+        _pack_rows(
+            simd.at(p, p[OWN_PACKING]), simd.at(real, p[OWN_TO]), p[OWN_GROUP], p[OWN_FIRST_PANEL], p[OWN_LAST_PANEL],
+            p[OWN_CHANNEL], p[OWN_CHANNELS], p[OWN_FIRST_TAP], p[OWN_LAST_TAP], simd.at(real, p[OWN_BLOCK]), real,
+        )  # fmt: skip
+        return
     part, group = task % p[P_TASKS], task // p[P_TASKS]
     first_panel, last_panel = part * p[P_PANELS] // p[P_TASKS], (part + 1) * p[P_PANELS] // p[P_TASKS]
     o = first_panel * p[P_ROWS] // p[P_PANELS]
@@ -633,6 +647,7 @@ def _correlate(task, worker, p, real):
     tap_offset = simd.at(p, p[TAP_OFFSET])
     task_o = first_panel * p[ROW_CHANNELS] // p[PANELS]
     slab, runs, rows_table = scratch, simd.offset(table, p[RUN_TABLE]), simd.offset(table, p[ROW_TABLE])
+    own = simd.offset(rows_table, -OWN_FIELDS)
     listed = 0 if p[IN_PLACE] else _find_rows(p, rows_table, first_row, last_row)
     if p[PADDED]:
         simd.fill_zero(slab, p[SLAB_SIZE])
@@ -662,10 +677,11 @@ def _correlate(task, worker, p, real):
                     if p[PACKING]:
                         weights = simd.offset(own_weights, (first_o - task_o) * depth if p[WEIGHTS_STAY] else 0)
                     if p[PACKING] and (start == first or not p[WEIGHTS_STAY]):
-                        _pack_rows(
-                            simd.at(p, p[PACKING]), weights, group, panel_block, panel_end, c, channels, tap, last_tap,
-                            tile, real,
-                        )  # fmt: skip
+                        own[OWN_PACKING], own[OWN_TO], own[OWN_GROUP] = p[PACKING], simd.address_of(weights), group
+                        own[OWN_FIRST_PANEL], own[OWN_LAST_PANEL] = panel_block, panel_end
+                        own[OWN_CHANNEL], own[OWN_CHANNELS], own[OWN_BLOCK] = c, channels, simd.address_of(tile)
+                        own[OWN_FIRST_TAP], own[OWN_LAST_TAP] = tap, last_tap
+                        tasks.call(p[PACKING_BODY], np.int64(-1), worker, simd.address_of(own))
                     for i in range(panel_block, panel_end):
                         o = i * p[ROW_CHANNELS] // p[PANELS]
                         rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o
@@ -1179,7 +1195,7 @@ def plan_correlation(
     if packs:
         weight_size = _ceil(task_weights if weights_stay else weight_panels * t.rows * blocks.depth, 16) * 16
     run_table = t.vectors * simd.piece_stride(t)
-    row_table = run_table + 1 + 2 * t.columns
+    row_table = run_table + 1 + 2 * t.columns + OWN_FIELDS
     table_bytes = _ceil((row_table + slab.table) * 8, 64) * 64
     scratch = (slab_size + panel_size + weight_size + t.rows * t.columns) * size + table_bytes
 
@@ -1220,9 +1236,12 @@ def correlation(
     The weights are packed, unless the plan says that its tasks pack them.
     """
     parameters = plan.parameters.copy()
-    packed, packing = (0, address(weights.parameters)) if isinstance(weights, Unpacked) else (address(weights), 0)
+    packed = 0
+    if isinstance(weights, Unpacked):
+        parameters[[PACKING, PACKING_BODY]] = address(weights.parameters), _pack_weights.address(y.dtype)
+    else:
+        packed = address(weights)
     parameters[X:X_N] = address(x), packed, address(y), 0 if bias is None else address(bias), relu, add
-    parameters[PACKING] = packing
     return _correlate, plan.tasks, parameters, plan.scratch, work(plan.flops), waits
 
 

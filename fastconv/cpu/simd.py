@@ -137,7 +137,7 @@ def _internal(module: ir.Module, name: str, arguments: list[ir.Type]) -> tuple[i
         return module.globals[name], False
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
     function.linkage = "internal"
-    for attribute in ("noinline", "nounwind"):
+    for attribute in ("noinline", "nounwind", "optsize"):  # what is to be unrolled is written so
         function.attributes.add(attribute)
     # What does not fit into the registers is kept on the stack, which may begin anywhere: half of the vectors then lie
     # across two cache lines, and rows of a filter of 15 x 15 took 1.7 times as long in every second process.
@@ -559,15 +559,16 @@ def _pack_function(module: ir.Module, element: ir.Type, t: Tile) -> ir.Function:
     most = counts[0]
     for count in counts[1:]:
         most = b.select(b.icmp_signed(">", count, most), count, most)
-    blocks = [b.append_basic_block(f"pieces_{m}") for m in range(1, FIXED_PIECES + 1)]
+    # where the microkernel packs panels of few pieces, there is no need for loops of their own
+    forms = [FIXED_PIECES] if t.packs else list(range(1, FIXED_PIECES + 1))
+    blocks = {m: b.append_basic_block(f"pieces_{m}") for m in forms}
     any_number = b.append_basic_block("any_number")
     switch = b.switch(most, any_number)
     for m in range(FIXED_PIECES + 1):
-        switch.add_case(_i64(m), blocks[max(0, m - 1)])
+        switch.add_case(_i64(m), blocks[min(form for form in forms if form >= m)])
 
-    for block in (*blocks, any_number):
+    for fixed, block in (*blocks.items(), (FIXED_PIECES, any_number)):
         b.position_at_end(block)
-        fixed = FIXED_PIECES if block is any_number else blocks.index(block) + 1
         known = [[_piece(b, entry, _i64(m)) for m in range(fixed)] for entry in entries]
         outer = _Loop(b, "channels", channels, [panel, source])
         inner = _Loop(b, "taps", taps, [outer.values[0]])

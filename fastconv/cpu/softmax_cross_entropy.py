@@ -817,7 +817,7 @@ def _prepare(
         return count
     p.scratch = scratch
     for task in range(count):
-        tasks._call(body, task, 0, words.ctypes.data)
+        tasks.call(body, task, 0, words.ctypes.data)
     return 0
 
 

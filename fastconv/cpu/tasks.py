@@ -52,8 +52,8 @@ def _integers(typingctx, address):
 
 
 @intrinsic
-def _call(typingctx, body, task, worker, parameters):
-    """Call the C function at address `body`."""
+def call(typingctx, body, task, worker, parameters):
+    """Call the compiled body at address `body`; `parameters` is an address too."""
 
     def codegen(context, builder, sig, args):
         i64, i8 = ir.IntType(64), ir.IntType(8)
@@ -127,7 +127,7 @@ def _drive(first, workers):
                     task = simd.fetch_add(simd.offset(p, FROM_FRONT), 1)
                 else:
                     task = tasks - 1 - simd.fetch_add(simd.offset(p, FROM_BACK), 1)
-                _call(body, task, np.int64(worker), stage)
+                call(body, task, np.int64(worker), stage)
                 _finish(simd.offset(p, DONE))
                 task = simd.fetch_add(p, 1)
             stage = p[NEXT]
