@@ -49,6 +49,7 @@ import numpy as np
 from . import cases, results
 from .cases import Case, ConvolutionCase, CrossEntropyCase
 from .checks import ALLOWANCE, Disagreement
+from .peers import Unsupported, torch_call
 
 # float32 arrays that tensor cores may multiply, as torch calls it.
 TF32 = "tf32"
@@ -114,10 +115,6 @@ STEPS: list[tuple[str, bool, tuple[str, ...], str]] = [
     ("mobilenet_v2,efficientnet_b0", False, ("forward", *GRADIENTS), "float32"),
     ("cliffs", False, ("forward",), "float64"),
 ]
-
-
-class Unsupported(Exception):
-    """The peer does not do this. The message says why."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,38 +401,7 @@ def _fastconv_last(problem: Problem) -> Prepared:
 def _torch(problem: Problem, channels_last: bool = False) -> Prepared:
     if not isinstance(problem.library, Torch):
         raise Unsupported("not installed")
-    torch, case = problem.library.torch, problem.case
-    functional = torch.nn.functional
-    if isinstance(case, CrossEntropyCase):
-        if channels_last:
-            raise Unsupported("cross-entropy has one layout")
-        logits, target = problem.operands["logits"].detach(), problem.operands["target"]
-        if problem.which == "forward":
-            return Prepared(lambda: functional.cross_entropy(logits, target))
-        logits.requires_grad_()
-
-        def with_grad() -> Any:
-            with torch.enable_grad():
-                loss = functional.cross_entropy(logits, target)
-                return loss, torch.autograd.grad(loss, logits)[0]
-
-        return Prepared(with_grad)
-    tensors = problem.operands
-    if channels_last:
-        layout = {2: torch.channels_last, 3: torch.channels_last_3d}.get(case.ndim)
-        if layout is None:
-            raise Unsupported("torch has no channels-last layout in 1-D")
-        tensors = {name: t.contiguous(memory_format=layout) for name, t in tensors.items()}
-    x, w, dy = (tensors[name] for name in ("input", "weight", "grad_output"))
-    if problem.which == "forward":
-        convolve = getattr(functional, case.op)
-        return Prepared(lambda: convolve(x, w, None, case.stride, case.padding, case.dilation, case.groups))
-    place = 0 if problem.which == "input_grad" else 1
-    options = (
-        None, list(case.stride), list(case.padding), list(case.dilation), False, [0] * case.ndim, case.groups,
-        [place == 0, place == 1, False],
-    )  # fmt: skip
-    return Prepared(lambda: torch.ops.aten.convolution_backward(dy, x, w, *options)[place])
+    return Prepared(torch_call(problem.case, problem.which, problem.operands, channels_last))
 
 
 def _cupy(problem: Problem) -> Prepared:

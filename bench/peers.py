@@ -184,7 +184,6 @@ def _fastconv_cuda(problem: Problem) -> Prepared:
 
 def _torch(problem: Problem, device: str, channels_last: bool) -> Prepared:
     import torch
-    import torch.nn.functional as functional
 
     torch.set_num_threads(problem.threads)
     if device == "cuda":
@@ -209,40 +208,44 @@ def _torch(problem: Problem, device: str, channels_last: bool) -> Prepared:
 
     wait = torch.cuda.synchronize if device == "cuda" else None
     tensors = {name: tensor(array) for name, array in problem.operands.items()}
-    if isinstance(problem.case, CrossEntropyCase):
+    call = torch_call(problem.case, problem.which, tensors, channels_last)
+    return Prepared(call, fetch, wait, contextlib.nullcontext if problem.which == "with_grad" else torch.inference_mode)
+
+
+def torch_call(case: Case, which: str, tensors: dict[str, Any], channels_last: bool) -> Callable[[], Any]:
+    """One pass of torch over tensors of any device. That of the loss with its gradient needs torch's grad mode."""
+    import torch
+    import torch.nn.functional as functional
+
+    if isinstance(case, CrossEntropyCase):
         if channels_last:
             raise Unsupported("cross-entropy has one layout")
-        logits, target = tensors["logits"], tensors["target"]
-        if problem.which == "forward":
-            loss = lambda: functional.cross_entropy(logits, target)  # noqa: E731
-            return Prepared(loss, fetch, wait, torch.inference_mode)
+        logits, target = tensors["logits"].detach(), tensors["target"]
+        if which == "forward":
+            return lambda: functional.cross_entropy(logits, target)
         logits.requires_grad_()
 
         def with_grad() -> Any:
             loss = functional.cross_entropy(logits, target)
             return loss, torch.autograd.grad(loss, logits)[0]
 
-        return Prepared(with_grad, fetch, wait)
-
-    case = problem.case
+        return with_grad
     if channels_last:
         layout = {2: torch.channels_last, 3: torch.channels_last_3d}.get(case.ndim)
         if layout is None:
             raise Unsupported("torch has no channels-last layout in 1-D")
         tensors = {name: t.contiguous(memory_format=layout) for name, t in tensors.items()}
     x, w, dy = (tensors[name] for name in ("input", "weight", "grad_output"))
-    if problem.which == "forward":
+    if which == "forward":
         convolve = getattr(functional, case.op)
-        call = lambda: convolve(x, w, None, case.stride, case.padding, case.dilation, case.groups)  # noqa: E731
-    else:
-        backward = torch.ops.aten.convolution_backward
-        place = 0 if problem.which == "input_grad" else 1
-        options = (
-            None, list(case.stride), list(case.padding), list(case.dilation), False, [0] * case.ndim, case.groups,
-            [place == 0, place == 1, False],
-        )  # fmt: skip
-        call = lambda: backward(dy, x, w, *options)[place]  # noqa: E731
-    return Prepared(call, fetch, wait, torch.inference_mode)
+        return lambda: convolve(x, w, None, case.stride, case.padding, case.dilation, case.groups)
+    backward = torch.ops.aten.convolution_backward
+    place = 0 if which == "input_grad" else 1
+    options = (
+        None, list(case.stride), list(case.padding), list(case.dilation), False, [0] * case.ndim, case.groups,
+        [place == 0, place == 1, False],
+    )  # fmt: skip
+    return lambda: backward(dy, x, w, *options)[place]
 
 
 for _device in ("cpu", "cuda"):

@@ -201,6 +201,46 @@ def _fill(registers, first, count, value):
         registers[first + i] = value
 
 
+def _row_parts(width: int) -> Callable[..., Any]:
+    """``(start, classes, t)``: how a row from element `start` on divides into vectors and edges.
+
+    That is: elements before the first vector, vectors, the element that is the edge of thread t, and if it has one.
+    """
+
+    @inlined
+    def parts(start, classes, t):
+        before = min(u32(-start % width), u32(classes))
+        whole = u32(u32(classes - before) // width)
+        after = u32(before + whole * width)  # the first element behind the last vector
+        edge = t if t < width else u32(after + t - width)
+        return before, whole, edge, t < before or (t >= width and edge < classes)
+
+    return parts
+
+
+def _loss_writer(dtype: str) -> Callable[..., None]:
+    """``(row, value, log_sum_exp, ignored, wrong, ...)``: what the one thread of a row that has them writes."""
+    store = ELEMENTS[dtype].store
+    zero, nan = np.float32(0), np.float32(np.nan)
+
+    @inlined
+    def write(row, value, log_sum_exp, ignored, wrong, loss, row_loss, lse, bad_position, first_position):
+        if ignored:
+            value = zero
+        elif wrong:
+            value = nan
+            if bad_position.size > 0:
+                cuda.atomic.min(bad_position, 0, first_position + row)
+        if lse.size > 0:
+            lse[row] = store(log_sum_exp)
+        if loss.size > 0:
+            loss[row] = store(value)
+        if row_loss.size > 0:
+            row_loss[row] = value
+
+    return write
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Cross-entropy
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,8 +317,12 @@ def cross_entropy_row_kernel(dtype: str, group: Group, label_dtype: str = "int64
         array_of(types.float32, 1), types.float32, types.float32, types.float32, types.float32, array_of(element, 1),
         array_of(types.float32, 1), array_of(element, 1), array_of(types.int64, 1), types.int64,
     )  # fmt: skip
-    factory = _read_once if group.vectors else _read_twice
-    return BlockKernel(factory(dtype, group), group.block, signature)
+    if not group.vectors:
+        return BlockKernel(_read_twice(dtype, group), group.block, signature)
+    # A row of 16-bit numbers fits 64 registers of a thread, 1024 threads on a multiprocessor; without being told, the
+    # compiler takes 80 for some types. The 8 vectors of float32 need up to 76.
+    resident = 1024 // group.block if VECTORS[dtype].width == 8 else None
+    return BlockKernel(_read_once(dtype, group), group.block, signature, resident)
 
 
 def _read_once(dtype: str, group: Group) -> Callable[..., None]:
@@ -289,6 +333,7 @@ def _read_once(dtype: str, group: Group) -> Callable[..., None]:
     zero, low, nan = real(0), real(-np.inf), real(np.nan)
     threads, vectors, rows_per_block = group.threads, group.vectors, group.rows
     held = vectors * width
+    row_parts, write_loss = _row_parts(width), _loss_writer(dtype)
     group_max = _over_group(_warp_max, threads, low, 0)
     group_sum = _over_group(_warp_sum, threads, zero, 32)
 
@@ -304,13 +349,8 @@ def _read_once(dtype: str, group: Group) -> Callable[..., None]:
         if row >= rows:  # of a block of several rows, whose threads never wait for each other
             return
         start, grad_start = row * logit_step, row * grad_step
-        before = u32(-start % width)  # elements of the row before its first vector
-        before = min(before, u32(classes))
-        whole = u32(u32(classes - before) // width)
-        after = u32(before + whole * width)  # the first element of the row after its last vector
+        before, whole, edge, has_edge = row_parts(start, classes, t)
         first, grad_first = (start + before) // width, (grad_start + before) // width
-        edge = t if t < width else u32(after + t - width)
-        has_edge = t < before or (t >= width and edge < classes)
 
         label = np.int64(labels[row])
         ignored = label == ignore_index
@@ -351,18 +391,7 @@ def _read_once(dtype: str, group: Group) -> Callable[..., None]:
             slope = (z_loss + z_loss) * log_sum_exp
             value += z_loss * log_sum_exp * log_sum_exp
         if t == 0:
-            if ignored:
-                value = zero
-            elif wrong:
-                value = nan
-                if bad_position.size > 0:
-                    cuda.atomic.min(bad_position, 0, first_position + row)
-            if lse.size > 0:
-                lse[row] = store(log_sum_exp)
-            if loss.size > 0:
-                loss[row] = store(value)
-            if row_loss.size > 0:
-                row_loss[row] = value
+            write_loss(row, value, log_sum_exp, ignored, wrong, loss, row_loss, lse, bad_position, first_position)
 
         # 3. The gradient.
         if grad.size == 0:
@@ -401,6 +430,7 @@ def _read_twice(dtype: str, group: Group) -> Callable[..., None]:
     real = np.float32
     zero, one, low, nan = real(0), real(1), real(-np.inf), real(np.nan)
     threads, rows_per_block = group.threads, group.rows
+    row_parts, write_loss = _row_parts(width), _loss_writer(dtype)
     group_max = _over_group(_warp_max, threads, low, 0)
     group_sum = _over_group(_warp_sum, threads, zero, 32)
     group_mass = _over_group(_warp_sum, threads, zero, 64)
@@ -471,14 +501,9 @@ def _read_twice(dtype: str, group: Group) -> Callable[..., None]:
         if row >= rows:
             return
         start, target_start, grad_start = row * logit_step, row * target_step, row * grad_step
-        before = u32(-start % width)  # as in the kernel above; all three rows begin at the same place of a vector
-        before = min(before, u32(classes))
-        whole = u32(u32(classes - before) // width)
-        after = u32(before + whole * width)
+        before, whole, edge, has_edge = row_parts(start, classes, t)  # all three begin at the same place of a vector
         first, target_first = (start + before) // width, (target_start + before) // width
         grad_first = (grad_start + before) // width
-        edge = t if t < width else u32(after + t - width)
-        has_edge = t < before or (t >= width and edge < classes)
 
         with_labels, given = labels.size > 0, targets.size > 0
         label, ignored, wrong = np.int64(-1), False, False
@@ -519,18 +544,7 @@ def _read_twice(dtype: str, group: Group) -> Callable[..., None]:
             slope = (z_loss + z_loss) * log_sum_exp
             value += z_loss * log_sum_exp * log_sum_exp
         if t == 0:
-            if ignored:
-                value = zero
-            elif wrong:
-                value = nan
-                if bad_position.size > 0:
-                    cuda.atomic.min(bad_position, 0, first_position + row)
-            if lse.size > 0:
-                lse[row] = store(log_sum_exp)
-            if loss.size > 0:
-                loss[row] = store(value)
-            if row_loss.size > 0:
-                row_loss[row] = value
+            write_loss(row, value, log_sum_exp, ignored, wrong, loss, row_loss, lse, bad_position, first_position)
 
         # 3. The gradient. Each thread writes what it read itself, so it may be over the logits.
         if grad.size == 0:
@@ -592,6 +606,7 @@ def softmax_row_kernel(dtype: str, group: Group, log: bool) -> BlockKernel:
     zero, one, low = real(0), real(1), real(-np.inf)
     threads, vectors, rows_per_block = group.threads, group.vectors, group.rows
     held, once = max(vectors, 1) * width, vectors > 0
+    row_parts = _row_parts(width)
     group_max = _over_group(_warp_max, threads, low, 0)
     group_sum = _over_group(_warp_sum, threads, zero, 32)
 
@@ -611,13 +626,8 @@ def softmax_row_kernel(dtype: str, group: Group, log: bool) -> BlockKernel:
         if row >= rows:
             return
         start, out_start = row * logit_step, row * out_step
-        before = u32(-start % width)
-        before = min(before, u32(classes))
-        whole = u32(u32(classes - before) // width)
-        after = u32(before + whole * width)
+        before, whole, edge, has_edge = row_parts(start, classes, t)
         first, out_first = (start + before) // width, (out_start + before) // width
-        edge = t if t < width else u32(after + t - width)
-        has_edge = t < before or (t >= width and edge < classes)
 
         edge_z = load(logits[np.uint64(start + edge)]) if has_edge else low
         top = max(low, edge_z)

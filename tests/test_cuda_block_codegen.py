@@ -58,7 +58,7 @@ def row_budgets():
         chosen = [groups[1], groups[3], groups[-1]] if dtype == "float32" else [groups[3]]
         for group in chosen:
             kernel = softmax_rows.cross_entropy_row_kernel(dtype, group)
-            budget = min(80, 65536 // group.block)
+            budget = min(64 if vectors.width == 8 else 80, 65536 // group.block)
             yield (
                 f"rows-{dtype}-{group.threads}x{group.vectors}",
                 Budget(kernel, budget, once | {"LDG.E.128": group.vectors}),
