@@ -35,7 +35,7 @@ from numba import from_dtype, types
 from ..backends import get_float32_precision
 from ..geometry import ConvGeometry
 from ._cuda import DeviceArray, cuda, current_device, launch, launch_blocks, scratch, upload
-from .intrinsics import copy16_async, copy_commit, copy_wait_all, load4, round_tf32, store4, u32
+from .intrinsics import copy16_async, copy_commit, copy_wait_all, copy_wait_all_but_one, load4, round_tf32, store4, u32
 from .jit import BlockKernel, Element, array_of, flat, inlined, kernel
 from .tiles import ARITHMETIC, ENOUGH_BLOCKS, Tile, choose_tile, product
 
@@ -150,6 +150,9 @@ def _numbers(*values: int) -> tuple[np.uint32, ...]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 GATHER_NUMBERS = 26
+# Steps whose operands are in shared memory at one time, where all are copied there: three of the largest tile of the
+# tensor cores are its 48 KiB. A copy then has the time of two steps to arrive, of the two that others take one.
+STAGES = 3
 
 
 class Plan(NamedTuple):
@@ -312,13 +315,13 @@ def gather_kernel(
     """
     arithmetic = ARITHMETIC[kind]
     (
-        a_stage, b_stage, a_chunk, b_chunk, a_row, b_row, (row_run, row_spacing, row_jump),
-        (column_run, column_spacing, column_jump), (words_a, words_b), origin, step, put, store_run,
+        a_stage, b_stage, row_of_stage, (row_run, row_spacing, row_jump), (column_run, column_spacing, column_jump),
+        (words_a, words_b), place_a, place_b, ahead, origin, step, put, store_run,
     ) = product(tile, kind, rows_together, wide=True)  # fmt: skip
     rows_of_tile, columns_of_tile, thread_rows, thread_columns = tile
     threads, chunk, run = tile.threads, arithmetic.chunk, arithmetic.run
     chunks = arithmetic.depth // chunk
-    a_size, b_size = 2 * a_stage, 2 * b_stage
+    a_size, b_size = (STAGES if chunked else 2) * a_stage, (STAGES if chunked else 2) * b_stage
     operand, word, real, result = map(from_dtype, map(np.dtype, arithmetic[:4]))
     load, store = arithmetic.load, arithmetic.store
     nothing, zero = arithmetic.operand(0), arithmetic.real(0)
@@ -350,7 +353,7 @@ def gather_kernel(
             for i in range(fetched_a):
                 r = u32(row + i * rows_apart)
                 start = u32(first + r * weight_row + k * chunk)
-                copy16_async(a, u32(at + i * rows_apart * a_row), weight, start, r < rows and k < last)
+                copy16_async(a, u32(at + i * rows_apart * row_of_stage), weight, start, r < rows and k < last)
 
     else:
 
@@ -369,7 +372,7 @@ def gather_kernel(
             for i in range(fetched_b):
                 d, h, w = u32(columns[i, 1] + e[1]), u32(columns[i, 2] + e[2]), u32(columns[i, 3] + e[3])
                 inside = d < size_d and h < size_h and w < size_w
-                copy16_async(b, u32(at + i * columns_apart * b_row), source, u32(columns[i, 0] + e[0]), inside)
+                copy16_async(b, u32(at + i * columns_apart * row_of_stage), source, u32(columns[i, 0] + e[0]), inside)
 
     else:
 
@@ -393,23 +396,27 @@ def gather_kernel(
         store4(stage, at, round_tf32(x[0]), round_tf32(x[1]), round_tf32(x[2]), round_tf32(x[3]))
 
     @inlined
+    def round_stage(a, b, a_at, b_at):
+        """What this thread has copied, as tf32: the tensor cores ignore the lower bits, they do not round."""
+        if rounded:
+            for i in range(fetched_a):
+                round_chunk(a, u32(a_at + i * rows_apart * row_of_stage))
+            if chunked:
+                for i in range(fetched_b):
+                    round_chunk(b, u32(b_at + i * columns_apart * row_of_stage))
+
+    @inlined
     def store_stage(a, b, a_at, b_at, next_a, next_b):
         """What this thread has fetched is in the stage; the other threads see it after the next barrier."""
         to_a, to_b = np.int64(a_at), np.int64(b_at)
         if not tensor:
             for i in range(fetched_a):
-                put(a, np.uint64(to_a + i * rows_apart * a_row), next_a, i)
-        if not chunked:
-            for i in range(fetched_b):
-                put(b, np.uint64(to_b + i * chunks_apart * b_chunk), next_b, i)
+                put(a, np.uint64(to_a + i * rows_apart * row_of_stage), next_a, i)
+        for i in range(fetched_b):
+            put(b, np.uint64(ahead(to_b, i * chunks_apart)), next_b, i)
         if tensor:
             copy_wait_all()
-        if rounded:  # the tensor cores ignore the lower bits: what was copied is rounded here
-            for i in range(fetched_a):
-                round_chunk(a, u32(a_at + i * rows_apart * a_row))
-            if chunked:
-                for i in range(fetched_b):
-                    round_chunk(b, u32(b_at + i * columns_apart * b_row))
+            round_stage(a, b, a_at, b_at)
 
     @inlined
     def finished(x, relu):
@@ -490,12 +497,12 @@ def gather_kernel(
 
         # What this thread fetches. Columns that do not exist repeat the last, and are not stored.
         row, k_a = u32(first_row + t // chunks), u32(t % chunks)
-        a_at = u32(t // chunks * a_row + k_a * a_chunk)
+        a_at = place_a(t // chunks, k_a)
         if chunked:
             column, k_b = u32(t // chunks), u32(t % chunks)
         else:
             column, k_b = u32(t % columns_of_tile), u32(t // columns_of_tile)
-        b_at = u32(column * b_row + k_b * b_chunk)
+        b_at = place_b(column, k_b)
         for i in range(own_columns):
             j = min(u32(first_column + column + i * columns_apart), u32(columns - 1))
             n, d, h, w = place(j, count_d, count_h, count_w)
@@ -507,33 +514,69 @@ def gather_kernel(
         for i in range(thread_rows):
             for j in range(thread_columns):
                 sums[i, j] = zero
-        if last > 0:  # else a phase of the stride that no tap meets
-            fetch_a(weight, weight_terms, first_weight, row, rows, k_a, last, weight_row, a, a_at, next_a)
-            fetch_b(source, source_terms, own, size_d, size_h, size_w, k_b, terms, b, b_at, next_b)
-            if tensor:
+        if chunked:
+            # Nothing passes through registers: copies for the next steps are under way while one is multiplied. Each
+            # step commits a group, of no copies at the end, so that all groups but the last are of finished steps.
+            for i in range(STAGES - 1):
+                if i * chunks < last:
+                    fetch_a(
+                        weight, weight_terms, first_weight, row, rows, u32(i * chunks + k_a), last, weight_row, a,
+                        u32(i * a_stage + a_at), next_a,
+                    )  # fmt: skip
+                    fetch_b(
+                        source, source_terms, own, size_d, size_h, size_w, u32(i * chunks + k_b), terms, b,
+                        u32(i * b_stage + b_at), next_b,
+                    )  # fmt: skip
                 copy_commit()
-            store_stage(a, b, a_at, b_at, next_a, next_b)
-        cuda.syncthreads()
-        row_of_thread, column_of_thread, from_a, from_b = origin(t)
-        stage, k = u32(0), u32(0)
-        while k < last:
-            k = u32(k + chunks)
-            if k < last:
-                fetch_a(
-                    weight, weight_terms, first_weight, row, rows, u32(k + k_a), last, weight_row, a,
-                    u32((1 - stage) * a_stage + a_at), next_a,
-                )  # fmt: skip
-                fetch_b(
-                    source, source_terms, own, size_d, size_h, size_w, u32(k + k_b), terms, b,
-                    u32((1 - stage) * b_stage + b_at), next_b,
-                )  # fmt: skip
+            row_of_thread, column_of_thread, from_a, from_b = origin(t)
+            stage, k = u32(0), u32(0)
+            while k < last:
+                copy_wait_all_but_one()
+                round_stage(a, b, u32(stage * a_stage + a_at), u32(stage * b_stage + b_at))
+                cuda.syncthreads()  # all have waited for this stage, and are done with the one before
+                before = u32(stage + (STAGES - 1)) if stage == 0 else u32(stage - 1)
+                later = u32(k + (STAGES - 1) * chunks)
+                if later < last:
+                    fetch_a(
+                        weight, weight_terms, first_weight, row, rows, u32(later + k_a), last, weight_row, a,
+                        u32(before * a_stage + a_at), next_a,
+                    )  # fmt: skip
+                    fetch_b(
+                        source, source_terms, own, size_d, size_h, size_w, u32(later + k_b), terms, b,
+                        u32(before * b_stage + b_at), next_b,
+                    )  # fmt: skip
+                copy_commit()
+                step(a, b, u32(stage * a_stage + from_a), u32(stage * b_stage + from_b), sums, ra, rb)
+                stage = u32(0) if stage == STAGES - 1 else u32(stage + 1)
+                k = u32(k + chunks)
+        else:
+            if last > 0:  # else a phase of the stride that no tap meets
+                fetch_a(weight, weight_terms, first_weight, row, rows, k_a, last, weight_row, a, a_at, next_a)
+                fetch_b(source, source_terms, own, size_d, size_h, size_w, k_b, terms, b, b_at, next_b)
                 if tensor:
                     copy_commit()
-            step(a, b, u32(stage * a_stage + from_a), u32(stage * b_stage + from_b), sums, ra, rb)
-            stage = u32(1 - stage)
-            if k < last:
-                store_stage(a, b, u32(stage * a_stage + a_at), u32(stage * b_stage + b_at), next_a, next_b)
+                store_stage(a, b, a_at, b_at, next_a, next_b)
             cuda.syncthreads()
+            row_of_thread, column_of_thread, from_a, from_b = origin(t)
+            stage, k = u32(0), u32(0)
+            while k < last:
+                k = u32(k + chunks)
+                if k < last:
+                    fetch_a(
+                        weight, weight_terms, first_weight, row, rows, u32(k + k_a), last, weight_row, a,
+                        u32((1 - stage) * a_stage + a_at), next_a,
+                    )  # fmt: skip
+                    fetch_b(
+                        source, source_terms, own, size_d, size_h, size_w, u32(k + k_b), terms, b,
+                        u32((1 - stage) * b_stage + b_at), next_b,
+                    )  # fmt: skip
+                    if tensor:
+                        copy_commit()
+                step(a, b, u32(stage * a_stage + from_a), u32(stage * b_stage + from_b), sums, ra, rb)
+                stage = u32(1 - stage)
+                if k < last:
+                    store_stage(a, b, u32(stage * a_stage + a_at), u32(stage * b_stage + b_at), next_a, next_b)
+                cuda.syncthreads()
 
         first_row, first_column = u32(first_row + row_of_thread), u32(first_column + column_of_thread)
         if bias.size > 0:
@@ -660,8 +703,8 @@ def weight_kernel(kind: str, tile: Tile) -> BlockKernel:
     """One part of the sum of a tile of the weight gradient; the terms are output positions."""
     arithmetic = ARITHMETIC[kind]
     (
-        a_stage, b_stage, a_chunk, b_chunk, a_row, b_row, (row_run, row_spacing, row_jump),
-        (column_run, column_spacing, column_jump), (words_a, words_b), origin, step, put, _,
+        a_stage, b_stage, row_of_stage, (row_run, row_spacing, row_jump), (column_run, column_spacing, column_jump),
+        (words_a, words_b), place_a, place_b, _, origin, step, put, _,
     ) = product(tile, kind)  # fmt: skip
     rows_of_tile, columns_of_tile, thread_rows, thread_columns = tile
     threads, chunk, depth = tile.threads, arithmetic.chunk, arithmetic.depth
@@ -725,9 +768,9 @@ def weight_kernel(kind: str, tile: Tile) -> BlockKernel:
     @inlined
     def store_stage(a, b, a_at, b_at, next_a, next_b):
         for i in range(fetched_a):
-            put(a, u32(a_at + i * apart * a_row), next_a, i)
+            put(a, u32(a_at + i * apart * row_of_stage), next_a, i)
         for i in range(fetched_b):
-            put(b, u32(b_at + i * apart * b_row), next_b, i)
+            put(b, u32(b_at + i * apart * row_of_stage), next_b, i)
 
     def weight_grad(grad, source, table, numbers, partial):
         rows, columns, positions, part, _, grad_group, source_group = numbers[:7]
@@ -752,7 +795,7 @@ def weight_kernel(kind: str, tile: Tile) -> BlockKernel:
             e = load4(table, u32(4 * min(u32(first_column + own + i * apart), u32(columns - 1))))
             for j in range(4):
                 own_columns[i, j] = e[j]
-        a_at, b_at = u32(own * a_row + t % chunks * a_chunk), u32(own * b_row + t % chunks * b_chunk)
+        a_at, b_at = place_a(own, u32(t % chunks)), place_b(own, u32(t % chunks))
         row, base_grad, base_source = u32(first_row + own), u32(group * grad_group), u32(group * source_group)
 
         for i in range(thread_rows):

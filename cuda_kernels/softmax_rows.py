@@ -218,19 +218,31 @@ def _row_parts(width: int) -> Callable[..., Any]:
     return parts
 
 
+@inlined
+def _judged(labels, row, t, classes, ignore_index, bad_position, first_position):
+    """The label of a row, and whether it is ignored or wrong; thread 0 notes the position of a wrong one.
+
+    Here, before the row is in registers: later, the compiler has none left for it in the largest group.
+    """
+    label = np.int64(labels[row])
+    ignored = label == ignore_index
+    wrong = not ignored and (label < 0 or label >= classes)
+    if wrong and t == 0 and bad_position.size > 0:
+        cuda.atomic.min(bad_position, 0, first_position + row)
+    return label, ignored, wrong
+
+
 def _loss_writer(dtype: str) -> Callable[..., None]:
     """``(row, value, log_sum_exp, ignored, wrong, ...)``: what the one thread of a row that has them writes."""
     store = ELEMENTS[dtype].store
     zero, nan = np.float32(0), np.float32(np.nan)
 
     @inlined
-    def write(row, value, log_sum_exp, ignored, wrong, loss, row_loss, lse, bad_position, first_position):
+    def write(row, value, log_sum_exp, ignored, wrong, loss, row_loss, lse):
         if ignored:
             value = zero
         elif wrong:
             value = nan
-            if bad_position.size > 0:
-                cuda.atomic.min(bad_position, 0, first_position + row)
         if lse.size > 0:
             lse[row] = store(log_sum_exp)
         if loss.size > 0:
@@ -352,9 +364,7 @@ def _read_once(dtype: str, group: Group) -> Callable[..., None]:
         before, whole, edge, has_edge = row_parts(start, classes, t)
         first, grad_first = (start + before) // width, (grad_start + before) // width
 
-        label = np.int64(labels[row])
-        ignored = label == ignore_index
-        wrong = not ignored and (label < 0 or label >= classes)
+        label, ignored, wrong = _judged(labels, row, t, classes, ignore_index, bad_position, first_position)
         # before any thread writes the gradient, which may be over the logits
         label_z = load(logits[np.uint64(start + label)]) if not (ignored or wrong) else zero
 
@@ -391,7 +401,7 @@ def _read_once(dtype: str, group: Group) -> Callable[..., None]:
             slope = (z_loss + z_loss) * log_sum_exp
             value += z_loss * log_sum_exp * log_sum_exp
         if t == 0:
-            write_loss(row, value, log_sum_exp, ignored, wrong, loss, row_loss, lse, bad_position, first_position)
+            write_loss(row, value, log_sum_exp, ignored, wrong, loss, row_loss, lse)
 
         # 3. The gradient.
         if grad.size == 0:
@@ -508,9 +518,7 @@ def _read_twice(dtype: str, group: Group) -> Callable[..., None]:
         with_labels, given = labels.size > 0, targets.size > 0
         label, ignored, wrong = np.int64(-1), False, False
         if with_labels:
-            label = np.int64(labels[row])
-            ignored = label == ignore_index
-            wrong = not ignored and (label < 0 or label >= classes)
+            label, ignored, wrong = _judged(labels, row, t, classes, ignore_index, bad_position, first_position)
 
         # 1. Maximum and sums, of this thread relative to its own maximum.
         sums[0], sums[1], sums[2], sums[3] = low, zero, zero, zero
@@ -544,7 +552,7 @@ def _read_twice(dtype: str, group: Group) -> Callable[..., None]:
             slope = (z_loss + z_loss) * log_sum_exp
             value += z_loss * log_sum_exp * log_sum_exp
         if t == 0:
-            write_loss(row, value, log_sum_exp, ignored, wrong, loss, row_loss, lse, bad_position, first_position)
+            write_loss(row, value, log_sum_exp, ignored, wrong, loss, row_loss, lse)
 
         # 3. The gradient. Each thread writes what it read itself, so it may be over the logits.
         if grad.size == 0:

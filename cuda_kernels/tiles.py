@@ -165,17 +165,17 @@ class Spread(NamedTuple):
 
 
 class Product(NamedTuple):
-    """How a block multiplies two stages of shared memory; sizes and distances count words of it."""
+    """How a block multiplies two stages of shared memory; sizes and places count words of it."""
 
     a_stage: int
     b_stage: int
-    a_chunk: int  # from a chunk of a row to the next chunk of that row
-    b_chunk: int
-    a_row: int  # from a chunk of a row to that of the next row
-    b_row: int
+    row: int  # from a chunk to that of another row, for each row between them, which are a multiple of 8
     rows: Spread
     columns: Spread
     fragments: tuple[int, int]  # words that a thread holds of either operand
+    place_a: Callable[..., Any]  # (row, chunk) -> where in a stage the chunk begins
+    place_b: Callable[..., Any]
+    ahead: Callable[..., Any]  # (place of chunk c, n) -> that of chunk c + n, n a multiple of a power of two above c
     origin: Callable[..., Any]  # (thread) -> its first row and column, where it begins to read either stage
     step: Callable[..., None]  # (a, b, at_a, at_b, sums, words of a, words of b)
     put: Callable[..., None]  # (stage, at, fetched, i): store the chunk i of what a thread has fetched
@@ -199,6 +199,18 @@ def _ordinary_product(tile: Tile, wide: bool) -> Product:
     row_pitch, column_pitch = tile.rows + 4, tile.columns + 4
     columns_of_threads = tile.columns // thread_columns
     place = np.int64 if wide else u32
+
+    @inlined
+    def place_a(row, chunk):
+        return u32(chunk * row_pitch + row)
+
+    @inlined
+    def place_b(row, chunk):
+        return u32(chunk * column_pitch + row)
+
+    @inlined
+    def ahead(at, n):
+        return at + n * column_pitch
 
     @inlined
     def origin(t):
@@ -241,18 +253,24 @@ def _ordinary_product(tile: Tile, wide: bool) -> Product:
         store4(out, at, first, second, third, fourth)
 
     return Product(
-        DEPTH * row_pitch, DEPTH * column_pitch, row_pitch, column_pitch, 1, 1, Spread(4, 1, row_jump),
-        Spread(4, 1, column_jump), (thread_rows, thread_columns), origin, step, put, store_run,
+        DEPTH * row_pitch, DEPTH * column_pitch, 1, Spread(4, 1, row_jump), Spread(4, 1, column_jump),
+        (thread_rows, thread_columns), place_a, place_b, ahead, origin, step, put, store_run,
     )  # fmt: skip
 
 
-# Words from a row of a stage to the next, on the tensor cores: 16 are data; with 4 more, the 16-byte rows of the 8x8
-# matrices that `ldmatrix` reads, and of the stores of eight neighbouring rows, lie in different banks.
-PITCH = 20
+ROW = 4 * CHUNKS  # words of a row of a stage, on the tensor cores
+
+
+@inlined
+def _place(row, chunk):
+    """Two rows fill the banks of shared memory once. The chunks of each two change places with those of the others, so
+    that the same chunk of eight rows, which `ldmatrix` reads and eight threads store at a time, has all banks.
+    """
+    return u32(row * ROW + (chunk ^ (row // 2 % CHUNKS)) * 4)
 
 
 def _tensor_product(tile: Tile, kind: str, rows_together: bool) -> Product:
-    """Chunk c of row r of a stage is at r * PITCH + 4 * c.
+    """Chunk c of row r of a stage is at `_place(r, c)`.
 
     The instruction's first operand, of 16, is called the tall one here, its second, of 8, the short one. A thread holds
     of each 16 x 8 sums those of rows lane // 4 and lane // 4 + 8, and of columns lane % 4 * 2 and the next.
@@ -274,8 +292,8 @@ def _tensor_product(tile: Tile, kind: str, rows_together: bool) -> Product:
         # Each lane names one row, of 4 words, of the four 8x8 matrices that it loads at once. They come in the order in
         # which the instruction takes them, so that no register has to be moved: of the tall operand rows 0-7 and 8-15,
         # then their next words; of the short one both words of rows 0-7, then those of 8-15, which are a fragment more.
-        at_tall = u32((first_tall + lane % 16) * PITCH + lane // 16 * 4)
-        at_short = u32((first_short + lane // 16 * 8 + lane % 8) * PITCH + lane // 8 % 2 * 4)
+        at_tall = _place(u32(first_tall + lane % 16), u32(lane // 16))
+        at_short = _place(u32(first_short + lane // 16 * 8 + lane % 8), u32(lane // 8 % 2))
         in_tall, in_short = u32(first_tall + lane // 4), u32(first_short + lane % 4 * 2)
         if rows_together:
             return in_short, in_tall, at_short, at_tall
@@ -284,7 +302,7 @@ def _tensor_product(tile: Tile, kind: str, rows_together: bool) -> Product:
     @inlined
     def fragments(stage, at, words, count):
         for i in range(count):
-            x = load_matrices(stage, u32(at + i * 16 * PITCH))
+            x = load_matrices(stage, u32(at + i * 16 * ROW))
             for j in range(4):
                 words[4 * i + j] = x[j]
 
@@ -312,13 +330,17 @@ def _tensor_product(tile: Tile, kind: str, rows_together: bool) -> Product:
                 multiply(sums, i, j, tall_words, short_words[2 * j], short_words[2 * j + 1])
 
     @inlined
+    def ahead(at, n):
+        return at ^ (4 * n)
+
+    @inlined
     def step(a, b, at_a, at_b, sums, ra, rb):
         if rows_together:
             part(b, a, at_b, at_a, sums, rb, ra)
-            part(b, a, u32(at_b + 8), u32(at_a + 8), sums, rb, ra)
+            part(b, a, u32(ahead(at_b, 2)), u32(ahead(at_a, 2)), sums, rb, ra)
         else:
             part(a, b, at_a, at_b, sums, ra, rb)
-            part(a, b, u32(at_a + 8), u32(at_b + 8), sums, ra, rb)
+            part(a, b, u32(ahead(at_a, 2)), u32(ahead(at_b, 2)), sums, ra, rb)
 
     if pack is None:
 
@@ -353,7 +375,7 @@ def _tensor_product(tile: Tile, kind: str, rows_together: bool) -> Product:
     tall_spread, short_spread = Spread(2, 8, 16), Spread(2, 1, 8)
     words = 4 * tall_fragments, 4 * pairs_of_short
     return Product(
-        tile.rows * PITCH, tile.columns * PITCH, 4, 4, PITCH, PITCH,
+        tile.rows * ROW, tile.columns * ROW, ROW,
         short_spread if rows_together else tall_spread, tall_spread if rows_together else short_spread,
-        words[::-1] if rows_together else words, origin, step, put, store_run,
+        words[::-1] if rows_together else words, _place, _place, ahead, origin, step, put, store_run,
     )  # fmt: skip

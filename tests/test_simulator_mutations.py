@@ -75,8 +75,9 @@ SUMS = {
     "channel sums, channels last": Family("bias_grad", {"last": True}),
 }
 
-# several steps, a last tile that is not full, pads, 16 channels that lie in whole chunks
-STEPS = Case("steps", "", (1, 16, 7, 8), (40, 16, 2, 3), padding=1, dilation=(1, 2))
+# six steps of 32 terms, which is twice around the stages; a last tile that is not full, pads, 16 channels that lie in
+# whole chunks
+STEPS = Case("steps", "", (1, 16, 7, 8), (40, 16, 4, 3), padding=1, dilation=(1, 2))
 POSITIONS = Case("positions", "", (3, 8, 5, 6), (36, 8, 3, 3), padding=1)
 
 
@@ -149,6 +150,7 @@ TENSOR_GATHERS = [name for name in TENSORS if name in GATHERS]
 TILES = [name for name in PRODUCTS if name not in TENSORS]
 WEIGHTS = [name for name in PRODUCTS if name not in GATHERS]
 COPIED = ["tensor tiles, copied", "tensor tiles, tf32"]
+FETCHED = [name for name in PRODUCTS if name not in COPIED]
 CROSS_ENTROPIES = [name for name, family in ROWS.items() if family.operation == "cross_entropy"]
 READ_ONCE = ["rows, read once", "rows, softmax"]
 READ_TWICE = [name for name in ROWS if name not in READ_ONCE]
@@ -167,22 +169,39 @@ class Mutation(NamedTuple):
 LOOP_END = "u32(stage * a_stage + a_at), u32(stage * b_stage + b_at), next_a, next_b)\n"
 BARRIER = "            cuda.syncthreads()\n"
 FIRST_STEP = "        row_of_thread, column_of_thread, from_a, from_b = origin(t)"
+FIRST_STEP_OF_GATHER = "    " + FIRST_STEP
+AFTER_WAIT = "                cuda.syncthreads()  # all have waited"
 STORED = "                    partial[u32(at + channel * channel_step + j * column_taps + k)] = total\n"
 READ_SUMS = "            for i in range(t, column_taps * lanes, THREADS):\n"
 TO_STORE = " * row_spacing)\n                        if r < rows:\n"
 OF_COLUMN = "                    n = u32(column // positions)"
-COMMIT = "                if tensor:\n                    copy_commit()\n"
+COMMIT = "                    if tensor:\n                        copy_commit()\n"
+WAIT = "                copy_wait_all_but_one()\n"
+ROUND = "                round_stage(a, b, u32(stage * a_stage + a_at), u32(stage * b_stage + b_at))\n"
 WRITE_SCRATCH = "            scratch[place + t // 32] = x\n"
 MUTATIONS = {
     # -- barriers
     "no barrier after a stage is stored": Mutation(
-        "barrier", implicit_gemm, [*PRODUCTS], LOOP_END + BARRIER, LOOP_END
+        "barrier", implicit_gemm, [name for name in FETCHED if name in GATHERS], LOOP_END + "    " + BARRIER, LOOP_END
+    ),
+    "no barrier after a stage of weights is stored": Mutation(
+        "barrier", implicit_gemm, WEIGHTS, LOOP_END + BARRIER, LOOP_END
     ),
     "no barrier before the first step": Mutation(
-        "barrier", implicit_gemm, [*PRODUCTS], BARRIER[4:] + FIRST_STEP, FIRST_STEP
+        "barrier", implicit_gemm, [name for name in FETCHED if name in GATHERS], BARRIER + FIRST_STEP_OF_GATHER,
+        FIRST_STEP_OF_GATHER,
+    ),
+    "no barrier before the first step of weights": Mutation(
+        "barrier", implicit_gemm, WEIGHTS, BARRIER[4:] + FIRST_STEP, FIRST_STEP
     ),
     "a stage stored over the one in use": Mutation(
-        "barrier", implicit_gemm, [*PRODUCTS], "stage = u32(1 - stage)", "stage = u32(stage)"
+        "barrier", implicit_gemm, FETCHED, "stage = u32(1 - stage)", "stage = u32(stage)"
+    ),
+    "no barrier after the wait for copies": Mutation(
+        "barrier", implicit_gemm, COPIED, AFTER_WAIT, AFTER_WAIT.replace("cuda.syncthreads()", "pass")
+    ),
+    "the wait after the barrier": Mutation(
+        "barrier", implicit_gemm, COPIED, WAIT + ROUND + AFTER_WAIT, f"{AFTER_WAIT}\n{WAIT}{ROUND}  #"
     ),
     "no barrier before the sums of the warps are read": Mutation(
         "barrier", softmax_rows, [*ROWS], WRITE_SCRATCH + "        cuda.syncthreads()\n", WRITE_SCRATCH
@@ -200,19 +219,37 @@ MUTATIONS = {
         "barrier", channel_sums, [*SUMS], "        cuda.syncthreads()\n", ""
     ),
     # -- asynchronous copies
-    "no wait for the copies": Mutation(
-        "wait", implicit_gemm, TENSOR_GATHERS, "        if tensor:\n            copy_wait_all()\n", ""
+    "no wait for the copies of weights": Mutation(
+        "wait", implicit_gemm, ["tensor tiles, through registers"], "            copy_wait_all()\n", ""
     ),
-    "copies are never committed": Mutation("wait", implicit_gemm, TENSOR_GATHERS, COMMIT, ""),
+    "copies of weights are never committed": Mutation(
+        "wait", implicit_gemm, ["tensor tiles, through registers"], COMMIT, ""
+    ),
     "weights copied into the stage in use": Mutation(
-        "wait", implicit_gemm, TENSOR_GATHERS, "u32((1 - stage) * a_stage", "u32(stage * a_stage"
+        "wait", implicit_gemm, ["tensor tiles, through registers"], "u32((1 - stage) * a_stage", "u32(stage * a_stage"
     ),
-    "a source copied into the stage in use": Mutation(
-        "wait", implicit_gemm, COPIED, "u32((1 - stage) * b_stage", "u32(stage * b_stage"
+    "no wait for the copies": Mutation("wait", implicit_gemm, COPIED, WAIT, ""),
+    "one more group than there are others is waited for": Mutation(
+        "wait", implicit_gemm, COPIED, "# fmt: skip\n                copy_commit()\n                step(",
+        "# fmt: skip\n                if later < last:\n                    copy_commit()\n                step(",
+    ),
+    "the first copies are never committed": Mutation(
+        "wait", implicit_gemm, COPIED, "                copy_commit()\n" + FIRST_STEP_OF_GATHER, FIRST_STEP_OF_GATHER
+    ),
+    "weights copied into the stage that is multiplied": Mutation(
+        "wait", implicit_gemm, COPIED, "u32(before * a_stage", "u32(stage * a_stage"
+    ),
+    "a source copied into the stage that is multiplied": Mutation(
+        "wait", implicit_gemm, COPIED, "u32(before * b_stage", "u32(stage * b_stage"
+    ),
+    "copied into the stage after": Mutation(
+        "wait", implicit_gemm, COPIED, "if stage == 0 else u32(stage - 1)", "if stage == 0 else u32(0)"
     ),
     "rounded before it has landed": Mutation(
-        "wait", implicit_gemm, ["tensor tiles, tf32"],
-        "        if tensor:\n            copy_wait_all()\n        if rounded:", "        if rounded:",
+        "wait", implicit_gemm, ["tensor tiles, tf32"], WAIT + ROUND, ROUND + WAIT
+    ),
+    "rounded after others may read it": Mutation(
+        "barrier", implicit_gemm, ["tensor tiles, tf32"], ROUND + AFTER_WAIT, f"{AFTER_WAIT}\n{ROUND}  #"
     ),
     # -- operands and sums in their places
     "terms that no one fetched": Mutation(
@@ -220,8 +257,8 @@ MUTATIONS = {
         "column, k_b = u32(t % columns_of_tile), u32(t", "column, k_b = u32(t % columns_of_tile), u32(1 + t",
     ),
     "a chunk of the next column": Mutation(
-        "fragment", implicit_gemm, COPIED, "i * columns_apart * b_row), source",
-        "i * columns_apart * b_row + b_row), source",
+        "fragment", implicit_gemm, COPIED, "i * columns_apart * row_of_stage), source",
+        "i * columns_apart * row_of_stage + row_of_stage), source",
     ),
     "the wrong columns of a fragment": Mutation(
         "fragment", tiles, TILES, "load4(b, place(at_b + g * column_jump))", "load4(b, place(at_b + g * 4))"
@@ -231,7 +268,7 @@ MUTATIONS = {
     ),
     "a term twice": Mutation("fragment", tiles, TILES, "place(at_a + 5 * row_pitch)", "place(at_a + 4 * row_pitch)"),
     "a fragment of the wrong lane": Mutation(
-        "fragment", tiles, TENSORS, "lane % 16) * PITCH", "lane % 8) * PITCH"
+        "fragment", tiles, TENSORS, "first_tall + lane % 16)", "first_tall + lane % 8)"
     ),
     "the words of a fragment in another order": Mutation(
         "fragment", tiles, TENSORS, "words[4 * i + j] = x[j]", "words[4 * i + j] = x[j ^ 1]"
@@ -241,10 +278,10 @@ MUTATIONS = {
     ),
     "half of the terms twice": Mutation(
         "fragment", tiles, [name for name in TENSORS if name not in COPIED],
-        "part(a, b, u32(at_a + 8), u32(at_b + 8)", "part(a, b, at_a, at_b",
+        "part(a, b, u32(ahead(at_a, 2)), u32(ahead(at_b, 2))", "part(a, b, at_a, at_b",
     ),
     "half of the terms twice, rows together": Mutation(
-        "fragment", tiles, COPIED, "u32(at_b + 8), u32(at_a + 8)", "at_b, at_a"
+        "fragment", tiles, COPIED, "u32(ahead(at_b, 2)), u32(ahead(at_a, 2))", "at_b, at_a"
     ),
     "a sum in the place of its neighbour": Mutation("fragment", tiles, TENSORS, "new[0], new[1]", "new[1], new[0]"),
     "the sums of another warp": Mutation("fragment", tiles, TENSORS, "warp // warps * of_short", "0"),
@@ -300,8 +337,8 @@ MUTATIONS = {
         "alignment", implicit_gemm, COPIED, "u32(columns[i, 0] + e[0]), inside)",
         "u32(columns[i, 0] + e[0] + 1), inside)",
     ),
-    "a misaligned row of a matrix": Mutation("alignment", tiles, TENSORS, "lane // 16 * 4)", "lane // 16 * 3)"),
-    "rows of a matrix that are not aligned": Mutation("alignment", tiles, TENSORS, "PITCH = 20", "PITCH = 18"),
+    "a misaligned row of a matrix": Mutation("alignment", tiles, TENSORS, "% CHUNKS)) * 4)", "% CHUNKS)) * 3)"),
+    "rows of a matrix that are not aligned": Mutation("alignment", tiles, TENSORS, "ROW = 4 * CHUNKS", "ROW = 18"),
     "a misaligned row of the table": Mutation(
         "alignment", implicit_gemm, WEIGHTS, "load4(table, u32(4 * min(", "load4(table, u32(2 + 4 * min("
     ),

@@ -28,6 +28,7 @@ KINDS = [*TENSOR, "float64"]
 
 POINTWISE = Case("pointwise", "weights used where they are", (2, 8, 13), (12, 8, 1))
 CHUNKED = Case("chunked", "chunks of channels, three steps", (1, 16, 4, 5), (40, 16, 2, 3), padding=1, dilation=(1, 2))
+LONG = Case("long", "more than twice as many steps as stages", (1, 16, 3, 4), (24, 16, 3, 5), padding=(1, 2))
 GROUPS = Case("groups", "eight channels in each of two groups", (1, 16, 4, 6), (16, 8, 3, 3), padding=1, groups=2)
 VOLUME = Case(
     "volume", "three dimensions, pads of two sizes", (1, 4, 3, 5, 4), (6, 4, 2, 2, 3), stride=(1, 2, 1),
@@ -130,9 +131,21 @@ def test_any_alignment_has_the_same_bits(operation, last, kind, run, rng):  # no
 )  # fmt: skip
 @pytest.mark.parametrize("schedule", SCHEDULES, ids="-".join)
 def test_every_schedule(schedule, operation, last, kind, run, rng):  # noqa: F811
-    arrays = operands(operation, CHUNKED, lambda shape: integers(rng, shape, "float32" if kind == "tf32" else kind))
-    actual = run(operation, CHUNKED, *arrays, last=last, schedule=schedule, **options(kind))
-    np.testing.assert_array_equal(actual, exactly(operation, CHUNKED, arrays))
+    case = LONG if last else CHUNKED
+    arrays = operands(operation, case, lambda shape: integers(rng, shape, "float32" if kind == "tf32" else kind))
+    actual = run(operation, case, *arrays, last=last, schedule=schedule, **options(kind))
+    np.testing.assert_array_equal(actual, exactly(operation, case, arrays))
+
+
+@pytest.mark.parametrize("channels", [8, 16, 32, 40, 72, 104])
+@pytest.mark.parametrize("kind", ["tf32", "bfloat16"])
+def test_any_number_of_steps(kind, channels, run, rng):  # noqa: F811
+    """Fewer than stages, as many, and more, with a last one that is not full."""
+    case = Case("steps", "", (1, channels, 5), (9, channels, 1))
+    arrays = operands("forward", case, lambda shape: integers(rng, shape, "float32" if kind == "tf32" else kind))
+    for schedule in (("forward", "late"), ("skewed", "early")):
+        actual = run("forward", case, *arrays, last=True, schedule=schedule, **options(kind))
+        np.testing.assert_array_equal(actual, exactly("forward", case, arrays))
 
 
 @pytest.mark.parametrize(
