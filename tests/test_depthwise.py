@@ -134,14 +134,14 @@ ALL_CASES = [*CASES, *CHANNEL_CASES, *PLANE_CASES]
 
 
 def forget_plans():
-    for plan in (convolution._depthwise_forward_plan, convolution._depthwise_input_grad_plan):
-        plan.cache_clear()
+    for passes in ("forward", "input_grad", "weight_grad"):
+        getattr(convolution, f"_depthwise_{passes}_plan").cache_clear()
 
 
 @pytest.fixture
 def no_masks(monkeypatch):
     """As where vectors have no masks: the kernels that planes are not read in place by."""
-    monkeypatch.setattr(depthwise_planes, "applies", lambda *_: False)
+    monkeypatch.setattr(depthwise_planes, "applies", lambda *_, **__: False)
     forget_plans()
     yield
     forget_plans()

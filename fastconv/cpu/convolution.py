@@ -310,12 +310,14 @@ def _depthwise_weight_grad_plan(
 ) -> depthwise.Plan:
     depth, height, width = map(depthwise.forward_line, _axes(geometry))
     lines = (depth, height, width)
-    if depthwise_channels.applies(geometry, dtype, lines, x, dy, weight_gradient=True):
+    zeros, rows = geometry.padding_mode == "zeros", geometry.out_channels_per_group
+    by_channels = depthwise_channels.applies(geometry, dtype, lines, x, dy, weight_gradient=True)
+    by_planes = depthwise_planes.applies(dtype, lines, x, dy, zeros, weight_gradient=True)
+    if by_planes and (not by_channels or depthwise_planes.pays(dtype, lines, weight_gradient=True)):
+        return depthwise_planes.plan_weight_gradient(dtype, geometry.batch, geometry.groups, rows, lines, x, dy)
+    if by_channels:
         return depthwise_channels.plan_weight_gradient(dtype, geometry.batch, geometry.groups, lines, x, dy)
-    return depthwise.plan_weight_gradient(
-        dtype, geometry.batch, geometry.groups, geometry.out_channels_per_group, lines, x, dy,
-        geometry.padding_mode == "zeros",
-    )  # fmt: skip
+    return depthwise.plan_weight_gradient(dtype, geometry.batch, geometry.groups, rows, lines, x, dy, zeros)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -26,15 +26,17 @@ from .depthwise import Line, Lines, Plan, address_of
 (
     X, W, Y, BIAS, RELU, ADD,
     X_N, X_C, X_D, X_H, Y_N, Y_O, Y_D, Y_H, W_FIRST, W_D, W_H, W_W, TAPS,
-    CHANNELS, ROWS, AT_ONCE, CHUNKS, OUT_D, OUT_H, TILES, UNITS, UNIT_TASKS, PIECES, PIECE_SIZE, TABLE, NO_BIAS,
-    CHECK, WIDTH, HEIGHT, STRIDE_H, FIRST_H, REACH_H, DEPTH, STRIDE_D, FIRST_D, TAPS_D, TAP_STEP, END,
-) = range(tasks.FIRST, tasks.FIRST + 44)  # fmt: skip
+    CHANNELS, ROWS, AT_ONCE, CHUNKS, OUT_D, OUT_H, TILES, UNITS, UNIT_TASKS, PIECES, PIECE_SIZE, TABLE, CONSTANTS,
+    BATCH, SPLITS, CHECK, WIDTH, HEIGHT, STRIDE_H, FIRST_H, TAPS_H, DEPTH, STRIDE_D, FIRST_D, TAPS_D, TAP_STEP, END,
+) = range(tasks.FIRST, tasks.FIRST + 46)  # fmt: skip
 # The table of the pieces: for each of them, and then its masks (see `simd.call_correlate_planes`)
 FUNCTION, COLUMN, FIRST_COLUMN, MASKS = range(4)
 
 # Input of one call: many planes share the work that is done for each call, and their rows are still in the nearest
 # caches when the next piece of them is computed. From 16 to 64 KiB within a tenth of one another.
 _CALL_BYTES = 32 * 1024
+_SUMS_BYTES = 16 * 1024  # sums of a weight gradient that are filled by one call
+_GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the bits do not depend on the threads
 
 _jit = njit(error_model="numpy", nogil=True)
 
@@ -102,7 +104,7 @@ def _correlate(task, worker, p, real):
         for i in range(p[ROWS]):
             w = simd.offset(weights, i * p[TAPS] + p[W_FIRST])
             y_i = simd.offset(y, i * p[Y_O])
-            bias = simd.at(real, p[NO_BIAS])
+            bias = simd.at(real, p[CONSTANTS])
             if p[BIAS]:
                 bias = simd.offset(simd.at(real, p[BIAS]), channel * p[ROWS] + i)
             if finite:
@@ -111,7 +113,7 @@ def _correlate(task, worker, p, real):
                     p[X_H], first_h, p[HEIGHT], high - low, simd.offset(w, low * p[W_D]), channels, rows, bias,
                 )  # fmt: skip
                 continue
-            copied = (rows - 1) * p[STRIDE_H] + p[REACH_H]
+            copied = (rows - 1) * p[STRIDE_H] + p[TAPS_H]
             for c in range(channels):
                 _copy_rows(p, scratch, simd.offset(x, c * p[X_C]), first_d, first_h, copied)
                 _correlate_rows(
@@ -121,6 +123,48 @@ def _correlate(task, worker, p, real):
                 )  # fmt: skip
 
 
+@tasks.Body
+def _weight_gradient(task, worker, p, real):
+    """Task = a part of the units (tile of rows, sample) of a range of channels."""
+    lanes = simd.lanes(real)
+    sums = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
+    table, zeros = simd.at(p, p[TABLE]), simd.at(real, p[CONSTANTS])
+    part, split = task % p[CHUNKS], task // p[CHUNKS]
+    channel, end = part * p[CHANNELS] // p[CHUNKS], (part + 1) * p[CHANNELS] // p[CHUNKS]
+    size = p[ROWS] * p[TAPS]
+    while channel < end:
+        channels = min(p[AT_ONCE], end - channel)
+        simd.fill_zero(sums, channels * size * lanes)
+        unit, last = split * p[UNITS] // p[SPLITS], (split + 1) * p[UNITS] // p[SPLITS]
+        while unit < last:
+            tile, n = unit // p[BATCH], unit % p[BATCH]
+            runs = min(p[BATCH] - n, last - unit)
+            unit += runs
+            h = tile * p[OUT_H] // p[TILES]
+            rows, first_h = (tile + 1) * p[OUT_H] // p[TILES] - h, h * p[STRIDE_H] + p[FIRST_H]
+            x = simd.offset(simd.at(real, p[X]), n * p[X_N] + channel * p[X_C])
+            dy = simd.offset(simd.at(real, p[Y]), n * p[Y_N] + channel * p[ROWS] * p[Y_O] + h * p[Y_H])
+            for i in range(p[ROWS]):
+                for d in range(p[OUT_D]):
+                    for a in range(p[TAPS_D]):
+                        at_d = d * p[STRIDE_D] + p[FIRST_D] + a * p[TAP_STEP]
+                        within = 0 <= at_d < p[DEPTH]
+                        for k in range(p[PIECES]):
+                            piece = simd.offset(table, k * p[PIECE_SIZE])
+                            column = piece[FIRST_COLUMN]
+                            simd.call_accumulate_planes(
+                                piece[FUNCTION], simd.offset(piece, MASKS),
+                                simd.offset(sums, (i * p[TAPS] + a * (p[TAPS] // p[TAPS_D])) * lanes), size * lanes,
+                                simd.offset(dy, i * p[Y_O] + d * p[Y_D] + piece[COLUMN]), p[ROWS] * p[Y_O], p[Y_N],
+                                p[Y_H], simd.offset(x, at_d * p[X_D] + column), p[X_C], p[X_N], p[X_H],
+                                simd.offset(zeros, column), first_h, p[HEIGHT] if within else 0, channels, runs, rows,
+                            )  # fmt: skip
+        simd.sum_lanes(
+            simd.offset(simd.at(real, p[W]), (split * p[CHANNELS] + channel) * size), sums, channels * size
+        )
+        channel += channels
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Planning
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,6 +172,10 @@ def _correlate(task, worker, p, real):
 
 def _correlate_function(taps, kind, arguments, real):
     simd.correlate_planes(taps, kind, arguments, real)
+
+
+def _accumulate_function(taps, kind, arguments, real):
+    simd.accumulate_planes(taps, kind, arguments, real)
 
 
 def _rows_at_once(rows: int) -> int:
@@ -140,9 +188,10 @@ def _lane_bits(low: int, high: int, lanes: int) -> int:
     return sum(1 << lane for lane in range(max(low, 0), min(high, lanes)))
 
 
-def _shapes(count: int, dtype: np.dtype) -> list[tuple[int, int, int]]:
-    """(index in `simd.plane_shapes`, lanes, vectors) of the pieces of a row of `count` elements."""
+def _shapes(count: int, dtype: np.dtype, most: int) -> list[tuple[int, int, int]]:
+    """(index in `simd.plane_shapes`, lanes, vectors) of the pieces, of `most` vectors, of a row of `count` elements."""
     shapes = [(n, *shape) for n, shape in enumerate(simd.plane_shapes(simd.tile(dtype.itemsize * 8)))]
+    shapes = [shape for shape in shapes if shape[2] <= most]
     pieces = []
     while count > 0:
         pieces.append(next((s for s in shapes if count <= s[1] * s[2]), shapes[-1]))
@@ -150,21 +199,40 @@ def _shapes(count: int, dtype: np.dtype) -> list[tuple[int, int, int]]:
     return pieces
 
 
-def _pieces(line: Line, dtype: np.dtype, rows: int) -> np.ndarray:
-    """The table of the pieces of a row of output."""
+def _pieces(line: Line, dtype: np.dtype, rows: int | None) -> np.ndarray:
+    """The table of the pieces of a row of output, for `rows` rows at a time; None is the weight gradient."""
     (phase,) = line.phases
     taps, first = len(phase.taps), 0
     table = []
-    for shape, lanes, vectors in _shapes(phase.count, dtype):
+    for shape, lanes, vectors in _shapes(phase.count, dtype, 1 if rows is None else 2):
         column = first * line.stride + phase.shift - line.before
-        function = address_of(_correlate_function, taps, simd.plane_kind(line.stride, shape, rows), dtype)
+        kind = simd.plane_kind(line.stride, shape, rows or 0)
+        function = address_of(_accumulate_function if rows is None else _correlate_function, taps, kind, dtype)
         stored = [_lane_bits(0, phase.count - first - n * lanes, lanes) for n in range(vectors)]
         places = [column + at for at in simd.plane_loads(lanes, vectors, taps, line.stride)]
         loaded = [_lane_bits(-place, line.size - place, lanes) for place in places]
+        if rows is None and line.stride == 1:  # zero times what a lane that is not there would meet may be nan
+            loaded = [bits & stored[0] for bits in loaded]
         table.append([function, first, column, *stored, *loaded])
         first += lanes * vectors
     size = max(map(len, table))
     return np.array([piece + [0] * (size - len(piece)) for piece in table], np.int64)
+
+
+def _geometry(lines: Lines) -> tuple[int, ...]:
+    """The last parameters of both bodies."""
+    depth, height, width = lines
+    first_h, first_d = (line.phases[0].shift - line.before for line in (height, depth))
+    return (
+        width.size, height.size, height.stride, first_h, len(height.taps), depth.size, depth.stride, first_d,
+        len(depth.taps), depth.phases[0].tap_step,
+    )  # fmt: skip
+
+
+def _tiles(rows: int, row_bytes: int, least: int) -> int:
+    """Into how many tiles of at least so many rows a plane is cut."""
+    tile = max(1, _CALL_BYTES // (row_bytes * least)) * least
+    return min(-(-rows // tile), rows // least)
 
 
 def plan_correlation(
@@ -176,18 +244,16 @@ def plan_correlation(
     With `check`, weights need not be finite.
     """
     depth, height, width = lines
-    (in_depth,), (in_height,), (in_width,) = (line.phases for line in lines)
-    at_once = _rows_at_once(in_height.count)
+    at_once = _rows_at_once(height.out)
     pieces, no_bias = _pieces(width, dtype, at_once), np.array([-0.0], dtype)  # adding which changes nothing
     taps = [len(line.taps) for line in lines]
-    row_bytes = max(width.size, in_width.count) * dtype.itemsize
-    tile = max(1, _CALL_BYTES // (row_bytes * at_once)) * at_once
-    tiles, planes = min(-(-in_height.count // tile), in_height.count // at_once), 1  # of at_once rows at the least
-    if tiles == in_depth.count == 1:
+    row_bytes = max(width.size, width.out) * dtype.itemsize
+    tiles, planes = _tiles(height.out, row_bytes, at_once), 1
+    if tiles == depth.out == 1:
         planes = max(1, min(channels, _CALL_BYTES // (row_bytes * height.size)))
-    tile = -(-in_height.count // tiles)
+    tile = -(-height.out // tiles)
     chunks = -(-channels // planes)
-    units = batch * chunks * in_depth.count * tiles
+    units = batch * chunks * depth.out * tiles
     unit_tasks = min(units, 8 * workers)
     # weights in the order of `taps`, which falls in the input gradient
     sizes = taps[1] * taps[2], taps[2], 1
@@ -198,14 +264,39 @@ def plan_correlation(
     parameters = np.zeros(END, np.int64)
     parameters[X_N:END] = (
         *x[:4], *y[:4], first, *steps, math.prod(taps),
-        channels, rows, planes, chunks, in_depth.count, in_height.count, tiles, units, unit_tasks, *pieces.shape,
-        address(pieces), address(no_bias), check, width.size, height.size, height.stride,
-        in_height.shift - height.before, taps[1], depth.size, depth.stride, in_depth.shift - depth.before, taps[0],
-        in_depth.tap_step,
+        channels, rows, planes, chunks, depth.out, height.out, tiles, units, unit_tasks, *pieces.shape,
+        address(pieces), address(no_bias), batch, 1, check, *_geometry(lines),
     )  # fmt: skip
     flops = 2 * batch * channels * rows * math.prod(line.out * len(line.taps) for line in lines)
     scratch = copied * dtype.itemsize if check else 0
     return Plan(_correlate, parameters, (pieces, no_bias), unit_tasks, scratch, flops)
+
+
+def plan_weight_gradient(
+    dtype: np.dtype, batch: int, channels: int, rows: int, lines: Lines, x: Strides, dy: Strides
+) -> Plan:
+    """Plan dw[c, i, k] = sum over n, p of dy[n, c, i, p] * x[n, c, u(p, k)], with strides of x and dy in elements."""
+    depth, height, width = lines
+    lanes = simd.tile(dtype.itemsize * 8).lanes
+    pieces, zeros = _pieces(width, dtype, None), np.zeros(width.size, dtype)
+    taps = math.prod(len(line.taps) for line in lines)
+    sums = rows * taps * lanes
+    tiles = _tiles(height.out, max(width.size, width.out) * dtype.itemsize, len(height.taps))
+    units = batch * tiles
+    splits = min(units, -(-_GRADIENT_TASKS // channels))
+    chunks = min(channels, 4 * _GRADIENT_TASKS)
+    planes = max(1, min(-(-channels // chunks), _SUMS_BYTES // (sums * dtype.itemsize)))
+    parameters = np.zeros(END, np.int64)
+    parameters[X_N:END] = (
+        *x[:4], *dy[:4], 0, 0, 0, 0, taps,
+        channels, rows, planes, chunks, depth.out, height.out, tiles, units, chunks * splits, *pieces.shape,
+        address(pieces), address(zeros), batch, splits, 0, *_geometry(lines),
+    )  # fmt: skip
+    flops = 2 * batch * channels * rows * math.prod(line.out * len(line.taps) for line in lines)
+    return Plan(
+        _weight_gradient, parameters, (pieces, zeros), chunks * splits, planes * sums * dtype.itemsize, flops,
+        splits=splits,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,35 +309,38 @@ def plan_correlation(
 _OVERHEAD, _OVERHEAD_OF_CHANNELS = 3, 14
 
 
-def applies(dtype: np.dtype, lines: Lines, x: Strides, y: Strides, zeros: bool) -> bool:
+def applies(
+    dtype: np.dtype, lines: Lines, x: Strides, y: Strides, zeros: bool, weight_gradient: bool = False
+) -> bool:
     """Is this a correlation for the functions of this module, with strides of input and output in elements?"""
     if not zeros or not simd.tile(dtype.itemsize * 8).masks or not x[4] == y[4] == 1:
         return False
     for line in lines:
-        taps = tuple(range(len(line.taps)))
-        if len(line.phases) > 1 or not taps or line.taps not in (taps, taps[::-1]):
+        rising = tuple(range(len(line.taps)))
+        if len(line.phases) > 1 or not rising or line.taps not in (rising, rising[::-1]):
             return False
     depth, height, width = lines
+    taps, stride = len(height.taps), height.stride
+    if len(width.taps) != taps or width.stride != stride:
+        return False
+    if not height.phases[0].tap_step == width.phases[0].tap_step == 1:
+        return False
+    if weight_gradient:
+        return taps in simd.GRADIENT_TAPS.get(stride, ()) and height.out >= taps
     places = np.arange(depth.out)[:, None] * depth.stride + depth.phases[0].shift
     places = places + np.arange(len(depth.taps)) * depth.phases[0].tap_step
     if not (depth.source[places] >= 0).any(axis=1).all():
         return False
-    same = len(height.taps) == len(width.taps) and height.stride == width.stride
-    neighbours = height.phases[0].tap_step == width.phases[0].tap_step == 1
-    return (
-        same
-        and neighbours
-        and height.out >= min(simd.PLANE_ROWS)
-        and len(height.taps) in simd.PLANE_TAPS.get(height.stride, ())
-    )
+    return taps in simd.PLANE_TAPS.get(stride, ()) and height.out >= min(simd.PLANE_ROWS)
 
 
-def pays(dtype: np.dtype, lines: Lines) -> bool:
+def pays(dtype: np.dtype, lines: Lines, weight_gradient: bool = False) -> bool:
     """Is this faster than `depthwise_channels`?"""
     _, height, width = lines
     taps = math.prod(len(line.taps) for line in lines)
-    columns = sum(lanes * vectors for _, lanes, vectors in _shapes(width.out, dtype))
-    at_once = _rows_at_once(height.out)
-    rows = -(-height.out // at_once) * at_once
-    waste = columns * rows / (width.out * height.out)
+    shapes = _shapes(width.out, dtype, 1 if weight_gradient else 2)
+    waste = sum(lanes * vectors for _, lanes, vectors in shapes) / width.out
+    if not weight_gradient:
+        at_once = _rows_at_once(height.out)
+        waste *= -(-height.out // at_once) * at_once / height.out
     return (taps + _OVERHEAD) * waste <= taps + _OVERHEAD_OF_CHANNELS
