@@ -121,6 +121,8 @@ PLANE_CASES = [
     ),
     *(filters(f"planes_{k}x{k}", 3, (15, 21), (k, k), padding=k // 2) for k in (2, 4, 6, 7, 8, 11, 15)),
     *(filters(f"planes_stride2_{k}x{k}", 3, (29, 67), (k, k), stride=2, padding=k // 2) for k in (2, 3, 4, 5)),
+    filters("planes_stride2_tiles", 2, (301, 203), (3, 3), batch=1, stride=2, padding=1),
+    filters("planes_stride2_wide_padding", 3, (17, 40), (5, 5), stride=2, padding=((5, 8), (7, 2))),
     filters("planes_wide_padding", 3, (6, 7), (3, 3), padding=((9, 4), (6, 21))),
     filters("planes_many", 700, (7, 7), (3, 3), batch=1, padding=1),
     filters("planes_tiles", 2, (210, 160), (5, 5), batch=1, padding=2),
@@ -179,7 +181,8 @@ SOME = [
         "width_13", "height_11", "rows_12", "stride2_5x5_13x70", "stride2_4x4_9x17", "stride3", "dilated_3",
         "multiplier_stride2", "plane_to_4", "1d_k4", "1d_k400", "3d_stride2", "reflect_stride2", "tiles_of_rows",
         "channels_13", "channels_2x3", "channels_stride2_5x5", "channels_stride3", "channels_tiles",
-        "channels_3d_stride2", "planes_11x33", "planes_stride2_5x5", "planes_wide_padding", "planes_3d_stride2_dilated",
+        "channels_3d_stride2", "planes_11x33", "planes_stride2_5x5", "planes_stride2_tiles",
+        "planes_wide_padding", "planes_3d_stride2_dilated",
     )
 ]  # fmt: skip
 

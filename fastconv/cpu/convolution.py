@@ -189,6 +189,10 @@ def _depthwise_plan(
         return depthwise_planes.plan_correlation(
             dtype, geometry.batch, geometry.groups, rows, lines, x, y, forward, workers
         )
+    if channels == rows == 1 and not add and not forward and depthwise_planes.applies_by_two(dtype, lines, x, y):
+        return depthwise_planes.plan_input_gradient_by_two(
+            dtype, geometry.batch, geometry.groups, lines, x, y, workers
+        )
     if by_channels:
         return depthwise_channels.plan_correlation(dtype, geometry.batch, geometry.groups, lines, x, y, workers)
     return depthwise.plan_correlation(

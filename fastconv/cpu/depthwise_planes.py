@@ -26,9 +26,10 @@ from .depthwise import Line, Lines, Plan, address_of
 (
     X, W, Y, BIAS, RELU, ADD,
     X_N, X_C, X_D, X_H, Y_N, Y_O, Y_D, Y_H, W_FIRST, W_D, W_H, W_W, TAPS,
-    CHANNELS, ROWS, AT_ONCE, CHUNKS, OUT_D, OUT_H, TILES, UNITS, UNIT_TASKS, PIECES, PIECE_SIZE, TABLE, CONSTANTS,
-    BATCH, SPLITS, CHECK, WIDTH, HEIGHT, STRIDE_H, FIRST_H, TAPS_H, DEPTH, STRIDE_D, FIRST_D, TAPS_D, TAP_STEP, END,
-) = range(tasks.FIRST, tasks.FIRST + 46)  # fmt: skip
+    CHANNELS, ROWS, AT_ONCE, CHUNKS, OUT_D, OUT_H, STEP, Y_ROWS, TILES, UNITS, UNIT_TASKS, PIECES, PIECE_SIZE, TABLE,
+    CONSTANTS, BATCH, SPLITS, CHECK, WIDTH, HEIGHT, STRIDE_H, FIRST_H, TAPS_H, DEPTH, STRIDE_D, FIRST_D, TAPS_D,
+    TAP_STEP, END,
+) = range(tasks.FIRST, tasks.FIRST + 48)  # fmt: skip
 # The table of the pieces: for each of them, and then its masks (see `simd.call_correlate_planes`)
 FUNCTION, COLUMN, FIRST_COLUMN, MASKS = range(4)
 
@@ -42,17 +43,17 @@ _jit = njit(error_model="numpy", nogil=True)
 
 
 @_jit
-def _correlate_rows(p, y, x, x_plane, x_depth, x_row, first_h, height, depths, w, planes, rows, bias):
+def _correlate_rows(p, y, x, x_plane, x_depth, x_row, first_h, height, depths, w, planes, rows, y_rows, bias):
     """`rows` rows of `planes` planes of output, from planes of `height` rows of input, of which the first tap of the
     first row of output meets row first_h."""
     table = simd.at(p, p[TABLE])
-    bias_step = p[ROWS] if p[BIAS] else 0
+    bias_step, flags = p[ROWS] if p[BIAS] else 0, simd.RELU if p[RELU] else 0
     for k in range(p[PIECES]):
         piece = simd.offset(table, k * p[PIECE_SIZE])
         simd.call_correlate_planes(
             piece[FUNCTION], simd.offset(piece, MASKS), simd.offset(y, piece[COLUMN]), p[ROWS] * p[Y_O], p[Y_H],
             simd.offset(x, piece[FIRST_COLUMN]), x_plane, x_depth, x_row, first_h, height, depths,
-            w, p[ROWS] * p[TAPS], p[W_D], p[W_H], p[W_W], planes, rows, bias, bias_step, simd.RELU if p[RELU] else 0,
+            w, p[ROWS] * p[TAPS], p[W_D], p[W_H], p[W_W], planes, rows, y_rows, bias, bias_step, flags,
         )  # fmt: skip
 
 
@@ -92,10 +93,11 @@ def _correlate(task, worker, p, real):
         d, rest = rest % p[OUT_D], rest // p[OUT_D]
         channel, n = rest % p[CHUNKS] * p[AT_ONCE], rest // p[CHUNKS]
         channels, rows = min(p[AT_ONCE], p[CHANNELS] - channel), end - h
+        y_rows = p[Y_ROWS] - h * p[STEP]
         weights = simd.offset(simd.at(real, p[W]), channel * p[ROWS] * p[TAPS])
         x = simd.offset(simd.at(real, p[X]), n * p[X_N] + channel * p[X_C])
         y = simd.offset(
-            simd.at(real, p[Y]), n * p[Y_N] + channel * p[ROWS] * p[Y_O] + d * p[Y_D] + h * p[Y_H]
+            simd.at(real, p[Y]), n * p[Y_N] + channel * p[ROWS] * p[Y_O] + d * p[Y_D] + h * p[STEP] * p[Y_H]
         )
         first_h, first_d = h * p[STRIDE_H] + p[FIRST_H], d * p[STRIDE_D] + p[FIRST_D]
         low = max(-(first_d // p[TAP_STEP]), 0)  # taps of the depth from here on, and before `high`, meet a plane
@@ -110,7 +112,7 @@ def _correlate(task, worker, p, real):
             if finite:
                 _correlate_rows(
                     p, y_i, simd.offset(x, (first_d + low * p[TAP_STEP]) * p[X_D]), p[X_C], p[TAP_STEP] * p[X_D],
-                    p[X_H], first_h, p[HEIGHT], high - low, simd.offset(w, low * p[W_D]), channels, rows, bias,
+                    p[X_H], first_h, p[HEIGHT], high - low, simd.offset(w, low * p[W_D]), channels, rows, y_rows, bias,
                 )  # fmt: skip
                 continue
             copied = (rows - 1) * p[STRIDE_H] + p[TAPS_H]
@@ -118,7 +120,7 @@ def _correlate(task, worker, p, real):
                 _copy_rows(p, scratch, simd.offset(x, c * p[X_C]), first_d, first_h, copied)
                 _correlate_rows(
                     p, simd.offset(y_i, c * p[ROWS] * p[Y_O]), scratch, 0, copied * p[WIDTH], p[WIDTH], 0, copied,
-                    p[TAPS_D], simd.offset(w, c * p[ROWS] * p[TAPS]), 1, rows,
+                    p[TAPS_D], simd.offset(w, c * p[ROWS] * p[TAPS]), 1, rows, y_rows,
                     simd.offset(bias, c * p[ROWS] if p[BIAS] else 0),
                 )  # fmt: skip
 
@@ -178,6 +180,10 @@ def _accumulate_function(taps, kind, arguments, real):
     simd.accumulate_planes(taps, kind, arguments, real)
 
 
+def _spread_function(taps, kind, arguments, real):
+    simd.spread_planes_by_two(taps, kind, arguments, real)
+
+
 def _rows_at_once(rows: int) -> int:
     """Those of `simd.PLANE_ROWS`, no more than there are, with which the fewest rows are computed twice."""
     return min((most for most in simd.PLANE_ROWS if most <= rows), key=lambda most: -(-rows // most) * most)
@@ -217,6 +223,31 @@ def _pieces(line: Line, dtype: np.dtype, rows: int | None) -> np.ndarray:
         first += lanes * vectors
     size = max(map(len, table))
     return np.array([piece + [0] * (size - len(piece)) for piece in table], np.int64)
+
+
+def _parity(line: Line) -> int:
+    """Of the taps that meet even elements of an input gradient with stride 2."""
+    return line.phases[0].taps[0] % 2
+
+
+def _first(line: Line) -> int:
+    """The output gradient that element 0 of an input gradient with stride 2 would be at distance 0 of."""
+    phase = line.phases[0]
+    return phase.shift - line.before - (_parity(line) - phase.taps[0]) // 2
+
+
+def _pieces_by_two(line: Line, dtype: np.dtype) -> np.ndarray:
+    """The table of the pieces of a row of pairs of an input gradient with stride 2."""
+    taps, count, first = len(line.taps), sum(phase.count for phase in line.phases), 0
+    table = []
+    for shape, lanes, _ in _shapes(line.out, dtype, 1):
+        function = address_of(_spread_function, taps, simd.plane_kind(_parity(line), shape, 0), dtype)
+        stored = [_lane_bits(0, count - 2 * first - n * lanes, lanes) for n in range(2)]
+        places = [first + _first(line) + shift for shift in simd.spread_shifts(taps, _parity(line))]
+        loaded = [_lane_bits(-place, line.size - place, lanes) for place in places]
+        table.append([function, 2 * first, first + _first(line), *stored, *loaded])
+        first += lanes
+    return np.array(table, np.int64)
 
 
 def _geometry(lines: Lines) -> tuple[int, ...]:
@@ -264,12 +295,38 @@ def plan_correlation(
     parameters = np.zeros(END, np.int64)
     parameters[X_N:END] = (
         *x[:4], *y[:4], first, *steps, math.prod(taps),
-        channels, rows, planes, chunks, depth.out, height.out, tiles, units, unit_tasks, *pieces.shape,
+        channels, rows, planes, chunks, depth.out, height.out, 1, height.out, tiles, units, unit_tasks, *pieces.shape,
         address(pieces), address(no_bias), batch, 1, check, *_geometry(lines),
     )  # fmt: skip
     flops = 2 * batch * channels * rows * math.prod(line.out * len(line.taps) for line in lines)
     scratch = copied * dtype.itemsize if check else 0
     return Plan(_correlate, parameters, (pieces, no_bias), unit_tasks, scratch, flops)
+
+
+def plan_input_gradient_by_two(
+    dtype: np.dtype, batch: int, channels: int, lines: Lines, dy: Strides, dx: Strides, workers: int
+) -> Plan:
+    """Plan the input gradient of a depthwise convolution with stride 2, with strides of dy and dx in elements."""
+    _, height, width = lines
+    pieces, no_bias = _pieces_by_two(width, dtype), np.array([-0.0], dtype)
+    taps = len(height.taps)
+    row_bytes = 2 * width.out * dtype.itemsize
+    tiles, planes = _tiles(height.out, 2 * row_bytes, simd.PLANE_PAIRS), 1
+    if tiles == 1:
+        planes = max(1, min(channels, _CALL_BYTES // (2 * row_bytes * height.out)))
+    chunks = -(-channels // planes)
+    units = batch * chunks * tiles
+    unit_tasks = min(units, 8 * workers)
+    dx_rows = sum(phase.count for phase in height.phases)
+    parameters = np.zeros(END, np.int64)
+    parameters[X_N:END] = (
+        *dy[:4], *dx[:4], 0, taps * taps, taps, 1, taps * taps,
+        channels, 1, planes, chunks, 1, height.out, 2, dx_rows, tiles, units, unit_tasks, *pieces.shape,
+        address(pieces), address(no_bias), batch, 1, False, width.size, height.size, 1, _first(height), taps, 1, 0, 0,
+        1, 1,
+    )  # fmt: skip
+    flops = 2 * batch * channels * height.size * width.size * taps * taps
+    return Plan(_correlate, parameters, (pieces, no_bias), unit_tasks, 0, flops)
 
 
 def plan_weight_gradient(
@@ -289,8 +346,8 @@ def plan_weight_gradient(
     parameters = np.zeros(END, np.int64)
     parameters[X_N:END] = (
         *x[:4], *dy[:4], 0, 0, 0, 0, taps,
-        channels, rows, planes, chunks, depth.out, height.out, tiles, units, chunks * splits, *pieces.shape,
-        address(pieces), address(zeros), batch, splits, 0, *_geometry(lines),
+        channels, rows, planes, chunks, depth.out, height.out, 1, height.out, tiles, units, chunks * splits,
+        *pieces.shape, address(pieces), address(zeros), batch, splits, False, *_geometry(lines),
     )  # fmt: skip
     flops = 2 * batch * channels * rows * math.prod(line.out * len(line.taps) for line in lines)
     return Plan(
@@ -332,6 +389,25 @@ def applies(
     if not (depth.source[places] >= 0).any(axis=1).all():
         return False
     return taps in simd.PLANE_TAPS.get(stride, ()) and height.out >= min(simd.PLANE_ROWS)
+
+
+def applies_by_two(dtype: np.dtype, lines: Lines, dy: Strides, dx: Strides) -> bool:
+    """Is this an input gradient for `plan_input_gradient_by_two`?"""
+    depth, *others = lines
+    if not simd.tile(dtype.itemsize * 8).masks or not dy[4] == dx[4] == 1:
+        return False
+    if not depth.out == depth.step == depth.size == len(depth.taps) == 1:
+        return False
+    for line in others:
+        if line.step != 2 or len(line.phases) != 2 or not all(f.taps and f.tap_step == 1 for f in line.phases):
+            return False
+    height, width = others
+    return (
+        len(height.taps) == len(width.taps)
+        and len(height.taps) in simd.SPREAD_TAPS
+        and _parity(height) == _parity(width)
+        and height.out >= simd.PLANE_PAIRS
+    )
 
 
 def pays(dtype: np.dtype, lines: Lines, weight_gradient: bool = False) -> bool:

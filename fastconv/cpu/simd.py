@@ -2837,19 +2837,25 @@ def plane_loads(lanes: int, vectors: int, taps: int, stride: int) -> list[int]:
     return [n * lanes for n in range(2 * vectors + 1)]
 
 
+def _correlate_planes_arguments(element: ir.Type) -> list[ir.Type]:
+    pointer = element.as_pointer()
+    return [
+        _I64.as_pointer(), pointer, _I64, _I64, pointer, *[_I64] * 6, pointer, *[_I64] * 7, pointer, _I64, element
+    ]  # fmt: skip
+
+
 def _correlate_planes_function(
     module: ir.Module, element: ir.Type, t: Tile, taps: int, stride: int, rows: int, lanes: int, vectors: int
 ) -> ir.Function:
-    pointer, table = element.as_pointer(), _I64.as_pointer()
     function, new = _internal(
         module, f"fastconv_correlate_planes_{element}_{taps}_{stride}_{rows}_{lanes}x{vectors}",
-        [table, pointer, _I64, _I64, pointer, *[_I64] * 6, pointer, *[_I64] * 6, pointer, _I64, element],
-    )  # fmt: skip
+        _correlate_planes_arguments(element),
+    )
     if not new:
         return function
     (
         piece, y, y_plane, y_row, x, x_plane, x_depth, x_row, first_row, height, depths, w, w_plane, w_depth, w_height,
-        w_width, planes, count, bias, bias_step, least,
+        w_width, planes, count, _, bias, bias_step, least,
     ) = function.args  # fmt: skip
     for p in (piece, y, x, w, bias):
         p.add_attribute("noalias")
@@ -2963,7 +2969,7 @@ correlate_planes = _literal_function(_correlate_planes_of_kind, """What `call_co
 @intrinsic
 def call_correlate_planes(
     typingctx, address, piece, y, y_plane, y_row, x, x_plane, x_depth, x_row, first_row, height, depths, w, w_plane,
-    w_depth, w_height, w_width, planes, rows, bias, bias_step, flags,
+    w_depth, w_height, w_width, planes, rows, y_rows, bias, bias_step, flags,
 ):  # fmt: skip
     """A piece of `rows` >= PLANE_ROWS[-1] rows of `planes` planes of output: y[r, q] = sum over d, h, k of w * x.
 
@@ -2976,9 +2982,14 @@ def call_correlate_planes(
     The sum is one chain of multiply-adds for every element, whatever the rows and vectors: with stride 1 in the order
     of d, k, h, with stride 2 in that of d, h, k. Then `bias` is added, one number for each plane, and by `flags` RELU
     replaces what is below zero by zero.
+
+    Or, of a function from `spread_planes_by_two`, the input gradient with stride 2: `rows` >= PLANE_PAIRS counts pairs
+    of rows of y, of which the first y_rows rows exist; a piece is a vector of pairs of columns, and has two masks for
+    what is stored. Row 2p + f of y is the sum of the taps h of which f + parity - h is even, each at row first_row + p
+    + (f + parity - h) / 2 of x; and the same for columns, without first_row. `depths` and its pitches are not used.
     """
     i, table = types.int64, types.CPointer(types.int64)
-    signature = types.void(i, table, y, i, i, y, *[i] * 6, y, *[i] * 6, y, i, i)
+    signature = types.void(i, table, y, i, i, y, *[i] * 6, y, *[i] * 7, y, i, i)
 
     def codegen(context, builder, sig, args):
         element = _element(sig.args[2])
@@ -3104,3 +3115,106 @@ def call_accumulate_planes(
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+PLANE_PAIRS = 4  # pairs of rows of an input gradient with stride 2 at once: 16 accumulators
+SPREAD_TAPS = range(2, 8)  # two columns of weights are in registers as well
+
+
+def spread_shifts(taps: int, parity: int) -> dict[int, list[tuple[int, int]]]:
+    """By the distance of an output gradient from a pair of elements: (tap, element of the pair) that meet there."""
+    shifts: dict[int, list[tuple[int, int]]] = {}
+    for tap in range(taps):
+        phase = (tap - parity) % 2
+        shifts.setdefault((phase + parity - tap) // 2, []).append((tap, phase))
+    return dict(sorted(shifts.items()))
+
+
+def _spread_planes_function(
+    module: ir.Module, element: ir.Type, t: Tile, taps: int, parity: int, lanes: int
+) -> ir.Function:
+    function, new = _internal(
+        module, f"fastconv_spread_planes_{element}_{taps}_{parity}_{lanes}", _correlate_planes_arguments(element)
+    )
+    if not new:
+        return function
+    (
+        piece, y, y_plane, y_row, x, x_plane, _, x_row, first_row, height, _, w, w_plane, _, w_height, w_width, planes,
+        count, y_rows, bias, bias_step, least,
+    ) = function.args  # fmt: skip
+    for p in (piece, y, x, w, bias):
+        p.add_attribute("noalias")
+    vector = ir.VectorType(element, lanes)
+    zero = ir.Constant(vector, [0.0] * lanes)
+    shifts = spread_shifts(taps, parity)
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+
+    def mask_at(place: int) -> ir.Value:
+        bits = b.trunc(b.load(b.gep(piece, [_i64(place)])), ir.IntType(lanes))
+        return b.bitcast(bits, ir.VectorType(_I1, lanes))
+
+    stored = [mask_at(0), mask_at(1)]
+    masks = {shift: mask_at(2 + n) for n, shift in enumerate(shifts)}
+    least = _splat(b, least, lanes)
+    last = b.sub(count, _i64(PLANE_PAIRS))
+    block = _Loop(b, "blocks", b.sdiv(b.add(count, _i64(PLANE_PAIRS - 1)), _i64(PLANE_PAIRS)), [])
+    done = b.mul(block.k, _i64(PLANE_PAIRS))
+    done = b.select(b.icmp_signed("<", done, last), done, last)  # the last block may overlap the one before
+    first = b.add(first_row, done)
+    rows = range(min(shifts), PLANE_PAIRS + max(shifts))
+    within = {i: b.icmp_unsigned("<", b.add(first, _i64(i)), height) for i in rows}
+    exists = [b.icmp_signed("<", b.add(b.mul(done, _i64(2)), _i64(r)), y_rows) for r in range(2 * PLANE_PAIRS)]
+    begin = b.gep(x, [b.mul(x_row, first)]), b.gep(y, [b.mul(b.mul(done, _i64(2)), y_row)])
+    plane = _Loop(b, "planes", planes, [*begin, w, bias])
+    x_now, y_now, w_now, bias_now = plane.values
+    sums = [zero] * (4 * PLANE_PAIRS)  # of each row its even columns, and its odd ones
+    for shift, columns in shifts.items():
+        weights = {
+            (a, k): _splat(b, b.load(b.gep(w_now, [b.add(b.mul(w_height, _i64(a)), b.mul(w_width, _i64(k)))])), lanes)
+            for a in range(taps)
+            for k, _ in columns
+        }
+
+        def add_row(sums: list[ir.Value], i: int, shift=shift, columns=columns, weights=weights) -> list[ir.Value]:
+            sums = list(sums)
+            at = b.gep(x_now, [b.add(b.mul(x_row, _i64(i)), _i64(shift))])
+            value = _load_lanes(b, module, at, masks[shift], vector)
+            for distance, meeting in shifts.items():
+                pair = i - distance
+                if not 0 <= pair < PLANE_PAIRS:
+                    continue
+                for a, f in meeting:
+                    for k, g in columns:
+                        n = 4 * pair + 2 * f + g
+                        sums[n] = _multiply_add(b, module, t.fma, weights[a, k], value, sums[n])
+            return sums
+
+        for i in rows:
+            sums = _where(b, within[i], sums, functools.partial(add_row, i=i))
+    added = _splat(b, b.load(bias_now), lanes)
+
+    def store(_: list[ir.Value], row: int) -> list[ir.Value]:
+        target = b.gep(y_now, [b.mul(y_row, _i64(row))])
+        values = []
+        for value in sums[2 * row : 2 * row + 2]:
+            value = b.fadd(value, added)
+            values.append(b.select(b.fcmp_ordered("<", value, least), least, value))  # nan stays nan
+        for n, value in enumerate(_interleave(b, *values)):
+            _store_lanes(b, module, value, b.gep(target, [_i64(n * lanes)]), stored[n])
+        return []
+
+    for row in range(2 * PLANE_PAIRS):
+        _where(b, exists[row], [], functools.partial(store, row=row))
+    plane.close([
+        b.gep(p, [step]) for p, step in zip(plane.values, (x_plane, y_plane, w_plane, bias_step), strict=True)
+    ])  # fmt: skip
+    block.close([])
+    b.ret_void()
+    return function
+
+
+def _spread_planes_of_kind(module: ir.Module, element: ir.Type, t: Tile, taps: int, kind: int) -> ir.Function:
+    return _spread_planes_function(module, element, t, taps, kind // 256, plane_shapes(t)[kind // 16 % 16][0])
+
+
+spread_planes_by_two = _literal_function(_spread_planes_of_kind, """What `call_correlate_planes` may call.""")
