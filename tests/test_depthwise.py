@@ -306,7 +306,7 @@ def plans_of(shape, kernel, stride, dtype):
     )
     assert depthwise.applies(geometry)
     steps = [
-        tuple(int(np.prod(s[n + 1 :])) for n in range(5))
+        tuple(dtype.itemsize * int(np.prod(s[n + 1 :])) for n in range(5))
         for s in (shape, (*shape[:2], *geometry.output_size))
     ]
     return (

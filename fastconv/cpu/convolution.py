@@ -204,6 +204,8 @@ def _depthwise_plan(
 def _depthwise_forward_plan(
     geometry: ConvGeometry, dtype: np.dtype, x: Strides, y: Strides, workers: int
 ) -> depthwise.Plan:
+    """From strides in bytes."""
+    x, y = _in_elements(x, dtype), _in_elements(y, dtype)
     depth, height, width = map(depthwise.forward_line, _axes(geometry))
     return _depthwise_plan(
         geometry, dtype, (depth, height, width), geometry.out_channels_per_group, 1, x, y,
@@ -244,7 +246,7 @@ def forward(
     if bias is not None:
         bias = np.ascontiguousarray(bias)
     if depthwise.applies(geometry):
-        strides = _elements(input), _elements(out)
+        strides = input.strides, out.strides
         depthwise_plan = _depthwise_forward_plan(geometry, out.dtype, *strides, get_num_threads())
         depthwise.correlate(depthwise_plan, input, weight, out, bias, relu, False)
         return
@@ -312,6 +314,8 @@ def _winograd_input_grad(geometry, weight, grad_output, bias, relu, out):
 def _depthwise_weight_grad_plan(
     geometry: ConvGeometry, dtype: np.dtype, x: Strides, dy: Strides
 ) -> depthwise.Plan:
+    """From strides in bytes."""
+    x, dy = _in_elements(x, dtype), _in_elements(dy, dtype)
     depth, height, width = map(depthwise.forward_line, _axes(geometry))
     lines = (depth, height, width)
     zeros, rows = geometry.padding_mode == "zeros", geometry.out_channels_per_group
@@ -365,7 +369,7 @@ def weight_grad(
     if algorithm == "fft" and fft.weight_grad(geometry, input, grad_output, accumulate, out):
         return
     if depthwise.applies(geometry):
-        depthwise_plan = _depthwise_weight_grad_plan(geometry, out.dtype, _elements(input), _elements(grad_output))
+        depthwise_plan = _depthwise_weight_grad_plan(geometry, out.dtype, input.strides, grad_output.strides)
         depthwise.weight_gradient(depthwise_plan, input, grad_output, out, accumulate)
         return
     plan, exchanged = _weight_grad_plan(geometry, out.dtype, input.strides, grad_output.strides, out.strides)
@@ -416,6 +420,8 @@ def _phase_axis(
 def _depthwise_input_grad_plan(
     geometry: ConvGeometry, dtype: np.dtype, dy: Strides, dx: Strides, add: bool, workers: int
 ) -> depthwise.Plan:
+    """From strides in bytes."""
+    dy, dx = _in_elements(dy, dtype), _in_elements(dx, dtype)
     each = []
     for size, taps, stride, dilation, before, positions in zip(
         geometry.input_size, geometry.kernel_size, geometry.stride, geometry.dilation, geometry.pad_before,
@@ -514,7 +520,7 @@ def input_grad(
         if not np.isfinite(weight).all():  # as below
             _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
             return
-        strides = _elements(grad_output), _elements(out)
+        strides = grad_output.strides, out.strides
         plan = _depthwise_input_grad_plan(geometry, out.dtype, *strides, accumulate, get_num_threads())
         depthwise.correlate(plan, grad_output, weight, out, bias, relu, accumulate)
         return

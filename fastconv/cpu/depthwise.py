@@ -630,6 +630,7 @@ _MOST_SLAB = 1024 * 1024  # bytes
 _MOST_SUMS = 512 * 1024
 
 
+@functools.lru_cache(maxsize=1024)
 def applies(geometry: ConvGeometry) -> bool:
     """Is this a convolution for the functions of this module?"""
     if geometry.in_channels_per_group != 1 or (geometry.groups == 1 and geometry.out_channels > _FEW_CHANNELS):
