@@ -2899,21 +2899,29 @@ def _correlate_planes_function(
         return sums
 
     if stride == 1:  # one column of the filter after the other, so that its weights are in registers
-        column = _Loop(b, "columns", _i64(taps), sums)
-        x_tap, weights = b.gep(x_now, [column.k]), [weight(a, column.k) for a in range(taps)]
-        entry = b.add(b.mul(column.k, _i64(vectors)), _i64(vectors))
-        masks = [mask_at(b.add(entry, _i64(n))) for n in range(vectors)]
 
-        def add_row(sums: list[ir.Value], at: ir.Value, meeting: list[tuple[int, int]]) -> list[ir.Value]:
-            sums = list(sums)
-            for n, value in enumerate(load_row(b.gep(x_tap, [at]), masks)):
-                for r, a in meeting:
-                    m = r * vectors + n
-                    sums[m] = _multiply_add(b, module, t.fma, weights[a], value, sums[m])
-            return sums
+        def add_column(sums: list[ir.Value], k: ir.Value) -> list[ir.Value]:
+            x_tap, weights = b.gep(x_now, [k]), [weight(a, k) for a in range(taps)]
+            entry = b.add(b.mul(k, _i64(vectors)), _i64(vectors))
+            masks = [mask_at(b.add(entry, _i64(n))) for n in range(vectors)]
 
-        sums = each_row(column.values, add_row)
-        column.close(sums)
+            def add_row(sums: list[ir.Value], at: ir.Value, meeting: list[tuple[int, int]]) -> list[ir.Value]:
+                sums = list(sums)
+                for n, value in enumerate(load_row(b.gep(x_tap, [at]), masks)):
+                    for r, a in meeting:
+                        m = r * vectors + n
+                        sums[m] = _multiply_add(b, module, t.fma, weights[a], value, sums[m])
+                return sums
+
+            return each_row(sums, add_row)
+
+        if taps <= 3:  # a loop took 1.1 to 1.2 times as long
+            for k in range(taps):
+                sums = add_column(sums, _i64(k))
+        else:
+            column = _Loop(b, "columns", _i64(taps), sums)
+            sums = add_column(column.values, column.k)
+            column.close(sums)
     else:  # one row of input after the other, so that its even and odd places are separated once
         masks = [mask_at(_i64(vectors + n)) for n in range(2 * vectors + 1)]
         few = taps * taps <= 9  # weights that fit into registers
