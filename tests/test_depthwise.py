@@ -143,7 +143,8 @@ def forget_plans():
 @pytest.fixture
 def no_masks(monkeypatch):
     """As where vectors have no masks: the kernels that planes are not read in place by."""
-    monkeypatch.setattr(depthwise_planes, "applies", lambda *_, **__: False)
+    for applies in ("applies", "applies_by_two"):
+        monkeypatch.setattr(depthwise_planes, applies, lambda *_, **__: False)
     forget_plans()
     yield
     forget_plans()
@@ -289,6 +290,8 @@ def test_scratch_stays_small():
         ((1, 1, 1, 1, 10_000_000), (1, 1, 4), (1, 2, 160)),
         ((1, 1, 1, 1, 1_000_000), (1, 1, 5000), (1, 2, 160)),
         ((1, 1, 1, 9000, 9000), (1, 15, 15), (1, 2, 8)),
+        ((1, 1, 1, 9000, 9000), (1, 3, 3), (1, 2)),
+        ((1, 1, 1, 64, 1_000_000), (1, 3, 3), (1, 2)),
         ((1, 1, 1, 64, 1_000_000), (1, 31, 31), (1, 2, 8)),
         ((1, 1, 300, 300, 300), (3, 3, 3), (1, 2, 8)),
     ]

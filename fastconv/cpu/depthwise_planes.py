@@ -364,6 +364,7 @@ def plan_weight_gradient(
 # well; and in `depthwise_channels`, which has two transposes, but no such waste. Of arrays in the caches, 3x3 to 7x7,
 # stride 1, these were 2 to 5 and 13 to 16 cycles on AVX-512.
 _OVERHEAD, _OVERHEAD_OF_CHANNELS = 3, 14
+_MOST_COPIED = 1024 * 1024  # bytes of rows, for the fewest rows of output at once, where weights are not finite
 
 
 def applies(
@@ -388,7 +389,10 @@ def applies(
     places = places + np.arange(len(depth.taps)) * depth.phases[0].tap_step
     if not (depth.source[places] >= 0).any(axis=1).all():
         return False
-    return taps in simd.PLANE_TAPS.get(stride, ()) and height.out >= min(simd.PLANE_ROWS)
+    copied = len(depth.taps) * (stride * (max(simd.PLANE_ROWS) - 1) + taps) * width.size * dtype.itemsize
+    return (
+        taps in simd.PLANE_TAPS.get(stride, ()) and height.out >= min(simd.PLANE_ROWS) and copied <= _MOST_COPIED
+    )
 
 
 def applies_by_two(dtype: np.dtype, lines: Lines, dy: Strides, dx: Strides) -> bool:
