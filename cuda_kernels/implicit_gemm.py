@@ -300,8 +300,8 @@ def _resident(kind: str, tile: Tile, checked: bool) -> int | None:
         return 2
     if tensor:
         return 3 if (tile.rows, tile.threads) == (32, 128) else 1
-    # Of two small tiles it saves too many (48, and spills for sm_90), or too few (84, which lets two blocks in).
-    return {("float32", 32, 64): 8, ("float64", 64, 64): 3}.get((kind, tile.rows, tile.columns))
+    # Of small tiles it saves too many (48, and spills for sm_86 to sm_90), or too few (84, which lets two blocks in).
+    return {("float32", 64, 64): 4, ("float32", 32, 64): 8, ("float64", 64, 64): 3}.get((kind, tile.rows, tile.columns))
 
 
 @functools.cache
@@ -317,7 +317,7 @@ def gather_kernel(
     (
         a_stage, b_stage, row_of_stage, (row_run, row_spacing, row_jump), (column_run, column_spacing, column_jump),
         (words_a, words_b), place_a, place_b, ahead, origin, step, put, store_run,
-    ) = product(tile, kind, rows_together, wide=True)  # fmt: skip
+    ) = product(tile, kind, rows_together, wide=True, packed=chunked)  # fmt: skip
     rows_of_tile, columns_of_tile, thread_rows, thread_columns = tile
     threads, chunk, run = tile.threads, arithmetic.chunk, arithmetic.run
     chunks = arithmetic.depth // chunk

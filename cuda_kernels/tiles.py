@@ -182,13 +182,19 @@ class Product(NamedTuple):
     store_run: Callable[..., None]  # (out, at, *sums): `Arithmetic.run` sums that lie together in the result
 
 
-def product(tile: Tile, kind: str, rows_together: bool = False, wide: bool = False) -> Product:
+def product(
+    tile: Tile, kind: str, rows_together: bool = False, wide: bool = False, packed: bool = False
+) -> Product:
     """The product of a tile of one `ARITHMETIC`; `rows_together`: the rows lie together in the result.
+
+    `packed`, for the tensor cores: stages without padding, at the price of an instruction here and there.
 
     `wide`, for the ordinary units: places in shared memory are of 64 bits. These have no wraparound to keep, so what is
     added to them becomes part of the instruction: 542 in the hot block of the largest tile, not 599.
     """
-    return _tensor_product(tile, kind, rows_together) if ARITHMETIC[kind].tensor else _ordinary_product(tile, wide)
+    if ARITHMETIC[kind].tensor:
+        return _tensor_product(tile, kind, rows_together, packed)
+    return _ordinary_product(tile, wide)
 
 
 def _ordinary_product(tile: Tile, wide: bool) -> Product:
@@ -261,22 +267,47 @@ def _ordinary_product(tile: Tile, wide: bool) -> Product:
 ROW = 4 * CHUNKS  # words of a row of a stage, on the tensor cores
 
 
-@inlined
-def _place(row, chunk):
-    """Two rows fill the banks of shared memory once. The chunks of each two change places with those of the others, so
-    that the same chunk of eight rows, which `ldmatrix` reads and eight threads store at a time, has all banks.
+def _rows_of_chunks(packed: bool) -> tuple[int, Callable[..., Any], Callable[..., Any]]:
+    """From a row of a stage to the next; ``(row, chunk)``: the place of a chunk; ``(place, n)``: of the chunk n ahead.
+
+    The same chunk of eight rows, which `ldmatrix` reads and eight threads store at a time, is to have all banks of
+    shared memory. Four words of padding do that, or, `packed`, chunks that change places with each other: chunk c of
+    row r is at c xor (r / 2 mod 4), since two rows fill the banks once. That takes an instruction where the padding is
+    part of an address, and no room.
     """
-    return u32(row * ROW + (chunk ^ (row // 2 % CHUNKS)) * 4)
+    if packed:
+
+        @inlined
+        def place(row, chunk):
+            return u32(row * ROW + (chunk ^ (row // 2 % CHUNKS)) * 4)
+
+        @inlined
+        def ahead(at, n):
+            return at ^ (4 * n)
+
+        return ROW, place, ahead
+    pitch = ROW + 4
+
+    @inlined
+    def place(row, chunk):
+        return u32(row * pitch + chunk * 4)
+
+    @inlined
+    def ahead(at, n):
+        return at + 4 * n
+
+    return pitch, place, ahead
 
 
-def _tensor_product(tile: Tile, kind: str, rows_together: bool) -> Product:
-    """Chunk c of row r of a stage is at `_place(r, c)`.
+def _tensor_product(tile: Tile, kind: str, rows_together: bool, packed: bool) -> Product:
+    """Chunks of rows are where `_rows_of_chunks` puts them.
 
     The instruction's first operand, of 16, is called the tall one here, its second, of 8, the short one. A thread holds
     of each 16 x 8 sums those of rows lane // 4 and lane // 4 + 8, and of columns lane % 4 * 2 and the next.
     """
     arithmetic = ARITHMETIC[kind]
     mma, pack = arithmetic.multiply, arithmetic.pack
+    row_words, place, ahead = _rows_of_chunks(packed)
     if rows_together:
         tall, tall_sums, short_sums = tile.columns, tile.thread_columns, tile.thread_rows
     else:
@@ -292,8 +323,8 @@ def _tensor_product(tile: Tile, kind: str, rows_together: bool) -> Product:
         # Each lane names one row, of 4 words, of the four 8x8 matrices that it loads at once. They come in the order in
         # which the instruction takes them, so that no register has to be moved: of the tall operand rows 0-7 and 8-15,
         # then their next words; of the short one both words of rows 0-7, then those of 8-15, which are a fragment more.
-        at_tall = _place(u32(first_tall + lane % 16), u32(lane // 16))
-        at_short = _place(u32(first_short + lane // 16 * 8 + lane % 8), u32(lane // 8 % 2))
+        at_tall = place(u32(first_tall + lane % 16), u32(lane // 16))
+        at_short = place(u32(first_short + lane // 16 * 8 + lane % 8), u32(lane // 8 % 2))
         in_tall, in_short = u32(first_tall + lane // 4), u32(first_short + lane % 4 * 2)
         if rows_together:
             return in_short, in_tall, at_short, at_tall
@@ -302,7 +333,7 @@ def _tensor_product(tile: Tile, kind: str, rows_together: bool) -> Product:
     @inlined
     def fragments(stage, at, words, count):
         for i in range(count):
-            x = load_matrices(stage, u32(at + i * 16 * ROW))
+            x = load_matrices(stage, u32(at + i * 16 * row_words))
             for j in range(4):
                 words[4 * i + j] = x[j]
 
@@ -328,10 +359,6 @@ def _tensor_product(tile: Tile, kind: str, rows_together: bool) -> Product:
         for i in range(tall_fragments):
             for j in range(2 * pairs_of_short):
                 multiply(sums, i, j, tall_words, short_words[2 * j], short_words[2 * j + 1])
-
-    @inlined
-    def ahead(at, n):
-        return at ^ (4 * n)
 
     @inlined
     def step(a, b, at_a, at_b, sums, ra, rb):
@@ -375,7 +402,7 @@ def _tensor_product(tile: Tile, kind: str, rows_together: bool) -> Product:
     tall_spread, short_spread = Spread(2, 8, 16), Spread(2, 1, 8)
     words = 4 * tall_fragments, 4 * pairs_of_short
     return Product(
-        tile.rows * ROW, tile.columns * ROW, ROW,
+        tile.rows * row_words, tile.columns * row_words, row_words,
         short_spread if rows_together else tall_spread, tall_spread if rows_together else short_spread,
-        words[::-1] if rows_together else words, _place, _place, ahead, origin, step, put, store_run,
+        words[::-1] if rows_together else words, place, place, ahead, origin, step, put, store_run,
     )  # fmt: skip

@@ -337,7 +337,10 @@ MUTATIONS = {
         "alignment", implicit_gemm, COPIED, "u32(columns[i, 0] + e[0]), inside)",
         "u32(columns[i, 0] + e[0] + 1), inside)",
     ),
-    "a misaligned row of a matrix": Mutation("alignment", tiles, TENSORS, "% CHUNKS)) * 4)", "% CHUNKS)) * 3)"),
+    "a misaligned row of a matrix": Mutation("alignment", tiles, COPIED, "% CHUNKS)) * 4)", "% CHUNKS)) * 3)"),
+    "a misaligned chunk": Mutation(
+        "alignment", tiles, [name for name in TENSORS if name not in COPIED], "pitch + chunk * 4)", "pitch + chunk * 3)"
+    ),
     "rows of a matrix that are not aligned": Mutation("alignment", tiles, TENSORS, "ROW = 4 * CHUNKS", "ROW = 18"),
     "a misaligned row of the table": Mutation(
         "alignment", implicit_gemm, WEIGHTS, "load4(table, u32(4 * min(", "load4(table, u32(2 + 4 * min("
