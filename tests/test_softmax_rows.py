@@ -112,6 +112,19 @@ def test_every_schedule(dtype, group, schedule, monkeypatch, rng):
     check(grad, expected[1], dtype)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_largest_vocabulary(dtype, monkeypatch, rng):
+    """262,144 classes, the gradient over the logits."""
+    classes = 262_144
+    logits = aligned((1, classes), DTYPES[dtype])
+    logits[...] = (3 * rng.standard_normal(logits.shape)).astype(DTYPES[dtype])
+    label = np.array([classes - 1])
+    expected = reference.softmax_cross_entropy(logits, label, reduction="none")
+    loss, grad, _ = cross_entropy(monkeypatch, logits, label, SCHEDULES[0], softmax_rows.LONG, in_place=True)
+    check(loss, expected[0], dtype)
+    check(grad, expected[1], dtype)
+
+
 OPTIONS = [
     {},
     {"label_smoothing": 0.2},
