@@ -82,6 +82,36 @@ def test_weights_of_all_phases(case, layout: str, dtype: type, rng: np.random.Ge
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("taps", [1, 3])
+def test_pixels_beyond_the_last_vector(taps: int, dtype: type, rng: np.random.Generator) -> None:
+    """Few of them are multiplied with rows for lanes, more as a vector that is not full: the bits are the same."""
+    lanes, few = simd.tile(np.dtype(dtype).itemsize * 8).lanes, simd.tile(np.dtype(dtype).itemsize * 8).few
+    assert few < lanes
+    x = rng.standard_normal((1, 410, 4 * lanes)).astype(dtype)
+    w, bias = rng.standard_normal((37, 410, taps)).astype(dtype), rng.standard_normal(37).astype(dtype)
+    x[0, 3, 2], w[5, 7] = np.nan, np.inf
+    options = {"bias": bias, "activation": "relu", "algorithm": "direct"}
+    whole = fc.conv1d(x, w, **options)
+    dy = rng.standard_normal(whole.shape).astype(dtype)
+    dx = fc.conv1d_input_grad(x.shape, w, dy, algorithm="direct")
+    for pixels in range(1, 2 * lanes + few + 2):
+        width = pixels + taps - 1
+        y = fc.conv1d(x[..., :width], w, **options)
+        np.testing.assert_array_equal(y, whole[..., :pixels])
+        added = np.ones((1, 410, pixels), dtype)
+        start = taps - 1  # inputs that all windows of the taps see in both
+        of_some = np.ascontiguousarray(dy[..., : pixels + start])
+        shape = (1, 410, pixels + 2 * start)
+        some = fc.conv1d_input_grad(shape, w, of_some, algorithm="direct")[..., start : start + pixels]
+        np.testing.assert_array_equal(some, dx[..., start : start + pixels])
+        fc.conv1d_input_grad(
+            (1, 410, pixels), w[..., :1], of_some[..., :pixels], algorithm="direct", out=added, accumulate=True
+        )
+        alone = fc.conv1d_input_grad((1, 410, pixels), w[..., :1], of_some[..., :pixels], algorithm="direct")
+        np.testing.assert_array_equal(added, 1 + alone)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize(("channels", "out_channels"), [(16, 96), (96, 16), (37, 150), (5, 70)])

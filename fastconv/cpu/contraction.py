@@ -284,16 +284,19 @@ def _pack_exactly(p, panel, source, table, channels, first_tap, last_tap, count)
 
 @_jit
 def _take_panel(
-    p, panel, slab, table, first_channel, channels, first_tap, last_tap, pixel, end, first_row, first_column
+    p, panel, slab, table, first_channel, channels, first_tap, last_tap, pixel, end, vectors, first_row, first_column
 ):  # fmt: skip
-    """Pack the panel of pixels pixel .. end; or return PACK if the first product is to, by the table of pieces."""
+    """Pack the panel of pixels pixel .. end; or return PACK if the first product is to, by the table of pieces.
+
+    The product is of so many `vectors`.
+    """
     lanes, columns = simd.lanes(panel), simd.columns(panel)
     largest = _find_pieces(p, table, pixel, end, first_row, first_column, panel)
     # in place, the last pixels of the last channel are the end of the input
     after = largest + (first_channel + channels - 1) * p[X_C] + 2 * columns
     if p[IN_PLACE] and after > p[EXTENT]:
         _pack_exactly(p, panel, slab, table, channels, first_tap, last_tap, end - pixel)
-    elif end - pixel > columns - lanes and _few_pieces(table, panel):
+    elif vectors * lanes == columns and _few_pieces(table, panel):
         return simd.PACK
     else:
         tap_offset = simd.offset(simd.at(p, p[TAP_OFFSET]), first_tap)
@@ -324,7 +327,7 @@ def _pack_run(target, rows, source, row_step, length, left, begin, end):
             first = (rows - 1) // lanes * lanes
             while first >= 0:  # the last columns first: what they write too much is at the beginning of the next row
                 part, place = simd.offset(low, first * row_step), simd.offset(target, k * rows + first)
-                simd.transpose(place, rows, part, row_step, rows - first)
+                simd.transpose(place, rows, part, row_step, rows - first, simd.AHEAD * lanes)
                 first -= lanes
         else:
             for j in range(k, min(k + lanes, length)):
@@ -351,7 +354,7 @@ _TRANSPOSED_COLUMNS = 6
 
 
 @_jit
-def _pack_taps(target, rows, source, row_step, offsets, length, count, lowest, left, begin, end, block):
+def _pack_taps(target, rows, source, row_step, offsets, length, count, lowest, left, begin, end, block, ahead):
     """target[k][row] = source[row * row_step + offsets[k]] for k < length; the rest as for `_pack_run`.
 
     Taps that lie within a vector of one another are taken from one transposed block, for which there is room at
@@ -366,7 +369,7 @@ def _pack_taps(target, rows, source, row_step, offsets, length, count, lowest, l
         if count >= _TRANSPOSED_COLUMNS and inside and row_step >= 0 and (left - k - count) * rows >= lanes:
             first = (rows - 1) // lanes * lanes
             while first >= 0:
-                simd.transpose(block, lanes, simd.offset(low, first * row_step), row_step, rows - first)
+                simd.transpose(block, lanes, simd.offset(low, first * row_step), row_step, rows - first, ahead)
                 for j in range(k, k + count):
                     column = simd.offset(block, (offsets[j] - lowest) * lanes)
                     simd.copy_vector(simd.offset(target, j * rows + first), column)
@@ -436,7 +439,7 @@ def _pack_rows(p, packed, group, first_panel, last_panel, first_channel, channel
             else:
                 _pack_taps(
                     target, rows, source, row_step, simd.offset(offsets, first_tap), length, count, lowest, left,
-                    begin, end, block,
+                    begin, end, block, 2 * p[CHANNEL_STEP],
                 )  # fmt: skip
     if p[CHECK_FINITE]:
         _check_finite(p, packed, (last_o - first_o) * depth)
@@ -522,7 +525,10 @@ def _pack_phases(task, worker, p, real):
                 first = (rows - 1) // lanes * lanes
                 while first >= 0:
                     if transposed:
-                        simd.transpose(block, lanes, simd.offset(low, first * row_step), row_step, rows - first)
+                        simd.transpose(
+                            block, lanes, simd.offset(low, first * row_step), row_step, rows - first,
+                            2 * p[CHANNEL_STEP],
+                        )  # fmt: skip
                     for t in range(window[FIRST_TAP], window[LAST_TAP]):
                         tap = simd.offset(taps, t * TAP_FIELDS)
                         mine = simd.offset(blocks, tap[TAP_PHASE] * BLOCK_FIELDS)
@@ -638,12 +644,31 @@ def _store_tile(p, y, tile, runs, rows):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@_jit
+def _contract_few(rows, count, depth, a, panel, tile, flags, bias, sums):
+    """`simd.contract` of the first `count` columns, `few` of the tile at most, into as many columns of `tile`.
+
+    `sums` is room for those of `simd.contract_few`.
+    """
+    simd.contract_few(rows, depth, a, panel, sums)
+    for i in range(rows):
+        row = simd.offset(tile, i * simd.columns(tile))
+        for j in range(count):
+            value = sums[j * simd.few_pitch(tile) + i]
+            row[j] = value + row[j] if flags & simd.ADD else value
+            if flags & simd.BIAS:
+                row[j] += bias[i]
+            if flags & simd.RELU and row[j] < 0:
+                row[j] = 0
+
+
 @tasks.Body
 def _correlate(task, worker, p, real):
     scratch = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
     panels = simd.offset(scratch, p[SLAB_SIZE])
     own_weights = simd.offset(panels, p[PANEL_SIZE])
     tile = simd.offset(own_weights, p[WEIGHT_SIZE])
+    few_sums = simd.offset(tile, simd.tile_rows(real) * simd.columns(real))
     table = simd.at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[TABLE_BYTES])
     columns = simd.columns(real)
     out_w = p[OUT_W]
@@ -713,12 +738,15 @@ def _correlate(task, worker, p, real):
                         for pixel in range(start, stop, columns):
                             end = min(pixel + columns, stop)
                             panel = simd.offset(panels, (pixel - start) * depth)
-                            vectors = (end - pixel + simd.lanes(real) - 1) // simd.lanes(real)
+                            lanes = simd.lanes(real)
+                            vectors, rest = (end - pixel) // lanes, (end - pixel) % lanes
+                            if rest > simd.few(real):
+                                vectors, rest = vectors + 1, 0
                             how = flags
                             if i == first_panel:
                                 how |= _take_panel(
                                     p, panel, slab, table, group * p[CHANNELS] + c, channels, tap, last_tap, pixel, end,
-                                    first_row, first_column,
+                                    vectors, first_row, first_column,
                                 )  # fmt: skip
                             plane = p[PLANE]  # pixels of an output plane, 0 where they are not consecutive
                             n = pixel // plane if plane else 0
@@ -733,10 +761,17 @@ def _correlate(task, worker, p, real):
                             target = place
                             if not whole:
                                 target, pitch = tile, columns
-                            simd.contract_packing(
-                                rows, vectors, depth, a, panel, target, pitch, how, channel_bias, slab, offsets, table,
-                                p[AHEAD],
-                            )  # fmt: skip
+                            if vectors > 0:
+                                simd.contract_packing(
+                                    rows, vectors, depth, a, panel, target, pitch, how, channel_bias, slab, offsets,
+                                    table, p[AHEAD],
+                                )  # fmt: skip
+                            if rest > 0:
+                                done = vectors * lanes
+                                _contract_few(
+                                    rows, rest, depth, a, simd.offset(panel, done), simd.offset(tile, done), flags,
+                                    channel_bias, few_sums,
+                                )  # fmt: skip
                             if not whole:
                                 _store_tile(p, place, tile, runs, rows)
             reduced += depth
@@ -766,12 +801,14 @@ def _pack_gradient(p, panel, dy, channels, width, first_row, last_row, first_col
             if step == 1 and count >= lanes and j < channels:
                 for k in range(0, count - lanes + 1, lanes):
                     simd.transpose(
-                        simd.offset(panel, k * width + j), width, simd.offset(part, k), channel_step, channels - j
+                        simd.offset(panel, k * width + j), width, simd.offset(part, k), channel_step, channels - j,
+                        simd.AHEAD * lanes,
                     )
                 if count % lanes:  # the last block overlaps the one before
                     k = count - lanes
                     simd.transpose(
-                        simd.offset(panel, k * width + j), width, simd.offset(part, k), channel_step, channels - j
+                        simd.offset(panel, k * width + j), width, simd.offset(part, k), channel_step, channels - j,
+                        simd.AHEAD * lanes,
                     )
             elif channel_step == 1 and j + lanes <= channels:
                 for k in range(count):
@@ -817,9 +854,9 @@ def _store_gradient(p, tile, group, first_channel, rows, first_vector, last_vect
                 while i + lanes <= rows:
                     place = simd.offset(begin, i)
                     if p[ADD]:
-                        simd.transpose_add(place, p[W_O], simd.offset(from_o, i * width), width, lanes)
+                        simd.transpose_add(place, p[W_O], simd.offset(from_o, i * width), width, lanes, 0)
                     else:
-                        simd.transpose(place, p[W_O], simd.offset(from_o, i * width), width, lanes)
+                        simd.transpose(place, p[W_O], simd.offset(from_o, i * width), width, lanes, 0)
                     i += lanes
             for row in range(i, rows):
                 place = (first_channel + row // p[TAPS]) * p[W_C] + tap_offset[row % p[TAPS]]
@@ -1208,7 +1245,7 @@ def plan_correlation(
     run_table = t.vectors * simd.piece_stride(t)
     row_table = run_table + 1 + 2 * t.columns + OWN_FIELDS
     table_bytes = _ceil((row_table + slab.table) * 8, 64) * 64
-    scratch = (slab_size + panel_size + weight_size + t.rows * t.columns) * size + table_bytes
+    scratch = (slab_size + panel_size + weight_size + t.rows * t.columns + t.few * t.few_pitch) * size + table_bytes
 
     tap_offset = _tap_offsets(axes, slab)
     channel_pitch = x[1] if in_place else slab.channel

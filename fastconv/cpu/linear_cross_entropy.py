@@ -78,7 +78,7 @@ def _transpose(task, worker, p, real):
             row = min(r, rows - lanes)  # the last block overlaps the one before
             for f in range(begin, whole, lanes):
                 block = simd.offset(source, row * features + f)
-                simd.transpose(simd.offset(target, f * rows + row), rows, block, features, lanes)
+                simd.transpose(simd.offset(target, f * rows + row), rows, block, features, lanes, simd.AHEAD * lanes)
     for f in range(whole, end):
         for row in range(rows):
             target[f * rows + row] = source[row * features + f]

@@ -224,7 +224,7 @@ def _transform_weights(task, worker, p, real):
             taken = 0
             last = simd.offset(source, (count - 1) * step + lanes)
             if p[V_CONTIGUOUS] and step >= 0 and simd.address_of(last) <= simd.address_of(end):
-                simd.transpose(kernels, lanes, source, step, count)
+                simd.transpose(kernels, lanes, source, step, count, 4 * p[V_CHANNEL_STEP])
                 taken = min(9, lanes)
             for tap in range(taken, 9):
                 at = tap if p[V_CONTIGUOUS] else offsets[tap]
