@@ -29,9 +29,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numba import njit
 
 from . import simd, tasks
+from .jit import helper as _jit
 from .tasks import address
 
 # Blocking, in bytes. A group of panels stays in L2 and is read from there for each panel of output channels, whose
@@ -88,7 +88,6 @@ FROM_TAP, TAP_PHASE, TAP_FIRST, TAP_COUNT, TAP_ROW, TAP_FIELDS = range(6)
 FIRST_TAP, LAST_TAP, LOWEST, WINDOW_FIELDS = range(4)
 BLOCK_PLACE, BLOCK_CHANNEL, BLOCK_SIZE, BLOCK_FIELDS = range(4)
 
-_jit = njit(error_model="numpy", nogil=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,6 +101,7 @@ def _copy_row(row, phase_pitch, source, step, stride, count, first, places):
 
     Padded coordinate u lies at (u % stride) * phase_pitch + u // stride; `places` has those of the first four.
     """
+    simd.keep_apart()
     if step == 1 and stride == 1:
         simd.copy_span(simd.offset(row, first), source, count)
     elif step == 1 and stride == 2:
@@ -127,6 +127,7 @@ def _copy_row(row, phase_pitch, source, step, stride, count, first, places):
 @_jit
 def _copy_channels(rows, pitch, phase_pitch, source, step, channels, stride, count, first):
     """`_copy_row` for up to `lanes` channels that are neighbours in memory, and `pitch` apart in the slab."""
+    simd.keep_apart()
     lanes = simd.lanes(rows)
     for r in range(min(stride, count)):
         place = (first + r) % stride * phase_pitch + (first + r) // stride
@@ -146,6 +147,7 @@ def _find_rows(p, rows, first_row, last_row):
     together in the slab: [channel][segment][depth tap][row]. Entered are the row's place in the first channel of the
     input, and its place in the slab.
     """
+    simd.keep_apart()
     out_d, out_h = p[OUT_D], p[OUT_H]
     source_d, source_h = simd.at(p, p[SOURCE_D]), simd.at(p, p[SOURCE_H])
     count = 0
@@ -174,6 +176,7 @@ def _fill_slab(p, slab, x, channels, rows, count, first_u, places):
 
     `first_u` is the padded coordinate that the slab rows begin with; `places` is room for four integers.
     """
+    simd.keep_apart()
     step, stride = p[X_W], p[STRIDE_W]
     source_w = simd.at(p, p[SOURCE_W])
     phase_pitch = p[PHASE_PITCH]
@@ -222,6 +225,7 @@ def _find_pieces(p, table, pixel, end, first_row, first_column, like):
 
     The pixels are split where an output row ends. A piece is entered in the table of every vector it has pixels in.
     """
+    simd.keep_apart()
     out_h, out_w = p[OUT_H], p[OUT_W]
     if p[IN_PLACE]:  # the pixels of a plane follow one another
         out_w *= p[OUT_D] * out_h
@@ -269,6 +273,7 @@ def _few_pieces(table, like):
 @_jit
 def _pack_exactly(p, panel, source, table, channels, first_tap, last_tap, count):
     """`simd.pack_panel` element by element, for the pixels at the very end of the input: nothing else is read."""
+    simd.keep_apart()
     tap_offset = simd.at(p, p[TAP_OFFSET])
     lanes, stride = simd.lanes(panel), simd.piece_table_stride(panel)
     for c in range(channels):
@@ -318,6 +323,7 @@ def _pack_run(target, rows, source, row_step, length, left, begin, end):
     `left` is how many rows of the target are still to be written, these included: a block of whole vectors may write
     beyond its own, where later ones follow. Memory outside begin .. end is not read.
     """
+    simd.keep_apart()
     lanes = simd.lanes(target)
     for k in range(0, length, lanes):
         low = simd.offset(source, k)
@@ -360,6 +366,7 @@ def _pack_taps(target, rows, source, row_step, offsets, length, count, lowest, l
     Taps that lie within a vector of one another are taken from one transposed block, for which there is room at
     `block`: `count` and `lowest` are those of the first.
     """
+    simd.keep_apart()
     lanes = simd.lanes(target)
     k = 0
     while True:
@@ -396,6 +403,7 @@ def _pack_rows(p, packed, group, first_panel, last_panel, first_channel, channel
     `p` are the parameters of packing, `block` is room for lanes x lanes elements. Memory before and after the array of
     weights is not read.
     """
+    simd.keep_apart()
     begin, end, offsets = simd.at(like, p[FROM_BEGIN]), simd.at(like, p[FROM_END]), simd.at(p, p[OFFSETS])
     lanes, row_step = simd.lanes(like), p[ROW_STEP]
     depth = channels * (last_tap - first_tap)
@@ -448,6 +456,7 @@ def _pack_rows(p, packed, group, first_panel, last_panel, first_channel, channel
 @_jit
 def _check_finite(p, packed, size):
     """Note in the parameters of packing if one of `size` packed weights is not finite."""
+    simd.keep_apart()
     lanes = simd.lanes(packed)
     not_finite = simd.count_not_finite(packed, size // lanes) if size >= lanes else 0
     for k in range(size // lanes * lanes, size):
@@ -570,6 +579,7 @@ def _pack_phases(task, worker, p, real):
 @_jit
 def _find_runs(p, runs, pixel, end):
     """List where in a channel of the output the pixels pixel .. end are: number of runs; place and length of each."""
+    simd.keep_apart()
     out_d, out_h, out_w = p[OUT_D], p[OUT_H], p[OUT_W]
     row_length = p[PLANE] if p[PLANE] else out_w  # a plane whose pixels are consecutive is one row
     count = 0
@@ -592,6 +602,7 @@ def _find_runs(p, runs, pixel, end):
 @_jit
 def _load_tile(p, y, tile, runs, rows):
     """Copy the pixels of the runs of `rows` output channels, of any strides, into the tile [row][column]."""
+    simd.keep_apart()
     lanes, columns, step, channel_step = simd.lanes(tile), simd.columns(tile), p[Y_W], p[Y_O]
     j = 0
     for run in range(runs[0]):
@@ -617,6 +628,7 @@ def _load_tile(p, y, tile, runs, rows):
 @_jit
 def _store_tile(p, y, tile, runs, rows):
     """The reverse of `_load_tile`."""
+    simd.keep_apart()
     lanes, columns, step, channel_step = simd.lanes(tile), simd.columns(tile), p[Y_W], p[Y_O]
     j = 0
     for run in range(runs[0]):
@@ -785,6 +797,7 @@ def _correlate(task, worker, p, real):
 @_jit
 def _pack_gradient(p, panel, dy, channels, width, first_row, last_row, first_column, length):
     """panel[row][k][j] = dy[channel j] at output pixel (row, first_column + k); for j >= channels any number."""
+    simd.keep_apart()
     lanes = simd.lanes(panel)
     out_d, out_h = p[OUT_D], p[OUT_H]
     step, channel_step = p[Y_W], p[Y_O]
@@ -827,6 +840,7 @@ def _pack_gradient(p, panel, dy, channels, width, first_row, last_row, first_col
 @_jit
 def _store_gradient(p, tile, group, first_channel, rows, first_vector, last_vector, dw):
     """Add the tile [vector panel][row][column] into dw, or put it there: dw[o, c, tap] = tile[row (c, tap)][o]."""
+    simd.keep_apart()
     lanes = simd.lanes(tile)
     tap_offset = simd.at(p, p[W_TAP_OFFSET])
     panel = first_vector * p[VECTOR_PANELS] // p[VECTORS]

@@ -24,12 +24,13 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import njit, types
+from numba import types
 
 from ..geometry import ConvGeometry
 from . import simd, tasks
 from .contraction import Axis, Strides, address
 from .jit import REAL, compiled
+from .jit import helper as _jit
 
 # Parameters of the bodies (int64, in this order), and
 (
@@ -51,7 +52,6 @@ _MOST_SHARED = 5
 _TILE_BYTES = 64 * 1024  # rows that are put together before they are stored, where they cannot be stored at once
 _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the bits do not depend on the threads
 
-_jit = njit(error_model="numpy", nogil=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

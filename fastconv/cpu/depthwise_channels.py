@@ -21,12 +21,12 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from numba import njit
 
 from ..geometry import ConvGeometry
 from . import simd, tasks
 from .contraction import Strides, address
 from .depthwise import Line, Lines, Phase, Plan, address_of, cut
+from .jit import helper as _jit
 
 # Parameters of the bodies (int64, in this order), and
 (
@@ -54,7 +54,6 @@ _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the 
 
 _EVERYTHING = 1 << 40  # more pixels than any row has
 
-_jit = njit(error_model="numpy", nogil=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

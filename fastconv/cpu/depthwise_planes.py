@@ -16,11 +16,11 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numba import njit
 
 from . import simd, tasks
 from .contraction import Strides, address
 from .depthwise import Line, Lines, Plan, address_of
+from .jit import helper as _jit
 
 # Parameters of the body (int64, in this order).
 (
@@ -39,7 +39,6 @@ _CALL_BYTES = 32 * 1024
 _SUMS_BYTES = 16 * 1024  # sums of a weight gradient that are filled by one call
 _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the bits do not depend on the threads
 
-_jit = njit(error_model="numpy", nogil=True)
 
 
 @_jit

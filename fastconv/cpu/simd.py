@@ -487,6 +487,22 @@ def at(typingctx, like, address):
 
 
 @intrinsic
+def keep_apart(typingctx):
+    """First in a helper of a body: it is not inlined, and its loops are neither vectorised nor unrolled by LLVM.
+
+    For everything but the innermost loops, which are written as vectors here: it takes 1 s off compiling the two bodies
+    of a convolution, and nothing off their speed.
+    """
+
+    def codegen(context, builder, sig, args):
+        builder.function.attributes.add("noinline")
+        builder.function.attributes.add("optsize")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def offset(typingctx, pointer, elements):
     """The pointer `elements` further on."""
 

@@ -148,7 +148,7 @@ class Body:
     def address(self, dtype: np.dtype) -> int:
         signature = types.void(types.int64, types.int64, types.CPointer(types.int64), types.CPointer(REAL[dtype]))
         self._compiled = getattr(self, "_compiled", [])  # the function must outlive its address
-        self._compiled.append(compiled(numba.cfunc, signature, self.function))
+        self._compiled.append(compiled(numba.cfunc, signature, self.function, no_rewrites=True))
         return self._compiled[-1].address
 
 

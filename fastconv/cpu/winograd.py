@@ -53,6 +53,7 @@ from .contraction import (
     X,
     Y,
 )  # fmt: skip
+from .jit import helper as _jit
 
 # Parameters beyond those of `correlate`, whose pixels are the tiles here.
 (
@@ -73,7 +74,7 @@ _U_BYTES = 1024 * 1024  # transformed inputs of a block of tiles, if more than o
 _M_BYTES = 192 * 1024
 
 
-@contraction._jit
+@_jit
 def _store_tiles(p, y, outputs, tile, end, m):
     """Put the outputs [row of the tile][tile, column of the tile] of tiles tile .. end where they belong in a plane."""
     out_h, out_w = p[OUT_H], p[OUT_W]
