@@ -6,9 +6,9 @@ import pytest
 import fastconv as fc
 import oracle
 from fastconv.cpu import contraction, simd
-from fastconv.cpu.convolution import _forward_plan
+from fastconv.cpu.convolution import _choose_rows, _elements, _forward_plan, _phase_runs
 from fastconv.geometry import ConvGeometry
-from helpers import fortran_last, integers, reversed_, strided, transposed
+from helpers import channels_last, fortran_last, integers, reversed_, strided, transposed
 
 # (input shape, output channels, kernel, stride): all pixels fit the cache, and tasks pack the weights; or they do not.
 FEW = [((4, 40, 7, 7), 70, (3, 3), 1), ((3, 24, 9, 9), 33, (5, 5), 2), ((2, 520, 5, 5), 65, (1, 1), 1)]
@@ -79,6 +79,80 @@ def test_weights_of_all_phases(case, layout: str, dtype: type, rng: np.random.Ge
     np.testing.assert_array_equal(
         fc.conv2d_input_grad(shape, view, y, algorithm="direct", out=np.ones_like(dx), accumulate=True, **known), dx + 1
     )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "runs"),
+    [
+        # size, taps, stride, dilation, padding before, output positions
+        ((24, 8, 8, 1, 0, 3), [range(8)]),  # touching windows: one tap each
+        ((23, 8, 8, 1, 0, 2), [range(7), [7]]),  # the last has one element less
+        ((30, 6, 4, 1, 0, 7), [range(2), range(2, 4)]),  # two taps, one tap
+        ((28, 6, 4, 1, 1, 6), [[0], range(1, 3), [3]]),  # the first and the last of two taps see other windows
+        ((28, 5, 7, 3, 0, 3), [[0, 3, 6], [1], [2, 5], [4]]),  # the taps read 0, 3, 6, 7 + 2 and 7 + 5
+        ((9, 3, 1, 1, 1, 9), [[0]]),
+        ((12, 2, 3, 1, 0, 4), [range(2), [2]]),  # the third is reached by no tap
+    ],
+)
+def test_phases_that_are_rows_of_one_product(sizes, runs) -> None:
+    """A window of the same position reads the elements of a run, with neighbouring taps."""
+    assert _phase_runs(*sizes) == [tuple(run) for run in runs]
+
+
+# (input shape, output channels, kernel, strides, padding, dilations, groups), and how rows are chosen for an input
+# gradient with channels first and last: (are phases rows, each channel alone)
+ROWS = [
+    (((2, 1, 1, 803), 16, (1, 50), (1, 20), (0, 30), (1, 1), 1), (True, False), (True, False)),
+    (((1, 1, 700, 1), 9, (30, 1), (16, 1), (7, 0), (3, 1), 1), (True, False), (True, False)),
+    (((2, 3, 24, 33), 20, (8, 8), (8, 8), (0, 0), (1, 1), 1), (True, True), (True, False)),
+    (((1, 6, 17, 16), 8, (4, 4), (4, 4), (0, 0), (1, 1), 2), (False, False), (False, False)),
+    (((2, 16, 12, 12), 20, (4, 4), (4, 4), (0, 0), (1, 1), 1), (False, False), (False, False)),
+    (((1, 2, 1, 4000), 10, (1, 1200), (1, 1100), (0, 1), (1, 1), 2), (True, False), (True, False)),
+]
+
+
+@pytest.mark.parametrize("form", ["first", "last", *LAYOUTS])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("case", "first", "last"), ROWS)
+def test_phases_as_rows(case, first, last, dtype, form, rng: np.random.Generator) -> None:
+    """Small integers: every sum is exact. With bias and relu, as a transposed convolution has them, and added to."""
+    shape, out_channels, kernel, stride, padding, dilation, groups = case
+    known = {"stride": stride, "padding": [(p, p) for p in padding], "dilation": dilation, "groups": groups}
+    w = integers(rng, (out_channels, shape[1] // groups, *kernel), dtype)
+    dy = oracle.convolution(np.zeros(shape, dtype), w, padding_mode="zeros", **known)
+    dy = integers(rng, dy.shape, dtype)
+    dx = oracle.input_grad(w, dy, input_shape=shape, padding_mode="zeros", **known)
+    view = LAYOUTS.get(form, np.ascontiguousarray)
+    options = {**known, "layout": "NHWC" if form == "last" else "NCHW", "algorithm": "direct"}
+    if form == "last":
+        dy, dx = channels_last(dy), channels_last(dx)
+    if form in ("first", "last"):
+        plane = np.empty((*shape[:2], 1, *shape[2:]), dtype)
+        plane = np.moveaxis(channels_last(plane), -1, 1) if form == "last" else plane
+        geometry = ConvGeometry(
+            batch=shape[0], in_channels=shape[1], out_channels=out_channels, groups=groups,
+            input_size=(1, *shape[2:]), kernel_size=(1, *kernel), stride=(1, *stride), dilation=(1, *dilation),
+            pad_before=(0, *padding), pad_after=(0, *padding), padding_mode="zeros",
+        )  # fmt: skip
+        rows = _choose_rows(geometry, plane.dtype, _elements(w[:, :, None]), _elements(plane))
+        are_rows = any(len(run) > 1 for run in rows.runs[rows.axis])
+        assert (are_rows, rows.each_channel) == (last if form == "last" else first)
+    for add in (False, True):
+        out = view(np.ones(dx.shape, dtype))
+        assert fc.conv2d_input_grad(dx.shape, view(w), view(dy), out=out, accumulate=add, **options) is out
+        np.testing.assert_array_equal(out, dx + add)
+    b = integers(rng, shape[1:2], dtype)
+    extra = [
+        n - ((p - 1) * s - 2 * a + d * (k - 1) + 1)
+        for n, p, s, a, d, k in zip(
+            shape[2:], dy.shape[1:3] if form == "last" else dy.shape[2:], stride, padding, dilation, kernel, strict=True
+        )
+    ]
+    y = fc.conv_transpose2d(
+        view(dy), view(w), b, stride, padding, extra, groups, dilation, activation="relu", layout=options["layout"],
+        algorithm="direct", out=view(np.ones(dx.shape, dtype)),
+    )  # fmt: skip
+    np.testing.assert_array_equal(y, np.maximum(dx + (b if form == "last" else b[:, None, None]), 0))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -481,7 +481,7 @@ LOCAL = [
         "dilated_strided", "groups2", "depthwise", "depthwise_strided", "reflect_uneven", "replicate_far",
         "circular_once_around", "3d_strided", "rows_7", "rows_17", "channels_13", "pixels_33", "depthwise_width_17",
         "straddle", "primes_large", "terms_1x1_385", "terms_3x3_720", "terms_pixels_1426", "stem_7x7", "both_channels",
-        "kernel_7x7",
+        "kernel_7x7", "patch_embedding", "speech_1d_uneven", "speech_1d_dilated", "spectrogram_patches",
     )
 ]  # fmt: skip
 

@@ -23,6 +23,8 @@ LARGE = [
     Case("1x1", "a matrix product", (3, 200, 14, 15), (90, 200, 1, 1)),
     Case("one_pixel", "a matrix product of few columns", (40, 300, 1, 1), (150, 300, 1, 1)),
     Case("stem", "few channels", (2, 3, 63, 65), (32, 3, 7, 7), stride=2, padding=3),
+    Case("waveform", "phases as rows", (3, 1, 16000), (24, 1, 80), stride=16),
+    Case("patches", "phases of three channels as rows", (3, 3, 112, 112), (48, 3, 8, 8), stride=8),
     Case("groups", "many small products", (3, 32, 21, 22), (32, 8, 3, 3), padding=1, groups=4),
     Case("depthwise", "one filter per channel", (3, 48, 40, 41), (48, 1, 5, 5), padding=2, groups=48),
     Case("reflect", "another padding mode", (3, 12, 30, 31), (20, 12, 3, 3), padding=2, padding_mode="reflect"),

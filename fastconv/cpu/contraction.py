@@ -7,6 +7,8 @@
     input gradient    input channels      (output channel, tap of phase)   input pixels of the phase
     weight gradient   (channel, tap)      output pixels                    output channels
 
+Where the input has few channels, rows of the input gradient are phases of one dimension too: (phase, input channel).
+
 `correlate` is the first two. Its columns are consecutive pixels of the flattened (batch, depth, height, width) index of
 the output, so the ends of short rows cost nothing. A task is a range of pixels and of output channels. For one block of
 channels at a time it copies the input rows its pixels need, with their halo, into the *slab* (this is where stride,
@@ -61,8 +63,8 @@ AGAIN_WEIGHTS = 8 * 1024  # elements for each thread
     TAP_OFFSET, BLOCK_CHANNELS, BLOCK_TAPS, PANELS, PIXEL_TASKS, CHUNK, CHUNKS, ROW_TASKS, GROUP, WEIGHT_PANELS,
     IN_PLACE, EXTENT, PLANE, SEGMENTS, SEGMENT_ROWS, PHASE_PITCH, ROW_PITCH, ROW_LENGTH, CHANNEL_PITCH,
     SLAB_SIZE, PANEL_SIZE, WEIGHT_SIZE, TABLE_BYTES, RUN_TABLE, ROW_TABLE, DEPTH_OFFSET, AHEAD, PACKING, PACKING_BODY,
-    WEIGHTS_STAY, END,
-) = range(tasks.FIRST, tasks.FIRST + 69)  # fmt: skip
+    WEIGHTS_STAY, X_GROUP, Y_GROUP, END,
+) = range(tasks.FIRST, tasks.FIRST + 71)  # fmt: skip
 
 # Those of the weight gradient: the same for the slab, where Y stands for the gradient of the output; and
 (
@@ -289,16 +291,16 @@ def _pack_exactly(p, panel, source, table, channels, first_tap, last_tap, count)
 
 @_jit
 def _take_panel(
-    p, panel, slab, table, first_channel, channels, first_tap, last_tap, pixel, end, vectors, first_row, first_column
+    p, panel, slab, table, slab_place, channels, first_tap, last_tap, pixel, end, vectors, first_row, first_column
 ):  # fmt: skip
     """Pack the panel of pixels pixel .. end; or return PACK if the first product is to, by the table of pieces.
 
-    The product is of so many `vectors`.
+    The product is of so many `vectors`. A slab that is the input in place begins with its element `slab_place`.
     """
     lanes, columns = simd.lanes(panel), simd.columns(panel)
     largest = _find_pieces(p, table, pixel, end, first_row, first_column, panel)
     # in place, the last pixels of the last channel are the end of the input
-    after = largest + (first_channel + channels - 1) * p[X_C] + 2 * columns
+    after = largest + slab_place + (channels - 1) * p[X_C] + 2 * columns
     if p[IN_PLACE] and after > p[EXTENT]:
         _pack_exactly(p, panel, slab, table, channels, first_tap, last_tap, end - pixel)
     elif vectors * lanes == columns and _few_pieces(table, panel):
@@ -701,8 +703,8 @@ def _correlate(task, worker, p, real):
         first_column = 0
     first_row, last_row = first // out_w, (last - 1) // out_w + 1
 
-    x = simd.offset(simd.at(real, p[X]), group * p[CHANNELS] * p[X_C])
-    y = simd.offset(simd.at(real, p[Y]), group * p[ROW_CHANNELS] * p[Y_O])
+    x = simd.offset(simd.at(real, p[X]), group * p[X_GROUP])
+    y = simd.offset(simd.at(real, p[Y]), group * p[Y_GROUP])
     w = simd.offset(simd.at(real, p[W]), group * p[ROW_CHANNELS] * p[CHANNELS] * p[TAPS])
     bias = simd.at(real, p[BIAS])
     task_o = first_panel * p[ROW_CHANNELS] // p[PANELS]
@@ -757,8 +759,8 @@ def _correlate(task, worker, p, real):
                             how = flags
                             if i == first_panel:
                                 how |= _take_panel(
-                                    p, panel, slab, table, group * p[CHANNELS] + c, channels, tap, last_tap, pixel, end,
-                                    vectors, first_row, first_column,
+                                    p, panel, slab, table, group * p[X_GROUP] + c * p[X_C], channels, tap, last_tap,
+                                    pixel, end, vectors, first_row, first_column,
                                 )  # fmt: skip
                             plane = p[PLANE]  # pixels of an output plane, 0 where they are not consecutive
                             n = pixel // plane if plane else 0
@@ -1194,16 +1196,19 @@ def _set_common(
 def plan_correlation(
     dtype: np.dtype, batch: int, blocks: Blocks, axes: tuple[Axis, ...], x: Strides, y: Strides, zeros: bool,
     in_place: bool, workers: int, slab_panels: int = 0, packed: bool = True,
+    group_steps: tuple[int, int] | None = None,
 ) -> Plan:  # fmt: skip
     """Plan y[n, i, o] = sum over c, k of w[i, c, k] * x[n, c, u(o, k)], with strides of x and y in elements.
 
     The slab has room for the pixels of a task, or for `slab_panels` panels of them. Weights that are not `packed` yet
-    may be packed by the tasks: see `Plan.packs`.
+    may be packed by the tasks: see `Plan.packs`. `group_steps` is how far apart the groups are in x and in y, if not as
+    far as all channels of a group.
     """
     t = simd.tile(dtype.itemsize * 8)
     size = dtype.itemsize
     if in_place and is_flat(tuple(a.out for a in axes), y[2:]):
         axes, x, y = _flattened(axes, x, y)
+    x_group, y_group = group_steps or (blocks.channels * x[1], blocks.rows * y[1])
     depth, height, width = axes
     plane = depth.out * height.out * width.out
     pixels = batch * plane
@@ -1273,7 +1278,8 @@ def plan_correlation(
     parameters[[PIXEL_TASKS, ROW_TASKS, CHUNK, CHUNKS]] = pixel_tasks, row_tasks, chunk, chunks
     parameters[GROUP] = group
     parameters[[WEIGHT_PANELS, WEIGHT_SIZE, WEIGHTS_STAY]] = weight_panels, weight_size, weights_stay
-    parameters[EXTENT] = (batch - 1) * x[0] + (blocks.groups * blocks.channels - 1) * x[1] + plane
+    parameters[[X_GROUP, Y_GROUP]] = x_group, y_group
+    parameters[EXTENT] = (batch - 1) * x[0] + (blocks.groups - 1) * x_group + (blocks.channels - 1) * x[1] + plane
     parameters[[SLAB_SIZE, PANEL_SIZE, TABLE_BYTES, ROW_TABLE]] = slab_size, panel_size, table_bytes, row_table
     parameters[[RUN_TABLE, DEPTH_OFFSET]] = run_table, address(depth_offset)
     parameters[AHEAD] = t.columns if in_place else 0  # the next panel, while this one is packed

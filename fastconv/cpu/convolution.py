@@ -17,7 +17,7 @@ import numpy as np
 from numba import prange, types
 
 from ..geometry import ConvGeometry
-from . import contraction, depthwise, depthwise_channels, depthwise_planes, fft, half, tasks, winograd
+from . import contraction, depthwise, depthwise_channels, depthwise_planes, fft, half, simd, tasks, winograd
 from .jit import array_of, kernel, output_of
 from .threads import get_num_threads
 
@@ -380,18 +380,36 @@ def weight_grad(
 
 @dataclass(frozen=True)
 class _Phase:
-    """The elements of the input gradient that see the same taps: every stride-th element in each dimension."""
+    """The elements of the input gradient that see the same taps: every stride-th element in each dimension.
+
+    Or several of these as rows of one product (`_Rows`), by the place of the first of them.
+    """
 
     where: tuple[slice, ...]  # of the input gradient (N, C, D, H, W)
-    blocks: contraction.Blocks
+    part: int
     packed: slice  # of the packed weights of all phases
     plan: contraction.Plan
 
 
 @dataclass(frozen=True)
+class _Part:
+    """Products of as many rows, whose weights are packed together. Rows are (phase, channel)."""
+
+    groups: int
+    phases: int
+    channels: int
+    packing: contraction.Packing
+    packed: slice
+
+    def bias_of_rows(self, bias: np.ndarray) -> np.ndarray:
+        return np.tile(bias.reshape(self.groups, 1, self.channels), (1, self.phases, 1)).ravel()
+
+
+@dataclass(frozen=True)
 class _Phases:
     each: tuple[_Phase, ...]
-    packing: contraction.Packing | None  # of all; None if there is no phase
+    parts: tuple[_Part, ...]
+    order: tuple[int, ...] | None  # see `_Rows`
     untouched: tuple[tuple[slice, ...], ...]  # `where` of elements that no tap reaches
     packed_size: int
     padded: bool  # does a phase see zeros around the output gradient?
@@ -414,6 +432,72 @@ def _phase_axis(
     p = np.arange(count + (len(meeting) - 1) * step, dtype=np.int64) + shift
     source = np.where((p >= 0) & (p < out), p, -1)
     return meeting, contraction.Axis(count, len(meeting), 1, step, source, -shift, out)
+
+
+def _phase_runs(
+    size: int, taps: int, stride: int, dilation: int, before: int, out: int
+) -> list[tuple[int, ...]]:
+    """The phases of a dimension, those together that may be rows of one product.
+
+    What tap k gives to input element q, tap k + 1 gives to q + dilation, from the same output position. So phases that
+    are `dilation` apart have the same product, with the next taps, if they have as many, of the same output positions.
+    """
+    runs: dict[int, list[int]] = {}  # by the last phase
+    seen = {}
+    for first in range(min(stride, size)):
+        meeting, axis = _phase_axis(first, size, taps, stride, dilation, before, out)
+        seen[first] = axis.out, len(meeting), axis.before
+        joins = bool(meeting) and seen.get(first - dilation) == seen[first]
+        runs[first] = [*(runs.pop(first - dilation) if joins else []), first]
+    return sorted(map(tuple, runs.values()))
+
+
+_Runs = tuple[list[tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the rows of the products of an input gradient are: (phase of one axis, input channel).
+
+    The few channels of a phase alone would leave most rows of the microkernel's tile without work.
+    """
+
+    runs: _Runs  # phases of each axis, those together that are rows of one product
+    axis: int = 0  # whose phases are rows, if any are
+    each_channel: bool = False  # is a channel a group of its own? Else the phases of all are evenly spaced in memory
+    order: tuple[int, ...] | None = None  # axes of the weight from outer to inner, where its memory must have them so
+
+
+def _choose_rows(geometry: ConvGeometry, dtype: np.dtype, w: Strides, dx: Strides) -> _Rows:
+    """From strides in elements."""
+    runs = tuple(
+        map(
+            _phase_runs, geometry.input_size, geometry.kernel_size, geometry.stride, geometry.dilation,
+            geometry.pad_before, geometry.output_size,
+        )
+    )  # fmt: skip
+    alone: _Runs = tuple([(first,) for first in sorted(itertools.chain(*each))] for each in runs)
+    channels = geometry.in_channels_per_group
+    spaced = [channels == 1 or geometry.dilation[a] * dx[2 + a] == channels * dx[1] for a in range(3)]
+    lengths = [max(map(len, each)) for each in runs]
+    axis = max(range(3), key=lambda a: (lengths[a] > 1 and spaced[a], lengths[a], a))
+    each_channel = not spaced[axis]
+    if (
+        channels >= simd.tile(dtype.itemsize * 8).rows
+        or lengths[axis] == 1
+        or (each_channel and (geometry.groups > 1 or lengths[axis] <= channels))
+    ):
+        return _Rows(alone)
+    joined = tuple(each if a == axis else alone[a] for a, each in enumerate(runs))
+    order = None
+    if channels > 1 and not each_channel and w[2 + axis] != channels * w[1]:
+        order = (0, *(2 + other for other in range(3) if other != axis), 2 + axis, 1)
+    return _Rows(joined, axis, each_channel, order)
+
+
+def _in_order(weight: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
+    """The same array, contiguous with its axes in this order from outer to inner."""
+    return np.ascontiguousarray(weight.transpose(order)).transpose(np.argsort(order))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -441,12 +525,16 @@ def _depthwise_input_grad_plan(
 def _input_grad_phases(
     geometry: ConvGeometry, dtype: np.dtype, w: Strides, dy: Strides, dx: Strides, workers: int, packed: bool
 ) -> _Phases:
-    """From strides in bytes. Rows are input channels, and the reduction is (output channel, tap of the phase)."""
+    """From strides in bytes. The reduction is (output channel, tap of the phase)."""
     w, dy, dx = (_in_elements(strides, dtype) for strides in (w, dy, dx))
-    channel, row, *tap_steps = w
     shape = (geometry.out_channels, geometry.in_channels_per_group, *geometry.kernel_size)
-    reached, untouched = [], []
-    for first in itertools.product(*map(range, map(min, geometry.stride, geometry.input_size))):
+    rows = _choose_rows(geometry, dtype, w, dx)
+    if rows.order:
+        w = _elements(_in_order(np.empty(shape, dtype), rows.order))
+    reached: dict[int, list] = {}  # by the number of phases that are rows
+    untouched = []
+    for runs in itertools.product(*rows.runs):
+        first = tuple(run[0] for run in runs)
         taps, axes = zip(
             *map(
                 _phase_axis, first, geometry.input_size, geometry.kernel_size, geometry.stride, geometry.dilation,
@@ -456,37 +544,55 @@ def _input_grad_phases(
         )  # fmt: skip
         where = (slice(None), slice(None), *map(slice, first, (None,) * 3, geometry.stride))
         if all(taps):
-            reached.append((where, axes, _offsets(taps, tap_steps)))
+            reached.setdefault(len(runs[rows.axis]), []).append((where, axes, _offsets(taps, w[2:])))
         else:
             untouched.append(where)
-    phases, size = [], 0
-    for where, axes, _ in reached:
-        steps = (*dx[:2], *(step * stride for step, stride in zip(dx[2:], geometry.stride, strict=True)))
-        in_place = contraction.can_stay_in_place(axes, dy)
-        blocks = contraction.make_blocks(
-            dtype, geometry.groups, geometry.in_channels_per_group, geometry.out_channels_per_group, axes, in_place
-        )
-        batch, axes, x, y = contraction.fold_batch(geometry.batch, axes, dy, steps)
-        in_place = contraction.can_stay_in_place(axes, x)
-        plan = contraction.plan_correlation(
-            dtype, batch, blocks, axes, x, y, True, in_place, workers, packed=packed or len(reached) > 1
-        )
-        needed = 0 if plan.packs else blocks.packed_size
-        phases.append(_Phase(where, blocks, slice(size, size + needed), plan))
-        size += needed
+    packed = packed or sum(map(len, reached.values())) > 1
+    phases: list[_Phase] = []
+    parts: list[_Part] = []
+    size = 0
+    for number, products in reached.items():
+        each_channel = number > 1 and rows.each_channel
+        groups, channels = geometry.groups, geometry.in_channels_per_group
+        group_steps = geometry.out_channels_per_group * dy[1], channels * dx[1]
+        packing_steps = geometry.out_channels_per_group * w[0], w[1], w[0]  # of group, row and channel
+        row_step = dx[1]
+        if each_channel:
+            groups, channels, group_steps = channels, 1, (0, dx[1])
+            packing_steps = w[1], w[1], w[0]
+        if number > 1 and channels == 1:
+            row_step = geometry.dilation[rows.axis] * dx[2 + rows.axis]
+            packing_steps = packing_steps[0], w[2 + rows.axis], w[0]
+        y = (dx[0], row_step, *(step * stride for step, stride in zip(dx[2:], geometry.stride, strict=True)))
+        begin, blocks, offsets = size, [], []
+        for where, axes, of_taps in products:
+            cut = contraction.make_blocks(
+                dtype, groups, number * channels, geometry.out_channels_per_group, axes,
+                contraction.can_stay_in_place(axes, dy),
+            )  # fmt: skip
+            batch, folded, from_, to = contraction.fold_batch(geometry.batch, axes, dy, y)
+            in_place = contraction.can_stay_in_place(folded, from_)
+            plan = contraction.plan_correlation(
+                dtype, batch, cut, folded, from_, to, True, in_place, workers, packed=packed, group_steps=group_steps
+            )
+            needed = 0 if plan.packs else cut.packed_size
+            phases.append(_Phase(where, len(parts), slice(size, size + needed), plan))
+            blocks.append(cut)
+            offsets.append(of_taps)
+            size += needed
+        padded = any(phase.plan.parameters[contraction.PADDED] for phase in phases[-len(products) :])
+        if len(products) == 1:
+            packing = contraction.plan_packing(
+                blocks[0], shape, w, dtype.itemsize, packing_steps, offsets[0], check_finite=padded
+            )
+        else:
+            places = [phase.packed.start - begin for phase in phases[-len(products) :]]
+            packing = contraction.plan_phase_packing(
+                blocks, places, shape, w, dtype.itemsize, packing_steps, offsets, check_finite=padded
+            )
+        parts.append(_Part(groups, number, channels, packing, slice(begin, size)))
     padded = any(phase.plan.parameters[contraction.PADDED] for phase in phases)
-    packing = None
-    steps = (geometry.out_channels_per_group * channel, row, channel)
-    if len(phases) == 1:
-        packing = contraction.plan_packing(
-            phases[0].blocks, shape, w, dtype.itemsize, steps, reached[0][2], check_finite=padded
-        )
-    elif phases:
-        packing = contraction.plan_phase_packing(
-            [phase.blocks for phase in phases], [phase.packed.start for phase in phases], shape, w, dtype.itemsize,
-            steps, [offsets for _, _, offsets in reached], check_finite=padded,
-        )  # fmt: skip
-    return _Phases(tuple(phases), packing, tuple(untouched), size, padded)
+    return _Phases(tuple(phases), tuple(parts), rows.order, tuple(untouched), size, padded)
 
 
 @_on_reals(_input_grad_through_float32)
@@ -529,16 +635,19 @@ def input_grad(
         geometry, out.dtype, weight.strides, grad_output.strides, out.strides, workers, accumulate
     )
     memory = tasks.workspace(phases.packed_size, out.dtype)
-    unpacked = contraction.Unpacked(phases.packing, weight) if phases.packing else None
+    if phases.order:
+        weight = _in_order(weight, phases.order)
+    unpacked = [contraction.Unpacked(part.packing, weight) for part in phases.parts]
     stages = []
-    if unpacked and phases.packed_size:
-        stages.append(contraction.packing(unpacked, geometry.groups, memory))
+    if phases.packed_size:
+        for part, weights in zip(phases.parts, unpacked, strict=True):
+            stages.append(contraction.packing(weights, part.groups, memory[part.packed]))
     # The zeros around grad_output are no outputs: times an infinite weight they would make a nan where there is no such
     # product. The plain loops sum only what exists.
     if phases.padded and accumulate:  # once added to, `out` cannot be computed a second time
         tasks.run_stages(out.dtype, stages)
         stages = []
-        if unpacked and not unpacked.finite():
+        if not all(weights.finite() for weights in unpacked):
             _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
             return
     if phases.untouched and bias is None and not accumulate:
@@ -546,16 +655,17 @@ def input_grad(
     else:
         for where in phases.untouched:
             _fill_without_taps(out[where], bias, relu, accumulate)
-    number = len(stages)
+    biases = [None if bias is None else part.bias_of_rows(bias) for part in phases.parts]
+    waits = len(stages)
     for phase in phases.each:
-        weights: np.ndarray | contraction.Unpacked = memory[phase.packed]
-        waits = number
-        if unpacked and phase.plan.packs:
-            weights, waits = unpacked, 0
-        part = out[phase.where]
-        stages.append(contraction.correlation(phase.plan, grad_output, weights, part, bias, relu, accumulate, waits))
+        stages.append(
+            contraction.correlation(
+                phase.plan, grad_output, unpacked[phase.part] if phase.plan.packs else memory[phase.packed],
+                out[phase.where], biases[phase.part], relu, accumulate, waits,
+            )
+        )  # fmt: skip
     tasks.run_stages(out.dtype, stages)
-    if unpacked and not unpacked.finite():
+    if not all(weights.finite() for weights in unpacked):
         _summed_input_grad(geometry, weight, grad_output, bias, relu, accumulate, out)
 
 
