@@ -25,16 +25,16 @@ import numpy as np
 from ..geometry import ConvGeometry
 from . import simd, tasks
 from .contraction import Strides, address
-from .depthwise import Line, Lines, Phase, Plan, address_of, cut
+from .depthwise import AHEAD_BYTES, Line, Lines, Phase, Plan, address_of, cut
 from .jit import helper as _jit
 
 # Parameters of the bodies (int64, in this order), and
 (
     X, W, Y, BIAS, RELU, ADD,
     X_N, X_C, X_D, X_H, X_W, Y_N, Y_C, Y_D, Y_H, Y_W, X_PIXELS, Y_PIXELS, X_ROWS, Y_ROWS,
-    CHANNELS, BATCH, UNITS, UNIT_TASKS, SPLITS, GROUP, IN_PLACE, STRIP, TAPS, TAPS_HW, TAPS_W, X_PLACES, Y_PLACES,
-    W_PLACES, ROW_PITCH, PLANE_PITCH, SLAB_SIZE, OUT_ROW, OUT_PLANE, OUT_SIZE, DEPTH, HEIGHT, WIDTH, END,
-) = (*range(tasks.FIRST, tasks.FIRST + 41), *(tasks.FIRST + 40 + 12 * n for n in range(1, 4)))  # fmt: skip
+    CHANNELS, BATCH, UNITS, UNIT_TASKS, SPLITS, GROUP, IN_PLACE, STRIP, AHEAD, TAPS, TAPS_HW, TAPS_W, X_PLACES,
+    Y_PLACES, W_PLACES, ROW_PITCH, PLANE_PITCH, SLAB_SIZE, OUT_ROW, OUT_PLANE, OUT_SIZE, DEPTH, HEIGHT, WIDTH, END,
+) = (*range(tasks.FIRST, tasks.FIRST + 42), *(tasks.FIRST + 41 + 12 * n for n in range(1, 4)))  # fmt: skip
 # those of a dimension, from DEPTH, HEIGHT and WIDTH on, and
 SOURCE, BEFORE, SIZE, STRIDE, STEP, OUT, FULL, TILE, TILES, REACH, PHASES, TABLE = range(12)
 # those of a phase, in the table of its dimension: FIRST to TAP_STEP as in `depthwise`; PIECES are where a table of the
@@ -154,8 +154,9 @@ def _correlate_tile(
                     continue
                 first = in_width[SHIFT] + first_w * p[WIDTH + STRIDE]
                 step = p[WIDTH + STRIDE] if pieces[BLOCK_TAPS] == 1 else 1  # from a neighbour to the next
-                low, high = 0, _EVERYTHING
+                low, high, ahead = 0, _EVERYTHING, 0
                 if in_place:
+                    ahead = p[AHEAD]
                     low = -((first - p[WIDTH + BEFORE]) // step)
                     high = -((first - p[WIDTH + BEFORE] - p[WIDTH + SIZE]) // step)
                 for d in range(first_d, min(last_d, in_depth[COUNT])):
@@ -172,7 +173,8 @@ def _correlate_tile(
                         reach_d[3 * d + 2], in_depth[TAP_STEP] * x_d, p[TAPS_HW] * lanes,
                         in_height[TAP_STEP] * x_h, p[TAPS_W] * lanes,
                         pieces[BLOCKS], pieces[BLOCK_TAPS] * in_width[TAP_STEP] * x_w, pieces[BLOCK_TAPS] * lanes,
-                        zeros, flags, bias,
+                        ahead and ahead * x_h + (reach_d[3 * d + 2] - 1) * in_depth[TAP_STEP] * x_d, x_h,
+                        p[HEIGHT + STEP] * y_h, zeros, flags, bias,
                     )  # fmt: skip
 
 
@@ -557,9 +559,13 @@ def plan_correlation(
         dtype, lines, -(-2 * workers // (batch * groups)), _correlate_function, False, x, y, group
     )
     units = batch * groups * tiles
+    pixels = (line.size for line in lines), (sum(phase.count for phase in line.phases) for line in lines)
+    size = batch * channels * sum(map(math.prod, pixels)) * dtype.itemsize
+    height = lines[1]  # the rows that the next row of output is the first to meet
+    ahead = max(1 + (len(phase.taps) - 1) * phase.tap_step for phase in height.phases)
     strip = -(-_STRIP_PIXELS // int(parameters[OUT_ROW] // lanes * lines[1].step))
     parameters[CHANNELS:TAPS] = (
-        channels, batch, units, min(units, 8 * workers), 1, group, in_place, strip
+        channels, batch, units, min(units, 8 * workers), 1, group, in_place, strip, ahead if size > AHEAD_BYTES else 0
     )  # fmt: skip
     unit_tasks = int(parameters[UNIT_TASKS])
     scratch = parameters[SLAB_SIZE] + parameters[OUT_SIZE] + (1 + group * (parameters[TAPS] + 1)) * lanes
@@ -579,7 +585,7 @@ def plan_weight_gradient(
     units = batch * tiles
     splits = min(units, -(-_GRADIENT_TASKS // blocks))
     block_tasks = min(blocks, 4 * _GRADIENT_TASKS)
-    parameters[CHANNELS:TAPS] = channels, batch, units, block_tasks, splits, 1, False, 1
+    parameters[CHANNELS:TAPS] = channels, batch, units, block_tasks, splits, 1, False, 1, 0
     scratch = parameters[SLAB_SIZE] + parameters[OUT_SIZE] + parameters[TAPS] * lanes
     flops = 2 * batch * channels * math.prod(line.out * len(line.taps) for line in lines)
     return Plan(

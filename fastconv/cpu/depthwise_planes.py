@@ -19,7 +19,7 @@ import numpy as np
 
 from . import simd, tasks
 from .contraction import Strides, address
-from .depthwise import Line, Lines, Plan, address_of
+from .depthwise import AHEAD_BYTES, Line, Lines, Plan, address_of
 from .jit import helper as _jit
 
 # Parameters of the body (int64, in this order).
@@ -28,8 +28,8 @@ from .jit import helper as _jit
     X_N, X_C, X_D, X_H, Y_N, Y_O, Y_D, Y_H, W_FIRST, W_D, W_H, W_W, TAPS,
     CHANNELS, ROWS, AT_ONCE, CHUNKS, OUT_D, OUT_H, STEP, Y_ROWS, TILES, UNITS, UNIT_TASKS, PIECES, PIECE_SIZE, TABLE,
     CONSTANTS, BATCH, SPLITS, CHECK, WIDTH, HEIGHT, STRIDE_H, FIRST_H, TAPS_H, DEPTH, STRIDE_D, FIRST_D, TAPS_D,
-    TAP_STEP, END,
-) = range(tasks.FIRST, tasks.FIRST + 48)  # fmt: skip
+    TAP_STEP, AHEAD, END,
+) = range(tasks.FIRST, tasks.FIRST + 49)  # fmt: skip
 # The table of the pieces: for each of them, and then its masks (see `simd.call_correlate_planes`)
 FUNCTION, COLUMN, FIRST_COLUMN, MASKS = range(4)
 
@@ -42,18 +42,31 @@ _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the 
 
 
 @_jit
-def _correlate_rows(p, y, x, x_plane, x_depth, x_row, first_h, height, depths, w, planes, rows, y_rows, bias):
+def _correlate_rows(
+    p, y, x, x_plane, x_depth, x_row, first_h, height, depths, w, planes, rows, y_rows, bias, ahead, x_ahead, y_ahead
+):  # fmt: skip
     """`rows` rows of `planes` planes of output, from planes of `height` rows of input, of which the first tap of the
-    first row of output meets row first_h."""
+    first row of output meets row first_h. What is at x_ahead and y_ahead, which are null if not `ahead`, comes next."""
     table = simd.at(p, p[TABLE])
     bias_step, flags = p[ROWS] if p[BIAS] else 0, simd.RELU if p[RELU] else 0
     for k in range(p[PIECES]):
         piece = simd.offset(table, k * p[PIECE_SIZE])
+        done = ahead * planes * rows * piece[COLUMN]
         simd.call_correlate_planes(
             piece[FUNCTION], simd.offset(piece, MASKS), simd.offset(y, piece[COLUMN]), p[ROWS] * p[Y_O], p[Y_H],
             simd.offset(x, piece[FIRST_COLUMN]), x_plane, x_depth, x_row, first_h, height, depths,
-            w, p[ROWS] * p[TAPS], p[W_D], p[W_H], p[W_W], planes, rows, y_rows, bias, bias_step, flags,
+            w, p[ROWS] * p[TAPS], p[W_D], p[W_H], p[W_W], planes, rows, y_rows, bias, bias_step,
+            simd.offset(x_ahead, done // p[STEP]), simd.offset(y_ahead, done * p[STEP]), flags,
         )  # fmt: skip
+
+
+@_jit
+def _place(p, unit):
+    """Where a unit is: sample, first channel, plane of the depth, first row and the row after the last."""
+    tile, rest = unit % p[TILES], unit // p[TILES]
+    d, rest = rest % p[OUT_D], rest // p[OUT_D]
+    h, end = tile * p[OUT_H] // p[TILES], (tile + 1) * p[OUT_H] // p[TILES]
+    return rest // p[CHUNKS], rest % p[CHUNKS] * p[AT_ONCE], d, h, end
 
 
 @_jit
@@ -86,11 +99,19 @@ def _copy_rows(p, target, x, first_d, first_h, rows):
 def _correlate(task, worker, p, real):
     """Task = a range of units: (sample, some channels, plane of the depth, tile of rows)."""
     scratch = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    for unit in range(task * p[UNITS] // p[UNIT_TASKS], (task + 1) * p[UNITS] // p[UNIT_TASKS]):
-        tile, rest = unit % p[TILES], unit // p[TILES]
-        h, end = tile * p[OUT_H] // p[TILES], (tile + 1) * p[OUT_H] // p[TILES]
-        d, rest = rest % p[OUT_D], rest // p[OUT_D]
-        channel, n = rest % p[CHUNKS] * p[AT_ONCE], rest // p[CHUNKS]
+    last = (task + 1) * p[UNITS] // p[UNIT_TASKS]
+    for unit in range(task * p[UNITS] // p[UNIT_TASKS], last):
+        ahead, x_ahead, y_ahead = 0, simd.at(real, 0), simd.at(real, 0)
+        if p[AHEAD] and unit + 1 < last:
+            n, channel, d, h, _ = _place(p, unit + 1)
+            ahead = 1
+            x_ahead = simd.offset(
+                simd.at(real, p[X]), n * p[X_N] + channel * p[X_C] + (d + p[TAPS_D] - 1) * p[X_D] + h * p[X_H]
+            )
+            y_ahead = simd.offset(
+                simd.at(real, p[Y]), n * p[Y_N] + channel * p[Y_O] + d * p[Y_D] + h * p[STEP] * p[Y_H]
+            )
+        n, channel, d, h, end = _place(p, unit)
         channels, rows = min(p[AT_ONCE], p[CHANNELS] - channel), end - h
         y_rows = p[Y_ROWS] - h * p[STEP]
         weights = simd.offset(simd.at(real, p[W]), channel * p[ROWS] * p[TAPS])
@@ -112,6 +133,7 @@ def _correlate(task, worker, p, real):
                 _correlate_rows(
                     p, y_i, simd.offset(x, (first_d + low * p[TAP_STEP]) * p[X_D]), p[X_C], p[TAP_STEP] * p[X_D],
                     p[X_H], first_h, p[HEIGHT], high - low, simd.offset(w, low * p[W_D]), channels, rows, y_rows, bias,
+                    ahead, x_ahead, y_ahead,
                 )  # fmt: skip
                 continue
             copied = (rows - 1) * p[STRIDE_H] + p[TAPS_H]
@@ -120,7 +142,7 @@ def _correlate(task, worker, p, real):
                 _correlate_rows(
                     p, simd.offset(y_i, c * p[ROWS] * p[Y_O]), scratch, 0, copied * p[WIDTH], p[WIDTH], 0, copied,
                     p[TAPS_D], simd.offset(w, c * p[ROWS] * p[TAPS]), 1, rows, y_rows,
-                    simd.offset(bias, c * p[ROWS] if p[BIAS] else 0),
+                    simd.offset(bias, c * p[ROWS] if p[BIAS] else 0), 0, simd.at(real, 0), simd.at(real, 0),
                 )  # fmt: skip
 
 
@@ -250,13 +272,27 @@ def _pieces_by_two(line: Line, dtype: np.dtype) -> np.ndarray:
 
 
 def _geometry(lines: Lines) -> tuple[int, ...]:
-    """The last parameters of both bodies."""
+    """The parameters from WIDTH on, but for the last."""
     depth, height, width = lines
     first_h, first_d = (line.phases[0].shift - line.before for line in (height, depth))
     return (
         width.size, height.size, height.stride, first_h, len(height.taps), depth.size, depth.stride, first_d,
         len(depth.taps), depth.phases[0].tap_step,
     )  # fmt: skip
+
+
+def _asks_ahead(
+    dtype: np.dtype, batch: int, channels: int, rows: int, lines: Lines, x: Strides, y: Strides
+) -> bool:
+    """Does a unit ask for the memory of the next one? That is one piece where whole planes follow one another."""
+    elements = 0
+    for strides, sizes in (
+        (x, [line.size for line in lines]), (y, [sum(phase.count for phase in line.phases) for line in lines])
+    ):  # fmt: skip
+        if any(strides[k] != math.prod(sizes[k - 1 :]) for k in (1, 2, 3) if k != 2 or sizes[0] > 1):
+            return False
+        elements += batch * channels * math.prod(sizes)
+    return rows == 1 and elements * dtype.itemsize > AHEAD_BYTES
 
 
 def _tiles(rows: int, row_bytes: int, least: int) -> int:
@@ -296,6 +332,7 @@ def plan_correlation(
         *x[:4], *y[:4], first, *steps, math.prod(taps),
         channels, rows, planes, chunks, depth.out, height.out, 1, height.out, tiles, units, unit_tasks, *pieces.shape,
         address(pieces), address(no_bias), batch, 1, check, *_geometry(lines),
+        _asks_ahead(dtype, batch, channels, rows, lines, x, y),
     )  # fmt: skip
     flops = 2 * batch * channels * rows * math.prod(line.out * len(line.taps) for line in lines)
     scratch = copied * dtype.itemsize if check else 0
@@ -322,7 +359,7 @@ def plan_input_gradient_by_two(
         *dy[:4], *dx[:4], 0, taps * taps, taps, 1, taps * taps,
         channels, 1, planes, chunks, 1, height.out, 2, dx_rows, tiles, units, unit_tasks, *pieces.shape,
         address(pieces), address(no_bias), batch, 1, False, width.size, height.size, 1, _first(height), taps, 1, 0, 0,
-        1, 1,
+        1, 1, _asks_ahead(dtype, batch, channels, 1, lines, dy, dx),
     )  # fmt: skip
     flops = 2 * batch * channels * height.size * width.size * taps * taps
     return Plan(_correlate, parameters, (pieces, no_bias), unit_tasks, 0, flops)
@@ -346,7 +383,7 @@ def plan_weight_gradient(
     parameters[X_N:END] = (
         *x[:4], *dy[:4], 0, 0, 0, 0, taps,
         channels, rows, planes, chunks, depth.out, height.out, 1, height.out, tiles, units, chunks * splits,
-        *pieces.shape, address(pieces), address(zeros), batch, splits, False, *_geometry(lines),
+        *pieces.shape, address(pieces), address(zeros), batch, splits, False, *_geometry(lines), False,
     )  # fmt: skip
     flops = 2 * batch * channels * rows * math.prod(line.out * len(line.taps) for line in lines)
     return Plan(
