@@ -117,9 +117,26 @@ def _copy_row(row, phase_pitch, source, step, stride, count, first, places):
         for i in range(count):
             target[i] = source[i * step]
     else:
+        lanes = simd.lanes(row)
         phase, place = first % stride, first // stride
-        for i in range(count):
+        before = min((stride - phase) % stride, count)  # elements of a stride that is not whole
+        whole = (count - before) // stride if step == 1 else 0  # strides, to be transposed
+        i = 0
+        while i < count:
+            if i == before and whole > 0:
+                for k in range(0, whole, lanes):
+                    for r in range(0, stride, lanes):
+                        simd.transpose_block(
+                            simd.offset(row, r * phase_pitch + place + k), phase_pitch,
+                            simd.offset(source, i + k * stride + r), stride, min(lanes, whole - k),
+                            min(lanes, stride - r),
+                        )  # fmt: skip
+                i += whole * stride
+                place += whole
+                whole = 0
+                continue
             row[phase * phase_pitch + place] = source[i * step]
+            i += 1
             phase += 1
             if phase == stride:
                 phase = 0
