@@ -25,6 +25,7 @@ of multiply-adds: an output element has the same bits for any split into tasks, 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -63,8 +64,8 @@ AGAIN_WEIGHTS = 8 * 1024  # elements for each thread
     TAP_OFFSET, BLOCK_CHANNELS, BLOCK_TAPS, PANELS, PIXEL_TASKS, CHUNK, CHUNKS, ROW_TASKS, GROUP, WEIGHT_PANELS,
     IN_PLACE, EXTENT, PLANE, SEGMENTS, SEGMENT_ROWS, PHASE_PITCH, ROW_PITCH, ROW_LENGTH, CHANNEL_PITCH,
     SLAB_SIZE, PANEL_SIZE, WEIGHT_SIZE, TABLE_BYTES, RUN_TABLE, ROW_TABLE, DEPTH_OFFSET, AHEAD, PACKING, PACKING_BODY,
-    WEIGHTS_STAY, X_GROUP, Y_GROUP, END,
-) = range(tasks.FIRST, tasks.FIRST + 71)  # fmt: skip
+    WEIGHTS_STAY, X_GROUP, Y_GROUP, KERNELS, END,
+) = range(tasks.FIRST, tasks.FIRST + 72)  # fmt: skip
 
 # Those of the weight gradient: the same for the slab, where Y stands for the gradient of the output; and
 (
@@ -701,6 +702,7 @@ def _correlate(task, worker, p, real):
     tile = simd.offset(own_weights, p[WEIGHT_SIZE])
     few_sums = simd.offset(tile, simd.tile_rows(real) * simd.columns(real))
     table = simd.at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[TABLE_BYTES])
+    kernels = simd.at(p, p[KERNELS])
     columns = simd.columns(real)
     out_w = p[OUT_W]
 
@@ -794,8 +796,8 @@ def _correlate(task, worker, p, real):
                                 target, pitch = tile, columns
                             if vectors > 0:
                                 simd.contract_packing(
-                                    rows, vectors, depth, a, panel, target, pitch, how, channel_bias, slab, offsets,
-                                    table, p[AHEAD],
+                                    kernels, rows, vectors, depth, a, panel, target, how, pitch, channel_bias, slab,
+                                    offsets, table, p[AHEAD],
                                 )  # fmt: skip
                             if rest > 0:
                                 done = vectors * lanes
@@ -1210,6 +1212,29 @@ def _set_common(
     parameters[CHANNEL_PITCH] = x[1] if in_place else slab.channel
 
 
+@tasks.Body
+def _list_microkernels(rows, output, table, real):
+    simd.list_microkernels(rows, output, table, real)
+
+
+@functools.cache
+def _microkernel_table(dtype: np.dtype, output: bool) -> np.ndarray:
+    t = simd.tile(dtype.itemsize * 8)
+    return np.zeros((t.rows + 1, t.vectors + 1), np.int64)
+
+
+def microkernels(dtype: np.dtype, rows: int, panels: int, output: bool) -> int:
+    """Address of the table of microkernels, in which are those for `rows` rows in so many panels.
+
+    They are those of `simd.contract_packing`, or of `simd.contract`.
+    """
+    table = _microkernel_table(dtype, output)
+    for n in range(rows // panels, _ceil(rows, panels) + 1):
+        if not table[n, -1]:
+            _list_microkernels.call(dtype, n, int(output), table[n])
+    return address(table)
+
+
 def plan_correlation(
     dtype: np.dtype, batch: int, blocks: Blocks, axes: tuple[Axis, ...], x: Strides, y: Strides, zeros: bool,
     in_place: bool, workers: int, slab_panels: int = 0, packed: bool = True,
@@ -1291,6 +1316,8 @@ def plan_correlation(
     parameters = np.zeros(END, np.int64)
     _set_common(parameters, batch, axes, slab, x, y, zeros, in_place)
     parameters[[ROW_CHANNELS, CHANNELS, PANELS]] = blocks.rows, blocks.channels, blocks.panels
+    if not slab_panels:  # else the products are those of the caller
+        parameters[KERNELS] = microkernels(dtype, blocks.rows, blocks.panels, True)
     parameters[[BLOCK_CHANNELS, BLOCK_TAPS, TAP_OFFSET]] = blocks.block_channels, blocks.block_taps, address(tap_offset)
     parameters[[PIXEL_TASKS, ROW_TASKS, CHUNK, CHUNKS]] = pixel_tasks, row_tasks, chunk, chunks
     parameters[GROUP] = group

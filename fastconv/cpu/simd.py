@@ -207,17 +207,26 @@ PACK = 8  # that it is to pack the panel
 MOST_PIECES = 2
 
 
-def _contract_function(
-    module: ir.Module, element: ir.Type, t: Tile, rows: int, vectors: int, packs: bool
-) -> ir.Function:
+def _contract_type(element: ir.Type, t: Tile, output: bool) -> ir.FunctionType:
     pointer, table = element.as_pointer(), _I64.as_pointer()
-    function, new = _internal(
-        module, f"fastconv_contract_{element}_{rows}x{vectors * t.lanes}",
-        [_I64, pointer, pointer, pointer, _I64, _I64, pointer, *([pointer, table, table, _I64] if packs else [])],
-    )  # fmt: skip
+    arguments = [_I64, pointer, pointer, pointer, _I64]  # depth, a, panel, c, flags
+    if output:
+        arguments += [_I64, pointer]  # pitch, bias
+    if output and t.packs:
+        arguments += [pointer, table, table, _I64]  # source, offsets, pieces, ahead
+    return ir.FunctionType(ir.VoidType(), arguments)
+
+
+def _contract_function(
+    module: ir.Module, element: ir.Type, t: Tile, rows: int, vectors: int, output: bool
+) -> ir.Function:
+    """The microkernel of `contract_packing`; or that of `contract`, where pitch and flags are known."""
+    name = f"fastconv_contract_{element}_{rows}x{vectors * t.lanes}_{output}"
+    function, new = _internal(module, name, _contract_type(element, t, output).args)
     if not new:
         return function
-    depth, a, panel, c, pitch, flags, bias, *unpacked = function.args
+    depth, a, panel, c, flags, *others = function.args
+    pitch, bias, *unpacked = others or (_i64(t.columns), None)
     for p in (a, panel, c):
         p.add_attribute("noalias")
     vector = ir.VectorType(element, t.lanes)
@@ -244,7 +253,7 @@ def _contract_function(
     def packed_columns(k: ir.Value, panel_k: ir.Value) -> list[ir.Value]:
         return [_load(b, b.gep(panel_k, [_i64(j * t.lanes)]), vector) for j in range(vectors)]
 
-    if packs and vectors == t.vectors:
+    if unpacked and vectors == t.vectors:
         source, offsets, pieces, ahead = unpacked
         parts = []
         plain, packing, summed = (b.append_basic_block(name) for name in ("plain", "packing", "summed"))
@@ -299,70 +308,83 @@ def _contract_function(
         each = [_splat(b, b.load(b.gep(bias, [_i64(i)])), t.lanes) for i in range(rows)]
         return [b.fadd(v, each[n // vectors]) for n, v in enumerate(values)]
 
-    sums = step(BIAS, sums, add_bias)
-    # v < 0 ? 0 : v, so that nan stays nan
-    sums = step(RELU, sums, lambda vs: [b.select(b.fcmp_ordered("<", v, zero), zero, v) for v in vs])
+    if output:
+        sums = step(BIAS, sums, add_bias)
+        # v < 0 ? 0 : v, so that nan stays nan
+        sums = step(RELU, sums, lambda vs: [b.select(b.fcmp_ordered("<", v, zero), zero, v) for v in vs])
     for value, place in zip(sums, places, strict=True):
         _store(b, value, place)
     b.ret_void()
     return function
 
 
-@intrinsic
-def contract(typingctx, rows, vectors, depth, a, panel, c, pitch, flags, bias):
-    """The microkernel: C[i, j] = sum over k < depth of A[k, i] * B[k, j], for i < rows, j < vectors * lanes.
+@intrinsic(prefer_literal=True)
+def list_microkernels(typingctx, rows, output, table, real):
+    """table[v] = address of the microkernel for `rows` rows and v vectors, 1 <= v <= vectors of the tile.
 
-    `a` holds A packed as [k][rows], `panel` B as [k][columns of the tile]; both contiguous, depth >= 1, 1 <= rows <=
-    rows of the tile, 1 <= vectors <= vectors of the tile (fewer for the last pixels of all). Row i of C lies at
-    ``c + i * pitch``. The sum over k runs from k = 0 upwards in one chain of
-    multiply-adds for each element, whatever the number of rows, so an element has the same bits in any tile. Then,
-    by `flags`: ADD adds what C held, BIAS adds bias[i], RELU replaces what is below zero by zero.
+    It is that of `contract_packing` where `output` is 1, that of `contract` where it is 0; both numbers are literals.
+    Each number of rows is compiled when it is first met: all of them together take 1 s for AVX-512. The null pointer
+    `real` carries the element type.
     """
-    i = types.int64
 
     def codegen(context, builder, sig, args):
-        _call_contract(builder, sig, args, packs=False)
+        element, t = _element(sig.args[3]), _tile_of(sig.args[3])
+        rows, output = sig.args[0].literal_value, bool(sig.args[1].literal_value)
+        for v in range(1, t.vectors + 1):
+            function = _contract_function(builder.module, element, t, rows, v, output)
+            builder.store(builder.ptrtoint(function, _I64), builder.gep(args[2], [_i64(v)]))
         return context.get_dummy_value()
 
-    return types.void(i, i, i, a, a, a, i, i, a), codegen
+    return types.void(rows, output, table, real), codegen
 
 
 @intrinsic
-def contract_packing(
-    typingctx, rows, vectors, depth, a, panel, c, pitch, flags, bias, source, offsets, pieces, ahead
-):  # fmt: skip
-    """`contract`, for panels that may not be packed yet. With the flag PACK the panel is written, not read.
+def contract(typingctx, kernels, rows, vectors, depth, a, panel, c, flags):
+    """The microkernel: C[i, j] = sum over k < depth of A[k, i] * B[k, j], for i < rows, j < vectors * lanes.
 
-    Row k of B is then what `pack_panel` takes from ``source + offsets[k]``: the arithmetic hides the copying. `vectors`
-    must be all of the tile, each of at most MOST_PIECES pieces, and the tile one that `packs`; on others the flag must
-    not be set. `ahead` is fetched into L2, as the panel after this one.
+    `kernels` is the table [rows][0 .. vectors of the tile] of what `list_microkernels` gives. `a` holds A packed as
+    [k][rows], `panel` B and `c` C as [k or i][columns of the tile]; all contiguous, depth >= 1, 1 <= rows <= rows of
+    the tile, 1 <= vectors <= vectors of the tile (fewer for the last pixels of all). The sum over k runs from k = 0
+    upwards in one chain of multiply-adds for each element, whatever the number of rows, so an element has the same bits
+    in any tile. Then, if `flags` is ADD, what C held is added.
     """
     i, table = types.int64, types.CPointer(types.int64)
 
     def codegen(context, builder, sig, args):
-        _call_contract(builder, sig, args, packs=True)
+        _call_contract(builder, _contract_type(_element(a), _tile_of(a), False), sig, args)
         return context.get_dummy_value()
 
-    return types.void(i, i, i, a, a, a, i, i, a, a, table, table, i), codegen
+    return types.void(table, i, i, i, a, a, a, i), codegen
 
 
-def _call_contract(builder: ir.IRBuilder, sig: Any, args: Sequence[ir.Value], packs: bool) -> None:
-    """Call the microkernel of so many rows and vectors, the first two arguments."""
-    element, t = _element(sig.args[3]), _tile_of(sig.args[3])
-    name = f"fastconv_contract_{element}"
-    function, new = _internal(builder.module, name, [_I64, *(value.type for value in args[2:])])
-    if new:
-        b = ir.IRBuilder(function.append_basic_block("entry"))
-        packs = packs and t.packs
-        arguments = list(function.args[1:])
-        cases = {
-            n * 8 + v: _contract_function(builder.module, element, t, n, v, packs)
-            for n in range(1, t.rows + 1)
-            for v in range(1, t.vectors + 1)
-        }
-        _switch(b, function.args[0], cases, arguments if packs else arguments[:7])
-        b.ret_void()
-    builder.call(function, [builder.add(builder.mul(args[0], _i64(8)), args[1]), *args[2:]])
+@intrinsic
+def contract_packing(
+    typingctx, kernels, rows, vectors, depth, a, panel, c, flags, pitch, bias, source, offsets, pieces, ahead
+):  # fmt: skip
+    """`contract`, for an output and from panels that may not be packed yet.
+
+    Row i of C lies at ``c + i * pitch``. Of `flags`, after ADD, BIAS adds bias[i], RELU replaces what is below zero by
+    zero. With PACK the panel is written, not read. Row k of B is then what `pack_panel` takes from
+    ``source + offsets[k]``: the arithmetic hides the copying. `vectors` must be all of the tile, each of at most
+    MOST_PIECES pieces, and the tile one that `packs`; on others the flag must not be set. `ahead` is fetched into L2,
+    as the panel after this one.
+    """
+    i, table = types.int64, types.CPointer(types.int64)
+
+    def codegen(context, builder, sig, args):
+        kind = _contract_type(_element(a), _tile_of(a), True)
+        _call_contract(builder, kind, sig, args[: 3 + len(kind.args)])
+        return context.get_dummy_value()
+
+    return types.void(table, i, i, i, a, a, a, i, i, a, a, table, table, i), codegen
+
+
+def _call_contract(builder: ir.IRBuilder, kind: ir.FunctionType, sig: Any, args: Sequence[ir.Value]) -> None:
+    """Call the microkernel (of this kind) that the first arguments say: its table, rows and vectors."""
+    kernels, rows, vectors, *arguments = args
+    row = builder.mul(rows, _i64(_tile_of(sig.args[4]).vectors + 1))
+    kernel = builder.load(builder.gep(kernels, [builder.add(row, vectors)]))
+    builder.call(builder.inttoptr(kernel, kind.as_pointer()), arguments)
 
 
 @intrinsic

@@ -145,11 +145,18 @@ class Body:
         self.function = function
 
     @functools.cache  # noqa: B019 - bodies live as long as the module
-    def address(self, dtype: np.dtype) -> int:
-        signature = types.void(types.int64, types.int64, types.CPointer(types.int64), types.CPointer(REAL[dtype]))
+    def address(self, dtype: np.dtype, *literals: int) -> int:
+        """Address of the function for a floating-point type; or of one for which the first arguments are literals."""
+        first = [*map(types.literal, literals), types.int64, types.int64][:2]
+        signature = types.void(*first, types.CPointer(types.int64), types.CPointer(REAL[dtype]))
         self._compiled = getattr(self, "_compiled", [])  # the function must outlive its address
         self._compiled.append(compiled(numba.cfunc, signature, self.function, no_rewrites=True))
         return self._compiled[-1].address
+
+    def call(self, dtype: np.dtype, task: int, worker: int, parameters: np.ndarray) -> None:
+        """Call the function here and now, compiled for this task and worker alone."""
+        function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2)
+        function(self.address(dtype, task, worker))(task, worker, address(parameters), None)
 
 
 # Where an array object has the address of its data: the first field after the header of every Python object

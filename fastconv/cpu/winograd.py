@@ -30,6 +30,7 @@ from .contraction import (
     CHANNELS,
     CHUNK,
     CHUNKS,
+    KERNELS,
     OUT_H,
     OUT_W,
     PADDED,
@@ -115,7 +116,9 @@ def _winograd(task, worker, p, real):
     tap_offset = simd.at(p, p[TAP_OFFSET])
     x, y, v = simd.at(real, p[X]), simd.at(real, p[Y]), simd.at(real, p[W])
     bias, flags = simd.at(real, p[BIAS]), simd.at(p, p[FLAGS])
+    kernels = simd.at(p, p[KERNELS])
     out_h, out_w = p[OUT_H], p[OUT_W]
+    depth, row_channels, row_panels = p[CHANNELS], p[ROW_CHANNELS], p[PANELS]
 
     part, block = task % p[ROW_TASKS], task // p[ROW_TASKS]
     first_panel, last_panel = part * p[PANELS] // p[ROW_TASKS], (part + 1) * p[PANELS] // p[ROW_TASKS]
@@ -173,21 +176,21 @@ def _winograd(task, worker, p, real):
                 for xi in range(points):
                     panel = simd.offset(u, (q * points + xi) * p[U_PITCH])
                     for i in range(group, group_end):
-                        o = i * p[ROW_CHANNELS] // p[PANELS]
-                        rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o
-                        a = simd.offset(v, points * (o * p[CHANNELS] + i * p[V_SLACK]))
-                        a = simd.offset(a, xi * (rows * p[CHANNELS] + p[V_SLACK]))
+                        o = i * row_channels // row_panels
+                        rows = (i + 1) * row_channels // row_panels - o
+                        a = simd.offset(v, points * (o * depth + i * p[V_SLACK]))
+                        a = simd.offset(a, xi * (rows * depth + p[V_SLACK]))
                         place = simd.offset(
                             products, ((i - group) * points * simd.tile_rows(real) + xi * rows) * columns
                         )
-                        for c in range(0, p[CHANNELS], CHAIN):
+                        for c in range(0, depth, CHAIN):
                             simd.contract(
-                                rows, vectors, min(CHAIN, p[CHANNELS] - c), simd.offset(a, c * rows),
-                                simd.offset(panel, c * columns), place, columns, simd.ADD if c else 0, bias,
+                                kernels, rows, vectors, min(CHAIN, depth - c), simd.offset(a, c * rows),
+                                simd.offset(panel, c * columns), place, simd.ADD if c else 0,
                             )  # fmt: skip
                 for i in range(group, group_end):
-                    o = i * p[ROW_CHANNELS] // p[PANELS]
-                    rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o
+                    o = i * row_channels // row_panels
+                    rows = (i + 1) * row_channels // row_panels - o
                     place = simd.offset(products, (i - group) * points * simd.tile_rows(real) * columns)
                     for row in range(rows):
                         for vector in range(vectors):
@@ -321,6 +324,7 @@ def _plan(
     parameters = np.zeros(WINOGRAD_END, np.int64)
     parameters[: contraction.END] = plan.parameters
     parameters[PANEL_SIZE] = 0
+    parameters[KERNELS] = contraction.microkernels(dtype, rows, blocks.panels, False)
     parameters[TABLE_BYTES] = table_bytes
     parameters[TILE:FLAGS] = (
         m, points, image[1], image[2], block, row_group, u_pitch, u_size, m_size, _SLACK,
