@@ -64,8 +64,8 @@ AGAIN_WEIGHTS = 8 * 1024  # elements for each thread
     TAP_OFFSET, BLOCK_CHANNELS, BLOCK_TAPS, PANELS, PIXEL_TASKS, CHUNK, CHUNKS, ROW_TASKS, GROUP, WEIGHT_PANELS,
     IN_PLACE, EXTENT, PLANE, SEGMENTS, SEGMENT_ROWS, PHASE_PITCH, ROW_PITCH, ROW_LENGTH, CHANNEL_PITCH,
     SLAB_SIZE, PANEL_SIZE, WEIGHT_SIZE, TABLE_BYTES, RUN_TABLE, ROW_TABLE, DEPTH_OFFSET, AHEAD, PACKING, PACKING_BODY,
-    WEIGHTS_STAY, X_GROUP, Y_GROUP, KERNELS, END,
-) = range(tasks.FIRST, tasks.FIRST + 72)  # fmt: skip
+    WEIGHTS_STAY, X_GROUP, Y_GROUP, KERNELS, FILL, END,
+) = range(tasks.FIRST, tasks.FIRST + 73)  # fmt: skip
 
 # Those of the weight gradient: the same for the slab, where Y stands for the gradient of the output; and
 (
@@ -190,13 +190,44 @@ def _find_rows(p, rows, first_row, last_row):
     return count
 
 
-@_jit
-def _fill_slab(p, slab, x, channels, rows, count, first_u, places):
-    """Copy `count` rows of each of `channels` channels from `x` on, as listed by `_find_rows`.
+# What a body says to one of those that fill its slab: where its own parameters, the slab and the first channel of the
+# input are, how many channels, the table and the number of rows (see `_find_rows`), the padded coordinate that the slab
+# rows begin with, and where there is room for four integers.
+FILL_FOR, FILL_SLAB, FILL_FROM, FILL_CHANNELS, FILL_ROWS, FILL_COUNT, FILL_FIRST, FILL_PLACES = range(8)
 
-    `first_u` is the padded coordinate that the slab rows begin with; `places` is room for four integers.
-    """
-    simd.keep_apart()
+
+@tasks.Body
+def _fill_whole_rows(task, worker, a, real):
+    """`_fill_slab` where the elements of a row are neighbours, zeros are around them, and the stride is 1, 2 or 4."""
+    p, rows, places = simd.at(a, a[FILL_FOR]), simd.at(a, a[FILL_ROWS]), simd.at(a, a[FILL_PLACES])
+    stride, first_u = p[STRIDE_W], a[FILL_FIRST]
+    low = max(p[BEFORE_W], first_u)
+    count = min(p[BEFORE_W] + p[SIZE_W], first_u + p[ROW_LENGTH]) - low
+    if count <= 0:
+        return
+    for r in range(4):
+        v = low - first_u + r
+        places[r] = v % stride * p[PHASE_PITCH] + v // stride
+    source = simd.offset(simd.at(real, a[FILL_FROM]), low - p[BEFORE_W])
+    target = simd.at(real, a[FILL_SLAB])
+    for _ in range(a[FILL_CHANNELS]):
+        for k in range(a[FILL_COUNT]):
+            row, elements = simd.offset(target, rows[2 * k + 1]), simd.offset(source, rows[2 * k])
+            if stride == 1:
+                simd.copy_span(simd.offset(row, places[0]), elements, count)
+            elif stride == 2:
+                simd.separate_2(row, places, elements, count)
+            else:
+                simd.separate_4(row, places, elements, count)
+        source, target = simd.offset(source, p[X_C]), simd.offset(target, p[CHANNEL_PITCH])
+
+
+@tasks.Body
+def _fill_slab(task, worker, a, real):
+    """Copy the rows listed by `_find_rows` of some channels into the slab, from any layout and with any padding."""
+    p, rows, places = simd.at(a, a[FILL_FOR]), simd.at(a, a[FILL_ROWS]), simd.at(a, a[FILL_PLACES])
+    slab, x = simd.at(real, a[FILL_SLAB]), simd.at(real, a[FILL_FROM])
+    channels, count, first_u = a[FILL_CHANNELS], a[FILL_COUNT], a[FILL_FIRST]
     step, stride = p[X_W], p[STRIDE_W]
     source_w = simd.at(p, p[SOURCE_W])
     phase_pitch = p[PHASE_PITCH]
@@ -739,9 +770,9 @@ def _correlate(task, worker, p, real):
         if p[IN_PLACE]:
             slab = simd.offset(x, c * p[X_C])
         else:
-            _fill_slab(
-                p, slab, simd.offset(x, c * p[X_C]), channels, rows_table, listed, first_column * p[STRIDE_W], table
-            )
+            tasks.ask(p[FILL], (
+                p, slab, simd.offset(x, c * p[X_C]), channels, rows_table, listed, first_column * p[STRIDE_W], table,
+            ))  # fmt: skip
         for tap in range(0, p[TAPS], p[BLOCK_TAPS]):
             last_tap = min(tap + p[BLOCK_TAPS], p[TAPS])
             depth = channels * (last_tap - tap)
@@ -948,7 +979,9 @@ def _weight_gradient(task, worker, p, real):
             simd.fill_zero(slab, p[SLAB_SIZE])
         if not p[IN_PLACE]:
             listed = _find_rows(p, rows_table, first_row, last_row)
-            _fill_slab(p, slab, x, channels, rows_table, listed, first_column * p[STRIDE_W], run_offset)
+            tasks.ask(
+                p[FILL], (p, slab, x, channels, rows_table, listed, first_column * p[STRIDE_W], run_offset)
+            )
         for row in range(first_row, last_row):
             if p[IN_PLACE]:
                 run_offset[row - first_row] = row * p[X_N] + first_column
@@ -1192,8 +1225,8 @@ def _tap_offsets(axes: tuple[Axis, ...], slab: _Slab) -> np.ndarray:
 
 
 def _set_common(
-    parameters: np.ndarray, batch: int, axes: tuple[Axis, ...], slab: _Slab, x: Strides, y: Strides, zeros: bool,
-    in_place: bool,
+    parameters: np.ndarray, dtype: np.dtype, batch: int, axes: tuple[Axis, ...], slab: _Slab, x: Strides, y: Strides,
+    zeros: bool, in_place: bool,
 ) -> None:  # fmt: skip
     """The parameters that all passes share: strides, sizes, and where the slab has what."""
     depth, height, width = axes
@@ -1210,6 +1243,9 @@ def _set_common(
     parameters[[SEGMENTS, SEGMENT_ROWS, PHASE_PITCH]] = slab.segments, slab.segment_rows, slab.phase
     parameters[[ROW_PITCH, ROW_LENGTH]] = slab.row, slab.row_length
     parameters[CHANNEL_PITCH] = x[1] if in_place else slab.channel
+    if not in_place:
+        whole_rows = x[4] == 1 and zeros and width.stride in (1, 2, 4)
+        parameters[FILL] = (_fill_whole_rows if whole_rows else _fill_slab).address(dtype)
 
 
 @tasks.Body
@@ -1314,7 +1350,7 @@ def plan_correlation(
     tables = (depth.source, height.source, width.source, tap_offset, depth_offset)
 
     parameters = np.zeros(END, np.int64)
-    _set_common(parameters, batch, axes, slab, x, y, zeros, in_place)
+    _set_common(parameters, dtype, batch, axes, slab, x, y, zeros, in_place)
     parameters[[ROW_CHANNELS, CHANNELS, PANELS]] = blocks.rows, blocks.channels, blocks.panels
     if not slab_panels:  # else the products are those of the caller
         parameters[KERNELS] = microkernels(dtype, blocks.rows, blocks.panels, True)
@@ -1578,7 +1614,7 @@ def plan_weight_gradient(
     row_offset = (np.arange(block_channels, dtype=np.int64)[:, None] * pitch + tap_offset).ravel()
 
     parameters = np.zeros(GRADIENT_END, np.int64)
-    _set_common(parameters, batch, axes, slab, x, dy, zeros, in_place)
+    _set_common(parameters, dtype, batch, axes, slab, x, dy, zeros, in_place)
     parameters[[ROW_CHANNELS, CHANNELS, CHUNK, CHUNKS]] = rows, channels, chunk, chunks
     parameters[[SLAB_SIZE, PANEL_SIZE, TABLE_BYTES, TILE_SIZE]] = slab_size, panel_size, table_bytes, tile_size
     parameters[ROW_TABLE] = row_table

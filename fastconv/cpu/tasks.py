@@ -25,6 +25,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import prange, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import simd, threads
@@ -64,6 +65,34 @@ def call(typingctx, body, task, worker, parameters):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def ask(typingctx, body, arguments):
+    """Call the compiled body at address `body` with the integers and pointers of the tuple as its parameters.
+
+    A part of a body that not every call needs, or that several bodies have, is compiled once, when it is first needed,
+    as a body that is reached by its address. (Task and worker are 0.)
+    """
+    kinds = list(arguments)
+
+    def codegen(context, builder, sig, args):
+        i64 = ir.IntType(64)
+        memory = cgutils.alloca_once(builder, ir.ArrayType(i64, len(kinds)))
+        first = builder.bitcast(memory, i64.as_pointer())
+        for n, kind in enumerate(kinds):
+            value = builder.extract_value(args[1], n)
+            if isinstance(kind, types.CPointer):
+                value = builder.ptrtoint(value, i64)
+            else:
+                value = context.cast(builder, value, kind, types.int64)
+            builder.store(value, builder.gep(first, [ir.Constant(i64, n)]))
+        zero, real = ir.Constant(i64, 0), ir.Constant(ir.IntType(8).as_pointer(), None)
+        function = ir.FunctionType(ir.VoidType(), [i64, i64, first.type, real.type]).as_pointer()
+        builder.call(builder.inttoptr(args[0], function), [zero, zero, first, real])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, arguments), codegen
 
 
 @intrinsic

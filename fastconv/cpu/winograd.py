@@ -30,6 +30,7 @@ from .contraction import (
     CHANNELS,
     CHUNK,
     CHUNKS,
+    FILL,
     KERNELS,
     OUT_H,
     OUT_W,
@@ -149,10 +150,10 @@ def _winograd(task, worker, p, real):
             simd.fill_zero(slab, p[SLAB_SIZE])
         for c in range(0, p[CHANNELS], p[BLOCK_CHANNELS]):
             channels = min(p[BLOCK_CHANNELS], p[CHANNELS] - c)
-            contraction._fill_slab(
+            tasks.ask(p[FILL], (
                 p, slab, simd.offset(x, c * p[X_C]), channels, rows_table, listed, first_column * p[STRIDE_W],
                 tables_end,
-            )  # fmt: skip
+            ))  # fmt: skip
             for k in range(channels):
                 for q in range(panels):
                     simd.pack_panel(
