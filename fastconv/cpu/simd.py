@@ -200,7 +200,7 @@ def _switch(b: ir.IRBuilder, value: ir.Value, cases: dict[int, ir.Function], arg
 # ---------------------------------------------------------------------------------------------------------------------
 
 ADD, BIAS, RELU = 1, 2, 4  # what the microkernel does as it stores, in this order; and
-PACK = 8  # that it is to pack the panel
+PACK, READ = 8, 16  # that it is to pack the panel, or to do without
 
 
 # Pieces of memory that a vector of a panel may come from if the microkernel is to pack it
@@ -256,13 +256,26 @@ def _contract_function(
     if unpacked and vectors == t.vectors:
         source, offsets, pieces, ahead = unpacked
         parts = []
-        plain, packing, summed = (b.append_basic_block(name) for name in ("plain", "packing", "summed"))
-        b.cbranch(b.icmp_signed("==", b.and_(flags, _i64(PACK)), _i64(0)), plain, packing)
+        plain, unpacked_, reading, packing, summed = (
+            b.append_basic_block(name) for name in ("plain", "unpacked", "reading", "packing", "summed")
+        )
+        b.cbranch(b.icmp_signed("==", b.and_(flags, _i64(PACK | READ)), _i64(0)), plain, unpacked_)
         b.position_at_end(plain)
         parts.append((multiply(packed_columns), b.block))
         b.branch(summed)
-        b.position_at_end(packing)
+        b.position_at_end(unpacked_)
         entries = [b.gep(pieces, [_i64(j * piece_stride(t))]) for j in range(vectors)]
+        b.cbranch(b.icmp_signed("==", b.and_(flags, _i64(READ)), _i64(0)), packing, reading)
+        b.position_at_end(reading)
+        first_pieces = [_piece(b, entry, _i64(0))[0] for entry in entries]
+
+        def read_columns(k: ir.Value, _: ir.Value) -> list[ir.Value]:
+            at = b.gep(source, [b.load(b.gep(offsets, [k]))])
+            return [_load(b, b.gep(at, [piece]), vector) for piece in first_pieces]
+
+        parts.append((multiply(read_columns), b.block))
+        b.branch(summed)
+        b.position_at_end(packing)
         known = [[_piece(b, entry, _i64(m)) for m in range(MOST_PIECES)] for entry in entries]
 
         def pack_columns(k: ir.Value, panel_k: ir.Value) -> list[ir.Value]:
@@ -367,7 +380,7 @@ def contract_packing(
     zero. With PACK the panel is written, not read. Row k of B is then what `pack_panel` takes from
     ``source + offsets[k]``: the arithmetic hides the copying. `vectors` must be all of the tile, each of at most
     MOST_PIECES pieces, and the tile one that `packs`; on others the flag must not be set. `ahead` is fetched into L2,
-    as the panel after this one.
+    as the panel after this one. READ is the same for vectors of one piece, without writing the panel.
     """
     i, table = types.int64, types.CPointer(types.int64)
 
