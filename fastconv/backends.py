@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -270,6 +271,23 @@ def home_of(function: str, backend: str, **operands: object) -> Cpu | Cuda:
     return CPU
 
 
+_LINE = 64  # bytes of a cache line
+_ALIGNED_BYTES = 256 * 1024  # smaller arrays stay in a cache that is fast enough, and 1 us is more of their time
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A fresh array. A large one begins at a cache line, where NumPy's begin 16 bytes after one.
+
+    There every vector that is stored lies across two lines: layers of three channels took 7 % longer.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < _ALIGNED_BYTES:
+        return np.empty(shape, dtype)
+    buffer = np.empty(size + _LINE, np.uint8)
+    begin = -buffer.ctypes.data % _LINE
+    return buffer[begin : begin + size].view(dtype).reshape(shape)
+
+
 class Cpu:
     """NumPy arrays, and whatever shares its CPU memory with NumPy: torch and JAX tensors, memory-mapped arrays."""
 
@@ -300,7 +318,7 @@ class Cpu:
         """
         if out is not None:
             return self.admit(function, argument, out), lambda: out
-        array = np.empty(shape, dtype)
+        array = _empty(shape, dtype)
         if isinstance(like, np.ndarray):
             return array, None
         return array, lambda: _as_library_of(like, array)

@@ -324,3 +324,15 @@ def test_number_of_threads():
         assert of_thread == [before], "the number is the calling thread's own"
     finally:
         fc.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_large_results_begin_at_a_cache_line(dtype, rng):
+    x, w = integers(rng, (1, 2, 301, 311), dtype), integers(rng, (3, 2, 3, 3), dtype)
+    y = fc.conv2d(x, w)
+    for result in (y, fc.conv2d_input_grad(x.shape, w, y), fc.softmax(y)):
+        assert result.nbytes > 256 * 1024
+        assert result.ctypes.data % 64 == 0
+        assert result.flags.c_contiguous
+        assert result.flags.writeable
+        assert result.dtype == dtype

@@ -863,6 +863,27 @@ def _copy_block_function(module: ir.Module, element: ir.Type, n: int) -> ir.Func
 
 
 @intrinsic
+def fetch_span(typingctx, source, elements):
+    """Ask for `elements` elements from `source` on, which are read soon. They need not exist."""
+
+    def codegen(context, builder, sig, args):
+        element = _element(sig.args[0])
+        module, line = builder.module, 16 if isinstance(element, ir.FloatType) else 8
+        function, new = _internal(module, f"fastconv_fetch_span_{element}", [element.as_pointer(), _I64])
+        if new:
+            source, elements = function.args
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            loop = _Loop(b, "lines", b.sdiv(b.add(elements, _i64(line - 1)), _i64(line)), [])
+            _prefetch(b, module, b.gep(source, [b.mul(loop.k, _i64(line))]))
+            loop.close([])
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64), codegen
+
+
+@intrinsic
 def copy_span(typingctx, target, source, count):
     """Copy `count` elements, neither reading nor writing beyond them."""
 
