@@ -78,7 +78,7 @@ AGAIN_WEIGHTS = 8 * 1024  # elements for each thread
 (
     FROM, TO, FROM_BEGIN, FROM_END, GROUP_STEP, ROW_STEP, CHANNEL_STEP, OFFSETS, CONSECUTIVE, RUN_CHANNELS,
     P_ROWS, P_CHANNELS, P_TAPS, P_BLOCK_CHANNELS, P_BLOCK_TAPS, P_PANELS, P_TASKS, CHECK_FINITE, NOT_FINITE,
-    PHASES, PHASE_TABLE, TAP_TABLE, WINDOWS, WINDOW_TABLE, ASCENDING, BLOCK_BYTES, PACK_END,
+    PHASES, PHASE_TABLE, TAP_TABLE, WINDOWS, WINDOW_TABLE, ASCENDING, TARGET_BYTES, PACK_END,
 ) = range(tasks.FIRST, tasks.FIRST + 27)  # fmt: skip
 # What `_correlate` asks for where its tasks pack their own weights: see `_pack_rows`.
 (
@@ -86,11 +86,12 @@ AGAIN_WEIGHTS = 8 * 1024  # elements for each thread
     OWN_LAST_TAP, OWN_BLOCK, OWN_FIELDS,
 ) = range(11)  # fmt: skip
 # The tables of packing several phases: of a phase; of a tap, whose part of the reduction (TAP_FIRST, TAP_COUNT) and
-# place in it are those of its phase; of taps within a vector of one another; and of the block that a phase is at.
+# place in it are those of its phase; of taps within a vector of one another; and of where a tap is to be written: in how
+# many channels its next block begins, the place, and the elements of the block from there on.
 PHASE_TO, PHASE_TAPS, PHASE_BLOCK, PHASE_BLOCK_TAPS, PHASE_FIELDS = range(5)
 FROM_TAP, TAP_PHASE, TAP_FIRST, TAP_COUNT, TAP_ROW, TAP_FIELDS = range(6)
 FIRST_TAP, LAST_TAP, LOWEST, WINDOW_FIELDS = range(4)
-BLOCK_PLACE, BLOCK_CHANNEL, BLOCK_SIZE, BLOCK_FIELDS = range(4)
+UNTIL_BLOCK, TARGET, TARGET_LEFT, TARGET_FIELDS = range(4)
 
 
 
@@ -554,6 +555,26 @@ def _pack_weights(task, worker, p, real):
             reduced += depth
 
 
+@_jit
+def _find_targets(p, targets, c, group, o, rows):
+    """Where each tap of channel c is to be written, for the panel of `rows` rows from o on: see TARGET_FIELDS."""
+    taps, phases = simd.at(p, p[TAP_TABLE]), simd.at(p, p[PHASE_TABLE])
+    for t in range(p[P_TAPS]):
+        tap, target = simd.offset(taps, t * TAP_FIELDS), simd.offset(targets, t * TARGET_FIELDS)
+        size = tap[TAP_COUNT] * rows  # of a channel
+        target[UNTIL_BLOCK] -= 1
+        target[TARGET] += size
+        target[TARGET_LEFT] -= size
+        if c == 0 or target[UNTIL_BLOCK] == 0:
+            phase = simd.offset(phases, tap[TAP_PHASE] * PHASE_FIELDS)
+            channels = min(phase[PHASE_BLOCK], p[P_CHANNELS] - c)
+            block = (group * p[P_CHANNELS] + c) * p[P_ROWS] * phase[PHASE_TAPS]
+            panel = channels * (tap[TAP_FIRST] * p[P_ROWS] + o * tap[TAP_COUNT])
+            target[UNTIL_BLOCK] = channels
+            target[TARGET] = phase[PHASE_TO] + block + panel + tap[TAP_ROW] * rows
+            target[TARGET_LEFT] = channels * size - tap[TAP_ROW] * rows
+
+
 @tasks.Body
 def _pack_phases(task, worker, p, real):
     """Task = some panels of rows of one group, for several phases, each packed as by `_pack_weights`.
@@ -563,7 +584,7 @@ def _pack_phases(task, worker, p, real):
     """
     lanes = simd.lanes(real)
     block = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    blocks = simd.at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[BLOCK_BYTES])
+    targets = simd.at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[TARGET_BYTES])
     phases, taps, windows = simd.at(p, p[PHASE_TABLE]), simd.at(p, p[TAP_TABLE]), simd.at(p, p[WINDOW_TABLE])
     begin, end, packed = simd.at(real, p[FROM_BEGIN]), simd.at(real, p[FROM_END]), simd.at(real, p[TO])
     row_step, all_rows = p[ROW_STEP], p[P_ROWS]
@@ -575,11 +596,7 @@ def _pack_phases(task, worker, p, real):
         o = panel * all_rows // p[P_PANELS]
         rows = (panel + 1) * all_rows // p[P_PANELS] - o
         for c in range(p[P_CHANNELS]):
-            for f in range(p[PHASES]):  # the block of channels that c is in: where it begins, and how many
-                phase, mine = simd.offset(phases, f * PHASE_FIELDS), simd.offset(blocks, f * BLOCK_FIELDS)
-                if c % phase[PHASE_BLOCK] == 0:
-                    mine[BLOCK_CHANNEL], mine[BLOCK_SIZE] = c, min(phase[PHASE_BLOCK], p[P_CHANNELS] - c)
-                    mine[BLOCK_PLACE] = phase[PHASE_TO] + (group * p[P_CHANNELS] + c) * all_rows * phase[PHASE_TAPS]
+            _find_targets(p, targets, c, group, o, rows)
             source = simd.offset(w, c * p[CHANNEL_STEP] + o * row_step)
             for v in range(p[WINDOWS]):
                 window = simd.offset(windows, v * WINDOW_FIELDS)
@@ -599,15 +616,11 @@ def _pack_phases(task, worker, p, real):
                             2 * p[CHANNEL_STEP],
                         )  # fmt: skip
                     for t in range(window[FIRST_TAP], window[LAST_TAP]):
-                        tap = simd.offset(taps, t * TAP_FIELDS)
-                        mine = simd.offset(blocks, tap[TAP_PHASE] * BLOCK_FIELDS)
-                        channels, count = mine[BLOCK_SIZE], tap[TAP_COUNT]  # of a panel: channels, taps
-                        row = (c - mine[BLOCK_CHANNEL]) * count + tap[TAP_ROW]
-                        place = mine[BLOCK_PLACE] + channels * (tap[TAP_FIRST] * all_rows + o * count) + row * rows
-                        target = simd.offset(packed, place + first)
+                        tap, its = simd.offset(taps, t * TAP_FIELDS), simd.offset(targets, t * TARGET_FIELDS)
+                        target = simd.offset(packed, its[TARGET] + first)
                         if transposed:
                             column = simd.offset(block, (tap[FROM_TAP] - window[LOWEST]) * lanes)
-                            if p[ASCENDING] and (channels * count - 1 - row) * rows >= lanes:
+                            if p[ASCENDING] and its[TARGET_LEFT] >= rows + lanes:
                                 simd.copy_vector(target, column)  # what is too much, others write over
                             else:
                                 simd.copy_span(target, column, min(lanes, rows - first))
@@ -1468,8 +1481,8 @@ def plan_phase_packing(
     parameters = _packing_parameters(blocks[0], steps, check_finite)
     parameters[[PHASES, PHASE_TABLE, TAP_TABLE]] = len(blocks), address(tables[0]), address(tables[1])
     parameters[[WINDOWS, WINDOW_TABLE, ASCENDING]] = len(windows), address(tables[2]), ascending
-    parameters[BLOCK_BYTES] = len(blocks) * BLOCK_FIELDS * 8
-    scratch = lanes * lanes * itemsize + int(parameters[BLOCK_BYTES])
+    parameters[[P_TAPS, TARGET_BYTES]] = len(table), len(table) * TARGET_FIELDS * 8
+    scratch = lanes * lanes * itemsize + int(parameters[TARGET_BYTES])
     return Packing(_pack_phases, parameters, tables, scratch, *_extent(shape, strides, itemsize))
 
 
