@@ -330,7 +330,10 @@ def _few_pieces(table, most, like):
 
 @_jit
 def _pack_exactly(p, panel, source, table, channels, first_tap, last_tap, count):
-    """`simd.pack_panel` element by element, for the pixels at the very end of the input: nothing else is read."""
+    """`simd.pack_panel` element by element, for pixels at the very end of the input: nothing else is read.
+
+    Done for all channels, not only the last, this was 31 of 249 us of a layer of MobileNetV2 (384 channels to 64).
+    """
     simd.keep_apart()
     tap_offset = simd.at(p, p[TAP_OFFSET])
     lanes, stride = simd.lanes(panel), simd.piece_table_stride(panel)
@@ -356,18 +359,21 @@ def _take_panel(
     """
     lanes, columns = simd.lanes(panel), simd.columns(panel)
     largest = _find_pieces(p, table, pixel, end, first_row, first_column, panel)
-    # in place, the last pixels of the last channel are the end of the input
-    after = largest + slab_place + (channels - 1) * p[X_C] + 2 * columns
-    if p[IN_PLACE] and after > p[EXTENT]:
-        _pack_exactly(p, panel, slab, table, channels, first_tap, last_tap, end - pixel)
-    elif vectors * lanes == columns and once and _few_pieces(table, 1, panel):
+    inside = channels  # so many channels whose vectors end inside the input: in place, the last may be the end of it
+    after = largest + slab_place + (channels - 1) * p[X_C] + 2 * columns - p[EXTENT]
+    if p[IN_PLACE] and after > 0:
+        inside = max(0, channels - (after + p[X_C] - 1) // p[X_C]) if p[X_C] > 0 else 0
+    if inside == channels and vectors * lanes == columns and once and _few_pieces(table, 1, panel):
         return simd.READ
-    elif vectors * lanes == columns and _few_pieces(table, simd.MOST_PIECES, panel):
+    if inside == channels and vectors * lanes == columns and _few_pieces(table, simd.MOST_PIECES, panel):
         return simd.PACK
-    else:
-        tap_offset = simd.offset(simd.at(p, p[TAP_OFFSET]), first_tap)
-        simd.pack_panel(
-            panel, slab, channels, p[CHANNEL_PITCH], last_tap - first_tap, tap_offset, table, p[AHEAD]
+    taps, tap_offset = last_tap - first_tap, simd.offset(simd.at(p, p[TAP_OFFSET]), first_tap)
+    if inside > 0:
+        simd.pack_panel(panel, slab, inside, p[CHANNEL_PITCH], taps, tap_offset, table, p[AHEAD])
+    if inside < channels:
+        _pack_exactly(
+            p, simd.offset(panel, inside * taps * columns), simd.offset(slab, inside * p[CHANNEL_PITCH]), table,
+            channels - inside, first_tap, last_tap, end - pixel,
         )  # fmt: skip
     return 0
 
