@@ -86,8 +86,8 @@ AGAIN_WEIGHTS = 8 * 1024  # elements for each thread
     OWN_LAST_TAP, OWN_BLOCK, OWN_FIELDS,
 ) = range(11)  # fmt: skip
 # The tables of packing several phases: of a phase; of a tap, whose part of the reduction (TAP_FIRST, TAP_COUNT) and
-# place in it are those of its phase; of taps within a vector of one another; and of where a tap is to be written: in how
-# many channels its next block begins, the place, and the elements of the block from there on.
+# place in it are those of its phase; of taps within a vector of one another; and of where a tap is to be written: in
+# how many channels its next block begins, the place, and the elements of the block from there on.
 PHASE_TO, PHASE_TAPS, PHASE_BLOCK, PHASE_BLOCK_TAPS, PHASE_FIELDS = range(5)
 FROM_TAP, TAP_PHASE, TAP_FIRST, TAP_COUNT, TAP_ROW, TAP_FIELDS = range(6)
 FIRST_TAP, LAST_TAP, LOWEST, WINDOW_FIELDS = range(4)
