@@ -616,9 +616,7 @@ def weight_gradient(plan: Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, a
     parameters = plan.parameters.copy()
     parameters[[X, W, Y]] = address(x), address(parts), address(dy)
     tasks.run(plan.body, dw.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
-    total = parts[0]
-    for part in parts[1:]:
-        total += part
+    total = parts[0] if plan.splits == 1 else np.add.reduce(parts)  # one part after the other
     if add:
         dw += total
     else:

@@ -5,9 +5,9 @@ A *block* is as many channels as a vector has lanes. In channels-last arrays a p
 is read in place, a few blocks side by side; the zeros beside the plane are a vector of their own that stands in for
 what is not there. From channels-first arrays a tile of the planes is copied, through transposes in registers and with
 its border, into the *slab* in the nearest caches, a strip of rows at a time; so it is wherever not every element meets
-some input, or the filter is wider than what is unrolled. From there on no stride, no row end and no plane of few pixels
-leaves a lane empty, and no two lanes ever meet. Results go directly into channels-last arrays, and through the same
-transposes into channels-first ones.
+some input, or the filter is wider than what is unrolled, and for weight gradients of filters wider than three. From
+there on no stride, no row end and no plane of few pixels leaves a lane empty, and no two lanes ever meet. Results go
+directly into channels-last arrays, and through the same transposes into channels-first ones.
 
 The forward pass and the input gradient are one body, with phases as in `depthwise`. Rows of taps that meet nothing but
 the zeros around the plane are left out, but where a weight is infinite or nan: then the product is nan, and must be
@@ -32,9 +32,10 @@ from .jit import helper as _jit
 (
     X, W, Y, BIAS, RELU, ADD,
     X_N, X_C, X_D, X_H, X_W, Y_N, Y_C, Y_D, Y_H, Y_W, X_PIXELS, Y_PIXELS, X_ROWS, Y_ROWS,
-    CHANNELS, BATCH, UNITS, UNIT_TASKS, SPLITS, GROUP, IN_PLACE, STRIP, AHEAD, TAPS, TAPS_HW, TAPS_W, X_PLACES,
-    Y_PLACES, W_PLACES, ROW_PITCH, PLANE_PITCH, SLAB_SIZE, OUT_ROW, OUT_PLANE, OUT_SIZE, DEPTH, HEIGHT, WIDTH, END,
-) = (*range(tasks.FIRST, tasks.FIRST + 42), *(tasks.FIRST + 41 + 12 * n for n in range(1, 4)))  # fmt: skip
+    CHANNELS, BATCH, UNITS, UNIT_TASKS, SPLITS, GROUP, IN_PLACE, STRIP, AHEAD, ZEROS, TAPS, TAPS_HW, TAPS_W,
+    X_PLACES, Y_PLACES, W_PLACES, ROW_PITCH, PLANE_PITCH, SLAB_SIZE, OUT_ROW, OUT_PLANE, OUT_SIZE, DEPTH, HEIGHT,
+    WIDTH, END,
+) = (*range(tasks.FIRST, tasks.FIRST + 43), *(tasks.FIRST + 42 + 12 * n for n in range(1, 4)))  # fmt: skip
 # those of a dimension, from DEPTH, HEIGHT and WIDTH on, and
 SOURCE, BEFORE, SIZE, STRIDE, STEP, OUT, FULL, TILE, TILES, REACH, PHASES, TABLE = range(12)
 # those of a phase, in the table of its dimension: FIRST to TAP_STEP as in `depthwise`; PIECES are where a table of the
@@ -50,6 +51,10 @@ _GROUP = 9
 # Pixels of output, at least, that are computed before more rows are copied into the slab: what was copied is still in
 # the nearest cache. With 100 or 10000, 3 x 3 taps took 1.1 to 1.3 times as long.
 _STRIP_PIXELS = 400
+# Taps of a row with which the weight gradient reads x in place, each pixel once for every row of the filter. Pixels of
+# 240 to 1152 channels share so few sets of the nearest cache that 5 x 5 and 7 x 7 took 1.2 to 2.7 times as long as from
+# the slab, if planes were in a cache. 3 x 3 took as long, and half of it and less for layers of 12 MB and more.
+_MOST_TAPS_IN_PLACE = 3
 _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the bits do not depend on the threads
 
 _EVERYTHING = 1 << 40  # more pixels than any row has
@@ -317,75 +322,121 @@ def _correlate(task, worker, p, real):
 
 
 @_jit
-def _accumulate_tile(p, sums, slab, dy, y_d, y_h, y_w, depth, height, width):
-    """Add what a tile of the output gradient of a block contributes to sums [tap][lane]."""
-    lanes = simd.lanes(slab)
+def _accumulate_tile(
+    p, sums, x, x_d, x_h, x_w, dy, y_d, y_h, y_w, blocks, in_place, zeros, first_d, first_h, first_w, depth, height,
+    width, x_ahead, dy_ahead,
+):  # fmt: skip
+    """Add what a tile of the output gradient of `blocks` blocks contributes to sums [block][tap][lane].
+
+    What the first tap of its first element meets is at x. What comes next is x_ahead and dy_ahead further on.
+    """
+    lanes = simd.lanes(x)
     in_depth, in_height, in_width = (
         simd.at(p, p[DEPTH + TABLE]), simd.at(p, p[HEIGHT + TABLE]), simd.at(p, p[WIDTH + TABLE])
     )  # fmt: skip
+    source_d = simd.at(p, p[DEPTH + SOURCE])
     pieces, groups = simd.offset(in_width, in_width[PIECES]), simd.offset(in_height, in_height[PIECES])
-    tap_step = in_height[TAP_STEP] * p[ROW_PITCH]
+    step = p[WIDTH + STRIDE] if pieces[BLOCK_TAPS] == 1 else 1  # from a neighbour to the next
+    low, high, first_row, rows = 0, _EVERYTHING, 0, _EVERYTHING
+    if in_place:
+        before = p[WIDTH + BEFORE] - first_w * p[WIDTH + STRIDE]
+        low, high = -(-before // step), -(-(before + p[WIDTH + SIZE]) // step)
+        first_row = first_h * p[HEIGHT + STRIDE] - p[HEIGHT + BEFORE]
     for d in range(depth):
         for a in range(p[TAPS] // p[TAPS_HW]):
-            plane = simd.offset(slab, (d * p[DEPTH + STRIDE] + a * in_depth[TAP_STEP]) * p[PLANE_PITCH])
+            at_d = d * p[DEPTH + STRIDE] + a * in_depth[TAP_STEP]
+            if in_place:
+                rows = p[HEIGHT + SIZE] if source_d[first_d * p[DEPTH + STRIDE] + at_d] >= 0 else 0
             tap = 0
             for group in range(groups[0]):
+                function, taps = groups[1 + 2 * group], groups[2 + 2 * group]
                 for piece in range(pieces[BLOCKS]):
                     e = piece * pieces[BLOCK_TAPS]
                     simd.call_accumulate_pixels(
-                        pieces[FUNCTION], groups[1 + group],
-                        simd.offset(sums, (a * p[TAPS_HW] + tap * p[TAPS_W] + e) * lanes), p[TAPS_W] * lanes,
-                        simd.offset(plane, tap * tap_step + e * in_width[TAP_STEP] * lanes),
-                        p[HEIGHT + STRIDE] * p[ROW_PITCH], tap_step, p[WIDTH + STRIDE] * lanes,
-                        simd.offset(dy, d * y_d), y_h, y_w, height, width,
+                        function, simd.offset(sums, (a * p[TAPS_HW] + tap * p[TAPS_W] + e) * lanes), p[TAPS_W] * lanes,
+                        p[TAPS] * lanes,
+                        simd.offset(x, at_d * x_d + tap * in_height[TAP_STEP] * x_h + e * in_width[TAP_STEP] * x_w),
+                        p[HEIGHT + STRIDE] * x_h, in_height[TAP_STEP] * x_h, step * x_w,
+                        simd.offset(dy, d * y_d), y_h, y_w, blocks, height, width, low, high,
+                        first_row + tap * in_height[TAP_STEP], p[HEIGHT + STRIDE], in_height[TAP_STEP], rows,
+                        x_ahead, dy_ahead, zeros,
                     )  # fmt: skip
-                tap += groups[1 + group]
+                tap += taps
 
 
 @tasks.Body
 def _weight_gradient(task, worker, p, real):
-    """Task = a part of the units (tile, batch) of a range of blocks."""
+    """Task = a part of the units (tile, batch) of a range of groups of blocks."""
     lanes = simd.lanes(real)
     slab = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
     out = simd.offset(slab, p[SLAB_SIZE])
-    sums = simd.offset(out, p[OUT_SIZE])
+    zeros = simd.offset(out, p[OUT_SIZE])
+    sums = simd.offset(zeros, p[ZEROS])
+    simd.fill_zero(zeros, p[ZEROS])
     part, split = task % p[UNIT_TASKS], task // p[UNIT_TASKS]
-    blocks = (p[CHANNELS] + lanes - 1) // lanes
+    size = p[GROUP] * lanes
+    groups = (p[CHANNELS] + size - 1) // size
     zeroed = -1  # the tile whose border is in the slab
-    for block in range(part * blocks // p[UNIT_TASKS], (part + 1) * blocks // p[UNIT_TASKS]):
-        first = block * lanes
-        channels = min(lanes, p[CHANNELS] - first)
-        simd.fill_zero(sums, p[TAPS] * lanes)
+    for group in range(part * groups // p[UNIT_TASKS], (part + 1) * groups // p[UNIT_TASKS]):
+        first = group * size
+        channels = min(size, p[CHANNELS] - first)
+        blocks = channels // lanes if p[IN_PLACE] else 0
+        simd.fill_zero(sums, p[GROUP] * p[TAPS] * lanes)
         for unit in range(split * p[UNITS] // p[SPLITS], (split + 1) * p[UNITS] // p[SPLITS]):
-            tile, n = unit // p[BATCH], unit % p[BATCH]
-            first_w = tile % p[WIDTH + TILES] * p[WIDTH + TILE]
-            first_h = tile // p[WIDTH + TILES] % p[HEIGHT + TILES] * p[HEIGHT + TILE]
-            first_d = tile // p[WIDTH + TILES] // p[HEIGHT + TILES] * p[DEPTH + TILE]
+            _, n, tile, first_d, first_h, first_w = _place(p, unit)
             depth = min(p[DEPTH + TILE], p[DEPTH + OUT] - first_d)
             height = min(p[HEIGHT + TILE], p[HEIGHT + OUT] - first_h)
             width = min(p[WIDTH + TILE], p[WIDTH + OUT] - first_w)
-            if tile != zeroed:
-                simd.fill_zero(slab, p[SLAB_SIZE])
-                zeroed = tile
-            _fill_slab(
-                p, slab, simd.offset(simd.at(real, p[X]), n * p[X_N] + first * p[X_C]), channels,
-                first_d * p[DEPTH + STRIDE], (depth - 1) * p[DEPTH + STRIDE] + p[DEPTH + REACH],
-                first_h * p[HEIGHT + STRIDE], (height - 1) * p[HEIGHT + STRIDE] + p[HEIGHT + REACH],
-                first_w * p[WIDTH + STRIDE], (width - 1) * p[WIDTH + STRIDE] + p[WIDTH + REACH],
-            )  # fmt: skip
+            box_d, box_h, box_w = first_d * p[DEPTH + STRIDE], first_h * p[HEIGHT + STRIDE], first_w * p[WIDTH + STRIDE]
+            x = simd.offset(simd.at(real, p[X]), n * p[X_N] + first * p[X_C])
             dy = simd.offset(
                 simd.at(real, p[Y]),
                 n * p[Y_N] + first * p[Y_C] + first_d * p[Y_D] + first_h * p[Y_H] + first_w * p[Y_W],
             )
-            if p[Y_PIXELS] and channels == lanes:
-                _accumulate_tile(p, sums, slab, dy, p[Y_D], p[Y_H], p[Y_W], depth, height, width)
-            else:
-                _load_tile(p, out, dy, channels, depth, height, width)
-                _accumulate_tile(p, sums, slab, out, p[OUT_PLANE], p[OUT_ROW], lanes, depth, height, width)
-        simd.collect_planes(
-            simd.offset(simd.at(real, p[W]), (split * p[CHANNELS] + first) * p[TAPS]), p[TAPS], sums, lanes, p[TAPS],
-            channels,
-        )  # fmt: skip
+            if blocks > 0:
+                box = simd.offset(
+                    x, (box_d - p[DEPTH + BEFORE]) * p[X_D] + (box_h - p[HEIGHT + BEFORE]) * p[X_H]
+                    + (box_w - p[WIDTH + BEFORE]) * p[X_W],
+                )  # fmt: skip
+                x_ahead, dy_ahead = 0, 0
+                if p[AHEAD]:
+                    _, after, _, d, h, w = _place(p, unit + 1)
+                    after, d, h, w = after - n, d - first_d, h - first_h, w - first_w
+                    dy_ahead = after * p[Y_N] + d * p[Y_D] + h * p[Y_H] + w * p[Y_W]
+                    x_ahead = (
+                        after * p[X_N] + d * p[DEPTH + STRIDE] * p[X_D] + h * p[HEIGHT + STRIDE] * p[X_H]
+                        + w * p[WIDTH + STRIDE] * p[X_W]
+                    )  # fmt: skip
+                _accumulate_tile(
+                    p, sums, box, p[X_D], p[X_H], p[X_W], dy, p[Y_D], p[Y_H], p[Y_W], blocks, True, zeros, first_d,
+                    first_h, first_w, depth, height, width, x_ahead, dy_ahead,
+                )  # fmt: skip
+            c = blocks * lanes
+            if c == channels:
+                continue
+            if tile != zeroed:
+                simd.fill_zero(slab, p[SLAB_SIZE])
+                zeroed = tile
+            _fill_slab(
+                p, slab, simd.offset(x, c * p[X_C]), channels - c,
+                box_d, (depth - 1) * p[DEPTH + STRIDE] + p[DEPTH + REACH],
+                box_h, (height - 1) * p[HEIGHT + STRIDE] + p[HEIGHT + REACH],
+                box_w, (width - 1) * p[WIDTH + STRIDE] + p[WIDTH + REACH],
+            )  # fmt: skip
+            dy = simd.offset(dy, c * p[Y_C])
+            y_d, y_h, y_w = p[Y_D], p[Y_H], p[Y_W]
+            if not p[Y_PIXELS] or channels - c < lanes:
+                _load_tile(p, out, dy, channels - c, depth, height, width)
+                dy, y_d, y_h, y_w = out, p[OUT_PLANE], p[OUT_ROW], lanes
+            _accumulate_tile(
+                p, simd.offset(sums, c * p[TAPS]), slab, p[PLANE_PITCH], p[ROW_PITCH], lanes, dy, y_d, y_h, y_w, 1,
+                False, zeros, first_d, first_h, first_w, depth, height, width, 0, 0,
+            )  # fmt: skip
+        for c in range(0, channels, lanes):
+            simd.collect_planes(
+                simd.offset(simd.at(real, p[W]), (split * p[CHANNELS] + first + c) * p[TAPS]), p[TAPS],
+                simd.offset(sums, c * p[TAPS]), lanes, p[TAPS], min(lanes, channels - c),
+            )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,8 +448,8 @@ def _correlate_function(taps, stride, arguments, real):
     simd.correlate_pixels(taps, stride, arguments, real)
 
 
-def _accumulate_function(taps, stride, arguments, real):
-    simd.accumulate_pixels(taps, stride, arguments, real)
+def _accumulate_function(taps, kind, arguments, real):
+    simd.accumulate_pixels(taps, kind, arguments, real)
 
 
 def _places(line: Line, phase: Phase) -> np.ndarray:
@@ -470,8 +521,8 @@ def _tile(lines: Lines, lanes: int, budget: int, least_tiles: int) -> tuple[int,
 
 
 def _parameters(
-    dtype: np.dtype, lines: Lines, least_tiles: int, function: Callable[..., None], tap_rows: bool,
-    x: Strides, y: Strides, group: int,
+    dtype: np.dtype, lines: Lines, least_tiles: int, gradient: bool, in_place: bool, x: Strides, y: Strides,
+    group: int,
 ) -> tuple[np.ndarray, list[np.ndarray], int]:  # fmt: skip
     """What both bodies need to know; the tables that hold it; the number of tiles of a plane."""
     t = simd.tile(dtype.itemsize * 8)
@@ -487,15 +538,22 @@ def _parameters(
 
     def row_pieces(phase: Phase) -> list[int]:
         n = _taps_at_once(phase, width.stride)
-        return [address_of(function, n, width.stride if n > 1 else 1, dtype), len(phase.taps) // n, n]
+        function = 0 if gradient else address_of(_correlate_function, n, width.stride if n > 1 else 1, dtype)
+        return [function, len(phase.taps) // n, n]
 
     def column_pieces(phase: Phase) -> list[int]:
-        groups = cut(len(phase.taps), simd.gradient_tap_rows(t, _taps_at_once(width.phases[0], width.stride)))
-        return [len(groups), *groups]
+        """The rows of the filter that the weight gradient takes at once, each with a function of its own."""
+        n = _taps_at_once(width.phases[0], width.stride)
+        groups = cut(len(phase.taps), simd.gradient_tap_rows(t, n)) if gradient else ()
+        table = [len(groups)]
+        for rows in groups:
+            kind = simd.pixel_kind(width.stride if n > 1 else 1, rows, in_place)
+            table += address_of(_accumulate_function, n, kind, dtype), rows
+        return table
 
     tables = [
         _phase_table(depth, lambda _: []),
-        _phase_table(height, column_pieces if tap_rows else lambda _: []),
+        _phase_table(height, column_pieces),
         _phase_table(width, row_pieces),
     ]
     # whole rows that follow one another in the array are one run of pixels
@@ -556,7 +614,7 @@ def plan_correlation(
     group = -(-blocks // -(-blocks // _GROUP)) if in_place else 1
     groups = -(-blocks // group)
     parameters, tables, tiles = _parameters(
-        dtype, lines, -(-2 * workers // (batch * groups)), _correlate_function, False, x, y, group
+        dtype, lines, -(-2 * workers // (batch * groups)), False, in_place, x, y, group
     )
     units = batch * groups * tiles
     pixels = (line.size for line in lines), (sum(phase.count for phase in line.phases) for line in lines)
@@ -565,7 +623,8 @@ def plan_correlation(
     ahead = max(1 + (len(phase.taps) - 1) * phase.tap_step for phase in height.phases)
     strip = -(-_STRIP_PIXELS // int(parameters[OUT_ROW] // lanes * lines[1].step))
     parameters[CHANNELS:TAPS] = (
-        channels, batch, units, min(units, 8 * workers), 1, group, in_place, strip, ahead if size > AHEAD_BYTES else 0
+        channels, batch, units, min(units, 8 * workers), 1, group, in_place, strip,
+        ahead if size > AHEAD_BYTES else 0, lanes,
     )  # fmt: skip
     unit_tasks = int(parameters[UNIT_TASKS])
     scratch = parameters[SLAB_SIZE] + parameters[OUT_SIZE] + (1 + group * (parameters[TAPS] + 1)) * lanes
@@ -581,15 +640,26 @@ def plan_weight_gradient(
     """Plan dw[c, k] = sum over n, p of dy[n, c, p] * x[n, c, u(p, k)], with strides of x and dy in elements."""
     lanes = simd.tile(dtype.itemsize * 8).lanes
     blocks = -(-channels // lanes)
-    parameters, tables, tiles = _parameters(dtype, lines, 1, _accumulate_function, True, x, dy, 1)
+    width = lines[2]
+    columns = -(-width.out // -(-width.out // _MOST_COLUMNS))
+    zeros = width.length(columns) * x[4] + lanes  # a row of zeros
+    in_place = _can_stay_in_place(lines, x, dy) and lanes <= zeros <= SLAB_BYTES // dtype.itemsize
+    in_place = in_place and len(width.taps) <= _MOST_TAPS_IN_PLACE
+    group = -(-blocks // -(-blocks // _GROUP)) if in_place else 1
+    groups = -(-blocks // group)
+    parameters, tables, tiles = _parameters(dtype, lines, 1, True, in_place, x, dy, group)
     units = batch * tiles
-    splits = min(units, -(-_GRADIENT_TASKS // blocks))
-    block_tasks = min(blocks, 4 * _GRADIENT_TASKS)
-    parameters[CHANNELS:TAPS] = channels, batch, units, block_tasks, splits, 1, False, 1, 0
-    scratch = parameters[SLAB_SIZE] + parameters[OUT_SIZE] + parameters[TAPS] * lanes
+    splits = min(units, -(-_GRADIENT_TASKS // groups))
+    group_tasks = min(groups, 4 * _GRADIENT_TASKS)
+    size = batch * channels * (math.prod(line.size for line in lines) + math.prod(line.out for line in lines))
+    ahead = size * dtype.itemsize > AHEAD_BYTES
+    parameters[CHANNELS:TAPS] = (
+        channels, batch, units, group_tasks, splits, group, in_place, 1, ahead, zeros if in_place else lanes
+    )  # fmt: skip
+    scratch = sum(parameters[[SLAB_SIZE, OUT_SIZE, ZEROS]]) + group * parameters[TAPS] * lanes
     flops = 2 * batch * channels * math.prod(line.out * len(line.taps) for line in lines)
     return Plan(
-        _weight_gradient, parameters, tuple(tables), block_tasks * splits, int(scratch) * dtype.itemsize, flops,
+        _weight_gradient, parameters, tuple(tables), group_tasks * splits, int(scratch) * dtype.itemsize, flops,
         splits=splits,
     )  # fmt: skip
 
