@@ -12,7 +12,7 @@ import pytest
 
 import fastconv as fc
 import oracle
-from fastconv.cpu import convolution, depthwise, depthwise_planes, simd
+from fastconv.cpu import convolution, depthwise, depthwise_channels, depthwise_planes, simd
 from fastconv.geometry import PADDING_MODES, ConvGeometry
 from helpers import LAYOUTS, VIEWS, channels_first, channels_last, functions, integers, normal, output_of, run_python
 from shapes import Case
@@ -216,6 +216,36 @@ def test_passes(case, dtype, rng):
 @pytest.mark.usefixtures("no_masks")
 def test_passes_without_masks(case, rng):
     test_passes(case, "float32", rng)
+
+
+@pytest.fixture
+def asks_ahead(monkeypatch):
+    """As for arrays that are in no cache."""
+    for module in (depthwise_channels, depthwise_planes):
+        monkeypatch.setattr(module, "AHEAD_BYTES", 0)
+    forget_plans()
+    yield
+    forget_plans()
+
+
+@pytest.mark.parametrize("case", [*CHANNEL_CASES, *PLANE_CASES], ids=str)
+@pytest.mark.usefixtures("asks_ahead")
+def test_passes_asking_ahead(case, rng):
+    test_passes(case, "float32", rng)
+
+
+@pytest.mark.parametrize(("planes", "asks"), [(1, False), (40, True)])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_which_arrays_are_asked_for_ahead(layout, planes, asks, monkeypatch):
+    """Those of more than 4 MiB together."""
+    seen = []
+    monkeypatch.setattr(depthwise, "correlate", lambda plan, *_: seen.append(plan))
+    x, w = np.zeros((planes, 16, 40, 40), np.float32), np.zeros((16, 1, 3, 3), np.float32)
+    fc.conv2d(x if layout == "NCHW" else channels_last(x), w, padding=1, groups=16, layout=layout)
+    (plan,) = seen
+    module = depthwise_planes if plan.body is depthwise_planes._correlate else depthwise_channels
+    if layout == "NHWC" or module is depthwise_planes:
+        assert bool(plan.parameters[module.AHEAD]) == asks
 
 
 @pytest.mark.parametrize("case", SOME, ids=str)

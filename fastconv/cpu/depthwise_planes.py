@@ -146,12 +146,38 @@ def _correlate(task, worker, p, real):
                 )  # fmt: skip
 
 
+@_jit
+def _accumulate_rows(p, sums, dy, x, zeros, first_h, planes, runs, rows, ahead, x_ahead, dy_ahead):
+    """Add what `rows` rows of `runs` samples of `planes` planes of the output gradient contribute to `sums`. The first
+    tap of the first row meets row first_h of x. What is at x_ahead and dy_ahead, null if not `ahead`, comes next."""
+    lanes = simd.lanes(sums)
+    table = simd.at(p, p[TABLE])
+    size = p[ROWS] * p[TAPS]
+    for i in range(p[ROWS]):
+        for d in range(p[OUT_D]):
+            for a in range(p[TAPS_D]):
+                at_d = d * p[STRIDE_D] + p[FIRST_D] + a * p[TAP_STEP]
+                within = 0 <= at_d < p[DEPTH]
+                for k in range(p[PIECES]):
+                    piece = simd.offset(table, k * p[PIECE_SIZE])
+                    column = piece[FIRST_COLUMN]
+                    done = ahead * rows * piece[COLUMN]
+                    simd.call_accumulate_planes(
+                        piece[FUNCTION], simd.offset(piece, MASKS),
+                        simd.offset(sums, (i * p[TAPS] + a * (p[TAPS] // p[TAPS_D])) * lanes), size * lanes,
+                        simd.offset(dy, i * p[Y_O] + d * p[Y_D] + piece[COLUMN]), p[ROWS] * p[Y_O], p[Y_N],
+                        p[Y_H], simd.offset(x, at_d * p[X_D] + column), p[X_C], p[X_N], p[X_H],
+                        simd.offset(zeros, column), first_h, p[HEIGHT] if within else 0, planes, runs, rows,
+                        simd.offset(x_ahead, done * p[STRIDE_H] * p[STRIDE_H]), simd.offset(dy_ahead, done),
+                    )  # fmt: skip
+
+
 @tasks.Body
 def _weight_gradient(task, worker, p, real):
     """Task = a part of the units (tile of rows, sample) of a range of channels."""
     lanes = simd.lanes(real)
     sums = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    table, zeros = simd.at(p, p[TABLE]), simd.at(real, p[CONSTANTS])
+    zeros = simd.at(real, p[CONSTANTS])
     part, split = task % p[CHUNKS], task // p[CHUNKS]
     channel, end = part * p[CHANNELS] // p[CHUNKS], (part + 1) * p[CHANNELS] // p[CHUNKS]
     size = p[ROWS] * p[TAPS]
@@ -167,21 +193,21 @@ def _weight_gradient(task, worker, p, real):
             rows, first_h = (tile + 1) * p[OUT_H] // p[TILES] - h, h * p[STRIDE_H] + p[FIRST_H]
             x = simd.offset(simd.at(real, p[X]), n * p[X_N] + channel * p[X_C])
             dy = simd.offset(simd.at(real, p[Y]), n * p[Y_N] + channel * p[ROWS] * p[Y_O] + h * p[Y_H])
-            for i in range(p[ROWS]):
-                for d in range(p[OUT_D]):
-                    for a in range(p[TAPS_D]):
-                        at_d = d * p[STRIDE_D] + p[FIRST_D] + a * p[TAP_STEP]
-                        within = 0 <= at_d < p[DEPTH]
-                        for k in range(p[PIECES]):
-                            piece = simd.offset(table, k * p[PIECE_SIZE])
-                            column = piece[FIRST_COLUMN]
-                            simd.call_accumulate_planes(
-                                piece[FUNCTION], simd.offset(piece, MASKS),
-                                simd.offset(sums, (i * p[TAPS] + a * (p[TAPS] // p[TAPS_D])) * lanes), size * lanes,
-                                simd.offset(dy, i * p[Y_O] + d * p[Y_D] + piece[COLUMN]), p[ROWS] * p[Y_O], p[Y_N],
-                                p[Y_H], simd.offset(x, at_d * p[X_D] + column), p[X_C], p[X_N], p[X_H],
-                                simd.offset(zeros, column), first_h, p[HEIGHT] if within else 0, channels, runs, rows,
-                            )  # fmt: skip
+            if not p[AHEAD]:
+                _accumulate_rows(
+                    p, sums, dy, x, zeros, first_h, channels, runs, rows, 0, simd.at(real, 0), simd.at(real, 0)
+                )
+                continue
+            for c in range(channels):  # whole rows of a run, since these follow one another in memory
+                for m in range(runs):
+                    x_now, dy_now = simd.offset(x, c * p[X_C] + m * p[X_N]), simd.offset(dy, c * p[Y_O] + m * p[Y_N])
+                    x_step, dy_step = p[X_N], p[Y_N]
+                    if m + 1 == runs:
+                        x_step, dy_step = p[X_C] - m * p[X_N], p[Y_O] - m * p[Y_N]
+                    _accumulate_rows(
+                        p, simd.offset(sums, c * size * lanes), dy_now, x_now, zeros, first_h, 1, 1, rows, 1,
+                        simd.offset(x_now, first_h * p[X_H] + x_step), simd.offset(dy_now, dy_step),
+                    )  # fmt: skip
         simd.sum_lanes(
             simd.offset(simd.at(real, p[W]), (split * p[CHANNELS] + channel) * size), sums, channels * size
         )
@@ -383,7 +409,8 @@ def plan_weight_gradient(
     parameters[X_N:END] = (
         *x[:4], *dy[:4], 0, 0, 0, 0, taps,
         channels, rows, planes, chunks, depth.out, height.out, 1, height.out, tiles, units, chunks * splits,
-        *pieces.shape, address(pieces), address(zeros), batch, splits, False, *_geometry(lines), False,
+        *pieces.shape, address(pieces), address(zeros), batch, splits, False, *_geometry(lines),
+        depth.out == 1 and len(pieces) > 1 and _asks_ahead(dtype, batch, channels, rows, lines, x, dy),
     )  # fmt: skip
     flops = 2 * batch * channels * rows * math.prod(line.out * len(line.taps) for line in lines)
     return Plan(

@@ -3043,8 +3043,9 @@ def _correlate_planes_arguments(element: ir.Type) -> list[ir.Type]:
 
 
 def _ask_ahead(
-    b: ir.IRBuilder, module: ir.Module, turn: ir.Value, x_ahead: ir.Value, inputs: int, y_ahead: ir.Value, outputs: int
-) -> None:
+    b: ir.IRBuilder, module: ir.Module, turn: ir.Value, x_ahead: ir.Value, inputs: int, y_ahead: ir.Value, outputs: int,
+    writes: bool = True,
+) -> None:  # fmt: skip
     """Ask for the turn-th `inputs` elements from x_ahead on, and `outputs` elements from y_ahead on; null is none.
 
     They go to the second nearest caches: what is being computed fills the nearest. With every line asked for there,
@@ -3054,7 +3055,7 @@ def _ask_ahead(
     line = 16 if isinstance(element, ir.FloatType) else 8  # elements
 
     def ask(_: list[ir.Value]) -> list[ir.Value]:
-        for pointer, elements, write in ((x_ahead, inputs, False), (y_ahead, outputs, True)):
+        for pointer, elements, write in ((x_ahead, inputs, False), (y_ahead, outputs, writes)):
             first = b.gep(pointer, [b.mul(turn, _i64(elements))])
             for n in range(0, elements, line):
                 _prefetch(b, module, b.gep(first, [_i64(n)]), write, locality=2)
@@ -3239,13 +3240,13 @@ def _accumulate_planes_function(
     pointer, table = element.as_pointer(), _I64.as_pointer()
     function, new = _internal(
         module, f"fastconv_accumulate_planes_{element}_{taps}_{stride}_{lanes}",
-        [table, pointer, _I64, pointer, *[_I64] * 3, pointer, *[_I64] * 3, pointer, *[_I64] * 5],
+        [table, pointer, _I64, pointer, *[_I64] * 3, pointer, *[_I64] * 3, pointer, *[_I64] * 5, pointer, pointer],
     )  # fmt: skip
     if not new:
         return function
     (
         piece, sums, sums_plane, dy, dy_plane, dy_run, dy_row, x, x_plane, x_run, x_row, zeros, first_row, height,
-        planes, runs, count,
+        planes, runs, count, x_ahead, dy_ahead,
     ) = function.args  # fmt: skip
     for p in (piece, sums, dy, x, zeros):
         p.add_attribute("noalias")
@@ -3265,7 +3266,6 @@ def _accumulate_planes_function(
     targets = [b.gep(sums_now, [_i64(n * t.lanes)]) for n in range(taps * taps)]
     run = _Loop(b, "runs", runs, [dy_plane_now, x_plane_now, *(_load(b, target, vector) for target in targets)])
     dy_now, x_now, *totals = run.values
-
     def load_row(at: ir.Value) -> list[ir.Value]:
         """What each column of the filter meets; zeros in lanes that do not exist, since infinity times zero is nan."""
         loads = [_load_lanes(b, module, b.gep(at, [_i64(n)]), m, vector) for n, m in zip(places, masks, strict=True)]
@@ -3303,6 +3303,7 @@ def _accumulate_planes_function(
     main = _Loop(b, "rows", b.sub(count, _i64(window - 1)), [*held, *totals])
     held, totals = main.values[: window - 1], main.values[window - 1 :]
     j = b.add(main.k, _i64(window - 1))
+    _ask_ahead(b, module, main.k, x_ahead, stride * stride * lanes, dy_ahead, lanes, False)
     held = [load_gradient(j), *held]
     totals = step(j, dict(enumerate(held)), totals)
     held = held[: window - 1]
@@ -3329,17 +3330,18 @@ accumulate_planes = _literal_function(_accumulate_planes_of_kind, """What `call_
 @intrinsic
 def call_accumulate_planes(
     typingctx, address, piece, sums, sums_plane, dy, dy_plane, dy_run, dy_row, x, x_plane, x_run, x_row, zeros,
-    first_row, height, planes, runs, rows,
+    first_row, height, planes, runs, rows, x_ahead, dy_ahead,
 ):  # fmt: skip
     """sums[h, k] += sum over q of dy[r, q] * x[stride * r + h, stride * q + k], of a piece of `rows` rows of `planes`
     planes, each of `runs` runs (samples, or planes of the depth).
 
     As for `call_correlate_planes`, from `accumulate_planes`, with pieces of one vector; and rows of input that do not
     exist are read from `zeros`, which is row 0 where they begin, since zero times an infinite gradient is nan. Each of
-    the sums is a vector of partial sums, which `sum_lanes` adds up. rows >= taps / stride, rounded up.
+    the sums is a vector of partial sums, which `sum_lanes` adds up. rows >= taps / stride, rounded up. If x_ahead
+    is not null, as many cache lines as each run reads are asked for meanwhile, from there and from dy_ahead on.
     """
     i, table = types.int64, types.CPointer(types.int64)
-    signature = types.void(i, table, sums, i, sums, i, i, i, sums, i, i, i, sums, i, i, i, i, i)
+    signature = types.void(i, table, sums, i, sums, i, i, i, sums, i, i, i, sums, i, i, i, i, i, sums, sums)
 
     def codegen(context, builder, sig, args):
         _call_compiled(builder, args[0], args[1:], _element(sig.args[2]).as_pointer())
