@@ -5,7 +5,7 @@ A *block* is as many channels as a vector has lanes. In channels-last arrays a p
 is read in place, a few blocks side by side; the zeros beside the plane are a vector of their own that stands in for
 what is not there. From channels-first arrays a tile of the planes is copied, through transposes in registers and with
 its border, into the *slab* in the nearest caches, a strip of rows at a time; so it is wherever not every element meets
-some input, or the filter is wider than what is unrolled, and for weight gradients of filters wider than three. From
+some input, or the filter is wider than what is unrolled, and for weight gradients of filters that are larger. From
 there on no stride, no row end and no plane of few pixels leaves a lane empty, and no two lanes ever meet. Results go
 directly into channels-last arrays, and through the same transposes into channels-first ones.
 
@@ -32,10 +32,10 @@ from .jit import helper as _jit
 (
     X, W, Y, BIAS, RELU, ADD,
     X_N, X_C, X_D, X_H, X_W, Y_N, Y_C, Y_D, Y_H, Y_W, X_PIXELS, Y_PIXELS, X_ROWS, Y_ROWS,
-    CHANNELS, BATCH, UNITS, UNIT_TASKS, SPLITS, GROUP, IN_PLACE, STRIP, AHEAD, ZEROS, TAPS, TAPS_HW, TAPS_W,
+    CHANNELS, BATCH, UNITS, UNIT_TASKS, SPLITS, GROUP, IN_PLACE, STRIP, AHEAD, Y_AHEAD, ZEROS, TAPS, TAPS_HW, TAPS_W,
     X_PLACES, Y_PLACES, W_PLACES, ROW_PITCH, PLANE_PITCH, SLAB_SIZE, OUT_ROW, OUT_PLANE, OUT_SIZE, DEPTH, HEIGHT,
     WIDTH, END,
-) = (*range(tasks.FIRST, tasks.FIRST + 43), *(tasks.FIRST + 42 + 12 * n for n in range(1, 4)))  # fmt: skip
+) = (*range(tasks.FIRST, tasks.FIRST + 44), *(tasks.FIRST + 43 + 12 * n for n in range(1, 4)))  # fmt: skip
 # those of a dimension, from DEPTH, HEIGHT and WIDTH on, and
 SOURCE, BEFORE, SIZE, STRIDE, STEP, OUT, FULL, TILE, TILES, REACH, PHASES, TABLE = range(12)
 # those of a phase, in the table of its dimension: FIRST to TAP_STEP as in `depthwise`; PIECES are where a table of the
@@ -51,10 +51,13 @@ _GROUP = 9
 # Pixels of output, at least, that are computed before more rows are copied into the slab: what was copied is still in
 # the nearest cache. With 100 or 10000, 3 x 3 taps took 1.1 to 1.3 times as long.
 _STRIP_PIXELS = 400
-# Taps of a row with which the weight gradient reads x in place, each pixel once for every row of the filter. Pixels of
-# 240 to 1152 channels share so few sets of the nearest cache that 5 x 5 and 7 x 7 took 1.2 to 2.7 times as long as from
-# the slab, if planes were in a cache. 3 x 3 took as long, and half of it and less for layers of 12 MB and more.
+# Taps of a row with which the weight gradient reads x in place: each pixel once for every row of the filter, if it has
+# several. Pixels of 240 to 1152 channels share so few sets of the nearest cache that 5 x 5 and 7 x 7 took 1.2 to 2.7
+# times as long as from the slab, if planes were in a cache. 3 x 3 took as long, and a half or less for 12 MB and more.
 _MOST_TAPS_IN_PLACE = 3
+# In one dimension: columns of output from what is computed to what is asked for; and of a tile of a weight gradient, so
+# that the next one, which is asked for, fits into the second cache beside it. Either is a quarter faster than without.
+_AHEAD_COLUMNS, _TILE_COLUMNS = 28, 64
 _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the bits do not depend on the threads
 
 _EVERYTHING = 1 << 40  # more pixels than any row has
@@ -178,8 +181,8 @@ def _correlate_tile(
                         reach_d[3 * d + 2], in_depth[TAP_STEP] * x_d, p[TAPS_HW] * lanes,
                         in_height[TAP_STEP] * x_h, p[TAPS_W] * lanes,
                         pieces[BLOCKS], pieces[BLOCK_TAPS] * in_width[TAP_STEP] * x_w, pieces[BLOCK_TAPS] * lanes,
-                        ahead and ahead * x_h + (reach_d[3 * d + 2] - 1) * in_depth[TAP_STEP] * x_d, x_h,
-                        p[HEIGHT + STEP] * y_h, zeros, flags, bias,
+                        ahead and ahead + (reach_d[3 * d + 2] - 1) * in_depth[TAP_STEP] * x_d, x_h, p[Y_AHEAD], zeros,
+                        flags, bias,
                     )  # fmt: skip
 
 
@@ -503,10 +506,10 @@ def _row_pitch(width: Line, out: int) -> int:
     return width.length(out) | 1
 
 
-def _tile(lines: Lines, lanes: int, budget: int, least_tiles: int) -> tuple[int, int, int]:
+def _tile(lines: Lines, lanes: int, budget: int, least_tiles: int, most_columns: int) -> tuple[int, int, int]:
     """Elements of each phase in a tile: those with the least to copy for each, in at most `budget` elements."""
     depth, height, width = lines
-    w = -(-width.out // -(-width.out // _MOST_COLUMNS))
+    w = -(-width.out // -(-width.out // most_columns))
     pitch, out_pitch = _row_pitch(width, w), w * width.step
     best = (math.inf, 0, 1, 1)
     for d in _sizes(depth):
@@ -527,8 +530,9 @@ def _parameters(
     """What both bodies need to know; the tables that hold it; the number of tiles of a plane."""
     t = simd.tile(dtype.itemsize * 8)
     lanes = t.lanes
-    d, h, w = tile = _tile(lines, lanes * group, SLAB_BYTES // dtype.itemsize, least_tiles)
     depth, height, width = lines
+    most_columns = _TILE_COLUMNS if gradient and in_place and height.out == 1 else _MOST_COLUMNS
+    d, h, w = tile = _tile(lines, lanes * group, SLAB_BYTES // dtype.itemsize, least_tiles, most_columns)
     taps = [len(line.taps) for line in lines]
     pitch = _row_pitch(width, w) * lanes
     plane_pitch = height.length(h) * pitch
@@ -619,12 +623,15 @@ def plan_correlation(
     units = batch * groups * tiles
     pixels = (line.size for line in lines), (sum(phase.count for phase in line.phases) for line in lines)
     size = batch * channels * sum(map(math.prod, pixels)) * dtype.itemsize
-    height = lines[1]  # the rows that the next row of output is the first to meet
-    ahead = max(1 + (len(phase.taps) - 1) * phase.tap_step for phase in height.phases)
+    _, height, width = lines
+    ahead, y_ahead = _AHEAD_COLUMNS * width.stride * x[4], _AHEAD_COLUMNS * width.step * y[4]
+    if height.out > 1:  # the rows that the next row of output is the first to meet
+        ahead = max(1 + (len(phase.taps) - 1) * phase.tap_step for phase in height.phases) * x[3]
+        y_ahead = height.step * y[3]
     strip = -(-_STRIP_PIXELS // int(parameters[OUT_ROW] // lanes * lines[1].step))
     parameters[CHANNELS:TAPS] = (
         channels, batch, units, min(units, 8 * workers), 1, group, in_place, strip,
-        ahead if size > AHEAD_BYTES else 0, lanes,
+        ahead if size > AHEAD_BYTES else 0, y_ahead, lanes,
     )  # fmt: skip
     unit_tasks = int(parameters[UNIT_TASKS])
     scratch = parameters[SLAB_SIZE] + parameters[OUT_SIZE] + (1 + group * (parameters[TAPS] + 1)) * lanes
@@ -644,7 +651,7 @@ def plan_weight_gradient(
     columns = -(-width.out // -(-width.out // _MOST_COLUMNS))
     zeros = width.length(columns) * x[4] + lanes  # a row of zeros
     in_place = _can_stay_in_place(lines, x, dy) and lanes <= zeros <= SLAB_BYTES // dtype.itemsize
-    in_place = in_place and len(width.taps) <= _MOST_TAPS_IN_PLACE
+    in_place = in_place and (len(width.taps) <= _MOST_TAPS_IN_PLACE or len(lines[1].taps) == 1)
     group = -(-blocks // -(-blocks // _GROUP)) if in_place else 1
     groups = -(-blocks // group)
     parameters, tables, tiles = _parameters(dtype, lines, 1, True, in_place, x, dy, group)
@@ -654,7 +661,7 @@ def plan_weight_gradient(
     size = batch * channels * (math.prod(line.size for line in lines) + math.prod(line.out for line in lines))
     ahead = size * dtype.itemsize > AHEAD_BYTES
     parameters[CHANNELS:TAPS] = (
-        channels, batch, units, group_tasks, splits, group, in_place, 1, ahead, zeros if in_place else lanes
+        channels, batch, units, group_tasks, splits, group, in_place, 1, ahead, 0, zeros if in_place else lanes
     )  # fmt: skip
     scratch = sum(parameters[[SLAB_SIZE, OUT_SIZE, ZEROS]]) + group * parameters[TAPS] * lanes
     flops = 2 * batch * channels * math.prod(line.out * len(line.taps) for line in lines)
