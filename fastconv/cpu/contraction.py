@@ -908,6 +908,8 @@ def _pack_gradient(p, panel, dy, channels, width, first_row, last_row, first_col
             elif channel_step == 1 and j + lanes <= channels:
                 for k in range(count):
                     simd.copy_vector(simd.offset(panel, k * width + j), simd.offset(part, k * step))
+            elif channel_step == 1 and j < channels:
+                simd.copy_block(simd.offset(panel, j), width, part, step, count, channels - j)
             else:
                 for i in range(lanes):
                     for k in range(count):

@@ -992,21 +992,81 @@ def spread_every_second(typingctx, target, target_pitch, source, source_pitch, r
 
 
 def _transpose_vectors(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
-    """As many vectors as they have lanes, as the rows of a matrix, transposed."""
-    rows, n = list(rows), len(rows)
+    """As many vectors as they have lanes, as the rows of a matrix, transposed; of fewer each block of as many lanes."""
+    rows, n = list(rows), rows[0].type.count
 
     def pick(x: ir.Value, y: ir.Value, lanes: list[int]) -> ir.Value:
         return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, n), lanes))
 
-    step = n // 2
+    step = len(rows) // 2
     while step:  # exchange the off-diagonal blocks of size `step` within each pair of blocks
-        for i in range(n):
+        for i in range(len(rows)):
             if not i & step:
                 x, y = rows[i], rows[i + step]
                 rows[i] = pick(x, y, [k if not k & step else n + k - step for k in range(n)])
                 rows[i + step] = pick(x, y, [k + step if not k & step else n + k for k in range(n)])
         step //= 2
     return rows
+
+
+def _transpose_four(
+    b: ir.IRBuilder, module: ir.Module, element: ir.Type, n: int, arguments: Sequence[ir.Value]
+) -> None:
+    """`transpose_block` of n rows and at most four columns, or the other way round, in vectors of four: returns then.
+
+    Images of three channels are made of such blocks, and small groups. All n vectors would take three times as long.
+    """
+    target, target_pitch, source, source_pitch, rows, columns = arguments
+    vector, four, blocks = ir.VectorType(element, n), ir.VectorType(element, 4), n // 4
+
+    def select(value: ir.Value, other: ir.Value, lanes: Sequence[int]) -> ir.Value:
+        return b.shuffle_vector(value, other, ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes)))
+
+    def masks(count: ir.Value) -> list[ir.Value]:
+        every = ir.IntType(n)
+        bits = [
+            b.select(b.icmp_signed("<", _i64(i), count), ir.Constant(every, -1), ir.Constant(every, 0))
+            for i in range(4)
+        ]
+        return [b.bitcast(each, ir.VectorType(_I1, n)) for each in bits]
+
+    def place(pointer: ir.Value, pitch: ir.Value, row: int) -> ir.Value:
+        return b.gep(pointer, [b.mul(pitch, _i64(row))])
+
+    def begin(long: ir.Value, short: ir.Value) -> ir.Block:
+        """Continue for blocks of n by at most four; where to go on for others."""
+        inside, otherwise = b.append_basic_block("four"), b.append_basic_block("more")
+        fits = b.and_(b.icmp_signed("==", long, _i64(n)), b.icmp_signed("<=", short, _i64(4)))
+        b.cbranch(fits, inside, otherwise)
+        b.position_at_end(inside)
+        return otherwise
+
+    otherwise = begin(rows, columns)
+    mask = _lane_mask(b, columns, 4)
+    loaded = [_load_lanes(b, module, place(source, source_pitch, i), mask, four) for i in range(n)]
+    joined = []
+    for q in range(4):
+        parts = loaded[q::4]
+        while len(parts) > 1:
+            lanes = range(2 * parts[0].type.count)
+            parts = [select(x, y, lanes) for x, y in zip(parts[::2], parts[1::2], strict=True)]
+        joined += parts
+    for k, (value, of_row) in enumerate(zip(_transpose_vectors(b, joined), masks(columns), strict=True)):
+        _store_lanes(b, module, value, place(target, target_pitch, k), of_row)
+    b.ret_void()
+    b.position_at_end(otherwise)
+
+    otherwise = begin(columns, rows)
+    mask = _lane_mask(b, rows, 4)
+    loaded = [
+        _load_lanes(b, module, place(source, source_pitch, i), of_row, vector) for i, of_row in enumerate(masks(rows))
+    ]
+    for q, value in enumerate(_transpose_vectors(b, loaded)):
+        for k in range(blocks):
+            part = select(value, value, range(4 * k, 4 * k + 4))
+            _store_lanes(b, module, part, place(target, target_pitch, 4 * k + q), mask)
+    b.ret_void()
+    b.position_at_end(otherwise)
 
 
 @intrinsic
@@ -1026,6 +1086,8 @@ def transpose_block(typingctx, target, target_pitch, source, source_pitch, rows,
             target, target_pitch, source, source_pitch, rows, columns = function.args
             vector = ir.VectorType(element, n)
             b = ir.IRBuilder(function.append_basic_block("entry"))
+            if n > 4:
+                _transpose_four(b, module, element, n, function.args)
 
             def each(count: ir.Value, lanes: ir.Value, pointer: ir.Value, pitch: ir.Value):
                 """Place and lanes of each row; none of those that do not exist, whose place is that of the last."""
