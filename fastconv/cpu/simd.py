@@ -379,8 +379,8 @@ def contract_packing(
     Row i of C lies at ``c + i * pitch``. Of `flags`, after ADD, BIAS adds bias[i], RELU replaces what is below zero by
     zero. With PACK the panel is written, not read. Row k of B is then what `pack_panel` takes from
     ``source + offsets[k]``: the arithmetic hides the copying. `vectors` must be all of the tile, each of at most
-    MOST_PIECES pieces, and the tile one that `packs`; on others the flag must not be set. `ahead` is fetched into L2,
-    as the panel after this one. READ is the same for vectors of one piece, without writing the panel.
+    MOST_PIECES pieces, and the tile one that `packs`; on others the flag must not be set. `ahead` is fetched
+    into the cache, as the panel after this one. READ is the same for vectors of one piece, without writing the panel.
     """
     i, table = types.int64, types.CPointer(types.int64)
 
@@ -1127,8 +1127,8 @@ def _load_transposed(
     return _transpose_vectors(b, rows)
 
 
-# Vectors: how far ahead of a stream of rows to fetch, into L2, since rows may be so far apart that they share their
-# places in L1. Reading 512 x 512 kernels of 3 x 3 for the input gradient takes a third less time by it.
+# Vectors: how far ahead of a stream of rows to fetch. Reading 512 x 512 kernels of 3 x 3 for the input gradient takes a
+# third less time by it; 8 and 16 are no better.
 AHEAD = 4
 
 
