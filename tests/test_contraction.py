@@ -6,7 +6,7 @@ import pytest
 import fastconv as fc
 import oracle
 from fastconv.cpu import contraction, simd
-from fastconv.cpu.convolution import _choose_rows, _elements, _forward_plan, _phase_runs
+from fastconv.cpu.convolution import _choose_rows, _elements, _forward_plan, _phase_runs, _small_groups_weight_grad_plan
 from fastconv.geometry import ConvGeometry
 from helpers import channels_last, fortran_last, integers, reversed_, strided, transposed
 
@@ -200,6 +200,30 @@ def test_weight_gradient_of_exchanged_operands(channels, out_channels, groups, a
     exact = np.einsum("ngohw,ngchw->goc", *(a.reshape(3, groups, -1, 9, 7) for a in (dy, x))).reshape(shape)
     for out in (np.ones(shape, dtype), np.ones(shape[::-1], dtype).T, np.ones((*shape[:2], 1, 3), dtype)[..., ::3]):
         dw = fc.conv2d_weight_grad(x, shape, dy, groups=groups, out=out, accumulate=accumulate)
+        np.testing.assert_array_equal(dw, exact + accumulate)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize(("channels", "out_channels", "stride"), [(2, 2, 1), (3, 4, 1), (4, 3, 2), (3, 3, 1)])
+def test_weight_gradient_of_small_groups(channels, out_channels, stride, accumulate, dtype, rng) -> None:
+    """It is computed channel by channel; small integers, so every sum is exact."""
+    groups, size = 24, (1, 37, 41)
+    geometry = ConvGeometry(
+        batch=2, in_channels=groups * channels, out_channels=groups * out_channels, groups=groups, input_size=size,
+        kernel_size=(1, 3, 3), stride=(1, stride, stride), dilation=(1, 1, 1), pad_before=(0, 1, 1),
+        pad_after=(0, 1, 1), padding_mode="zeros",
+    )  # fmt: skip
+    x = integers(rng, (2, groups * channels, *size), dtype)
+    dy = integers(rng, (2, groups * out_channels, *geometry.output_size), dtype)
+    plan = _small_groups_weight_grad_plan(geometry, x.dtype, x.strides, dy.strides)
+    assert (plan is not None) == simd.tile(x.itemsize * 8).masks
+    x, dy = x[:, :, 0], dy[:, :, 0]
+    shape = (groups * out_channels, channels, 3, 3)
+    known = {"stride": (stride, stride), "padding": [(1, 1)] * 2, "dilation": (1, 1), "groups": groups}
+    exact = oracle.weight_grad(x, dy, weight_shape=shape, padding_mode="zeros", **known)
+    for out in (np.ones(shape, dtype), np.ones(shape[::-1], dtype).T, np.ones((*shape[:3], 9), dtype)[..., ::3]):
+        dw = fc.conv2d_weight_grad(x, shape, dy, out=out, accumulate=accumulate, **known)
         np.testing.assert_array_equal(dw, exact + accumulate)
 
 

@@ -26,6 +26,7 @@ LARGE = [
     Case("waveform", "phases as rows", (3, 1, 16000), (24, 1, 80), stride=16),
     Case("patches", "phases of three channels as rows", (3, 3, 112, 112), (48, 3, 8, 8), stride=8),
     Case("groups", "many small products", (3, 32, 21, 22), (32, 8, 3, 3), padding=1, groups=4),
+    Case("small_groups", "weight gradients channel by channel", (3, 48, 40, 41), (64, 3, 3, 3), padding=1, groups=16),
     Case("depthwise", "one filter per channel", (3, 48, 40, 41), (48, 1, 5, 5), padding=2, groups=48),
     Case("reflect", "another padding mode", (3, 12, 30, 31), (20, 12, 3, 3), padding=2, padding_mode="reflect"),
     Case("1d", "one long dimension", (3, 12, 2000), (20, 12, 7), padding="same"),
