@@ -5,9 +5,9 @@ A *block* is as many channels as a vector has lanes. In channels-last arrays a p
 is read in place, a few blocks side by side; the zeros beside the plane are a vector of their own that stands in for
 what is not there. From channels-first arrays a tile of the planes is copied, through transposes in registers and with
 its border, into the *slab* in the nearest caches, a strip of rows at a time; so it is wherever not every element meets
-some input, or the filter is wider than what is unrolled, and for weight gradients of filters that are larger. From
-there on no stride, no row end and no plane of few pixels leaves a lane empty, and no two lanes ever meet. Results go
-directly into channels-last arrays, and through the same transposes into channels-first ones.
+some input, or the filter is wider than what is unrolled, and in those weight gradients where that is faster. From there
+on no stride, no row end and no plane of few pixels leaves a lane empty, and no two lanes ever meet. Results go directly
+into channels-last arrays, and through the same transposes into channels-first ones.
 
 The forward pass and the input gradient are one body, with phases as in `depthwise`. Rows of taps that meet nothing but
 the zeros around the plane are left out, but where a weight is infinite or nan: then the product is nan, and must be
@@ -53,7 +53,8 @@ _GROUP = 9
 _STRIP_PIXELS = 400
 # Taps of a row with which the weight gradient reads x in place: each pixel once for every row of the filter, if it has
 # several. Pixels of 240 to 1152 channels share so few sets of the nearest cache that 5 x 5 and 7 x 7 took 1.2 to 2.7
-# times as long as from the slab, if planes were in a cache. 3 x 3 took as long, and a half or less for 12 MB and more.
+# times as long as from the slab, if planes were in a cache. 3 x 3 took a half or less of the time for 12 MB and more,
+# and with stride 2; with stride 1, in a cache, up to 1.2 times as long (the columns at the edges are taken one by one).
 _MOST_TAPS_IN_PLACE = 3
 # In one dimension, columns of output from what is computed to what is asked for: a fifth faster than without. And, of a
 # weight gradient, the columns of a tile and the most blocks of a group, so that memory is read in one piece, or in few.
@@ -653,8 +654,11 @@ def plan_weight_gradient(
     zeros = lanes
     if any((line.source < 0).any() for line in lines[:2]):  # a whole row of them
         zeros += width.length(columns) * x[4]
+    size = batch * channels * (math.prod(line.size for line in lines) + math.prod(line.out for line in lines))
+    large = size * dtype.itemsize > AHEAD_BYTES
     in_place = _can_stay_in_place(lines, x, dy) and lanes <= zeros <= SLAB_BYTES // dtype.itemsize
     in_place = in_place and (len(width.taps) <= _MOST_TAPS_IN_PLACE or len(height.taps) == 1)
+    in_place = in_place and (large or width.stride > 1)
     most = _TILE_GROUP if height.out == 1 else _GROUP
     group = -(-blocks // -(-blocks // most)) if in_place else 1
     groups = -(-blocks // group)
@@ -662,10 +666,8 @@ def plan_weight_gradient(
     units = batch * tiles
     splits = min(units, -(-_GRADIENT_TASKS // groups))
     group_tasks = min(groups, 4 * _GRADIENT_TASKS)
-    size = batch * channels * (math.prod(line.size for line in lines) + math.prod(line.out for line in lines))
-    ahead = size * dtype.itemsize > AHEAD_BYTES
     parameters[CHANNELS:TAPS] = (
-        channels, batch, units, group_tasks, splits, group, in_place, 1, ahead, 0, zeros if in_place else lanes
+        channels, batch, units, group_tasks, splits, group, in_place, 1, large, 0, zeros if in_place else lanes
     )  # fmt: skip
     scratch = sum(parameters[[SLAB_SIZE, OUT_SIZE, ZEROS]]) + group * parameters[TAPS] * lanes
     flops = 2 * batch * channels * math.prod(line.out * len(line.taps) for line in lines)
