@@ -223,6 +223,7 @@ def asks_ahead(monkeypatch):
     """As for arrays that are in no cache."""
     for module in (depthwise_channels, depthwise_planes):
         monkeypatch.setattr(module, "AHEAD_BYTES", 0)
+    monkeypatch.setattr(depthwise_channels, "IN_PLACE_BYTES", 0)
     forget_plans()
     yield
     forget_plans()
@@ -234,10 +235,10 @@ def test_passes_asking_ahead(case, rng):
     test_passes(case, "float32", rng)
 
 
-@pytest.mark.parametrize(("planes", "asks"), [(1, False), (40, True)])
+@pytest.mark.parametrize(("planes", "asks"), [(1, False), (120, True)])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 def test_which_arrays_are_asked_for_ahead(layout, planes, asks, monkeypatch):
-    """Those of more than 4 MiB together."""
+    """Those of more than 16 MiB together."""
     seen = []
     monkeypatch.setattr(depthwise, "correlate", lambda plan, *_: seen.append(plan))
     x, w = np.zeros((planes, 16, 40, 40), np.float32), np.zeros((16, 1, 3, 3), np.float32)

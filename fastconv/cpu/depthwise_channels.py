@@ -56,6 +56,7 @@ _STRIP_PIXELS = 400
 # times as long as from the slab, if planes were in a cache. 3 x 3 took a half or less of the time for 12 MB and more,
 # and with stride 2; with stride 1, in a cache, up to 1.2 times as long (the columns at the edges are taken one by one).
 _MOST_TAPS_IN_PLACE = 3
+IN_PLACE_BYTES = 8 * 1024 * 1024  # of input and gradient, from where on that is done with stride 1
 # In one dimension, columns of output from what is computed to what is asked for: a fifth faster than without. And, of a
 # weight gradient, the columns of a tile and the most blocks of a group, so that memory is read in one piece, or in few.
 # With 64 columns and 9 blocks, 512 and 1536 channels took 1.2 to 1.4 times as long.
@@ -655,7 +656,7 @@ def plan_weight_gradient(
     if any((line.source < 0).any() for line in lines[:2]):  # a whole row of them
         zeros += width.length(columns) * x[4]
     size = batch * channels * (math.prod(line.size for line in lines) + math.prod(line.out for line in lines))
-    large = size * dtype.itemsize > AHEAD_BYTES
+    large = size * dtype.itemsize > IN_PLACE_BYTES
     in_place = _can_stay_in_place(lines, x, dy) and lanes <= zeros <= SLAB_BYTES // dtype.itemsize
     in_place = in_place and (len(width.taps) <= _MOST_TAPS_IN_PLACE or len(height.taps) == 1)
     in_place = in_place and (large or width.stride > 1)
