@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from fastconv.cpu import simd, tasks, threads
+from fastconv.cpu import contraction, simd, tasks, threads
 
 # Half of the smallest L1 data cache in use (32 KiB), so that both panels and the tile of results stay.
 PANEL_BYTES = 16 * 1024
@@ -21,13 +21,13 @@ REPEATS = 200
 # Four times the largest L3 of a desktop; a server with more shows its cache, not its memory.
 COPY_BYTES = 256 << 20
 
-ROWS, VECTORS, DEPTH, COLUMNS = range(tasks.FIRST, tasks.FIRST + 4)
+KERNELS, ROWS, VECTORS, DEPTH, COLUMNS = range(tasks.FIRST, tasks.FIRST + 5)
 SOURCE, TARGET, LENGTH = range(tasks.FIRST, tasks.FIRST + 3)
 
 
 @tasks.Body
 def _contract_panels(task, worker, p, real):
-    rows, vectors, depth, columns = p[ROWS], p[VECTORS], p[DEPTH], p[COLUMNS]
+    kernels, rows, vectors, depth, columns = simd.at(p, p[KERNELS]), p[ROWS], p[VECTORS], p[DEPTH], p[COLUMNS]
     a = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
     panel = simd.offset(a, depth * rows)
     c = simd.offset(panel, depth * columns)
@@ -36,7 +36,7 @@ def _contract_panels(task, worker, p, real):
     for k in range(depth * columns):
         panel[k] = 1.5 - 0.001 * k
     for _ in range(REPEATS):
-        simd.contract(rows, vectors, depth, a, panel, c, columns, 0, a)
+        simd.contract(kernels, rows, vectors, depth, a, panel, c, 0)
 
 
 @tasks.Body
@@ -62,9 +62,10 @@ def microkernel_rate(dtype: np.dtype | type = np.float32, seconds: float = 0.1) 
     scratch = dtype.itemsize * (depth * (tile.rows + tile.columns) + tile.rows * tile.columns)
     flops = 2 * REPEATS * depth * tile.rows * tile.columns
     workers = threads.get_num_threads()
+    kernels = contraction.microkernels(dtype, tile.rows, 1, output=False)
 
     def run(count: int) -> float:
-        parameters = np.array([0] * tasks.FIRST + [tile.rows, tile.vectors, depth, tile.columns], np.int64)
+        parameters = np.array([0] * tasks.FIRST + [kernels, tile.rows, tile.vectors, depth, tile.columns], np.int64)
         begin = time.perf_counter()
         tasks.run(_contract_panels, dtype, count, parameters, scratch, count * flops)
         return count * flops / (time.perf_counter() - begin)

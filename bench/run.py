@@ -368,7 +368,9 @@ class Session:
             answer = process.ask("peak", dtype=self.settings.dtype, copy=copy, seconds=PEAK_SECONDS)
         except WorkerDied:
             return {}
-        return {name: value for name, value in answer.items() if name != "failed"}
+        if "failed" in answer:
+            raise RuntimeError(f"bench: the peak of this machine could not be measured: {answer['failed']}")
+        return answer
 
 
 def _itemsize(dtype: str) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fastconv import reference
-from fastconv.bench import cases, checks, command, first_call, peers, report, results, run, worker
+from fastconv.bench import cases, checks, command, first_call, peak, peers, report, results, run, worker
 
 HEADER = "name,batch,in_channels,size,out_channels,kernel,stride,padding,dilation,groups,count\n"
 SMALL = [
@@ -367,6 +367,18 @@ def test_a_process_that_dies_or_hangs_is_reported_and_another_one_started(tmp_pa
     monkeypatch.setattr(sys, "executable", "/bin/sleep")  # never answers: it knows no -m, and ends
     with pytest.raises(run.WorkerDied):
         process.ask("forget")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_peak(dtype):
+    """That it is near what the processor can do, no test of this length can say."""
+    assert 1 < peak.microkernel_rate(dtype, seconds=0.001) < 1e5
+
+
+def test_a_peak_that_fails_is_an_error(monkeypatch):
+    monkeypatch.setattr(run.Process, "ask", lambda *_, **__: {"failed": "TypeError: contract()"})
+    with run.Session(run.Settings(rounds=1)) as session, pytest.raises(RuntimeError, match=r"peak .* contract\(\)"):
+        session._peak(copy=False)
 
 
 @pytest.mark.slow

@@ -476,7 +476,7 @@ import fastconv
 assert importlib.util.find_spec("fastconv.cuda_kernels") is None
 bench.cuda.find_package()
 import fastconv.cuda_kernels._cuda as kernels, fastconv.bench.cases
-print(kernels.__file__)
+print(kernels.__file__, flush=True)  # before what the process of the benchmark prints
 print(bench.cuda.main(["--check-only"]))
 """
     done = run_python(code, cwd=ROOT, NUMBA_ENABLE_CUDASIM="1")
