@@ -66,7 +66,6 @@ _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the 
 _EVERYTHING = 1 << 40  # more pixels than any row has
 
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Between the arrays and the vectors of channels
 # ---------------------------------------------------------------------------------------------------------------------

@@ -40,7 +40,6 @@ _SUMS_BYTES = 16 * 1024  # sums of a weight gradient that are filled by one call
 _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the bits do not depend on the threads
 
 
-
 @_jit
 def _correlate_rows(
     p, y, x, x_plane, x_depth, x_row, first_h, height, depths, w, planes, rows, y_rows, bias, ahead, x_ahead, y_ahead

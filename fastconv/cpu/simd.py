@@ -3328,6 +3328,7 @@ def _accumulate_planes_function(
     targets = [b.gep(sums_now, [_i64(n * t.lanes)]) for n in range(taps * taps)]
     run = _Loop(b, "runs", runs, [dy_plane_now, x_plane_now, *(_load(b, target, vector) for target in targets)])
     dy_now, x_now, *totals = run.values
+
     def load_row(at: ir.Value) -> list[ir.Value]:
         """What each column of the filter meets; zeros in lanes that do not exist, since infinity times zero is nan."""
         loads = [_load_lanes(b, module, b.gep(at, [_i64(n)]), m, vector) for n, m in zip(places, masks, strict=True)]
