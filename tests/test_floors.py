@@ -28,6 +28,7 @@ MACHINERY = {
         "half": "float16 in vectors; CUDA has instructions for it",
         "jit": "how kernels are compiled",
         "simd": "vector instructions",
+        "small_planes": "the same sum without the products with zeros around small planes",
         "tasks": "runs an operation as tasks on the threads",
         "threads": "the threading layer",
         "winograd": "convolution by Winograd's transforms; CUDA has the direct sum only",

@@ -20,6 +20,8 @@ its pixels come from few pieces of memory: the arithmetic hides the copying, whi
 is the only one, it reads the slab and writes no panel: two thirds of the time where there are 3 or 4 rows of weights.
 There is no im2col of the image: slab and panels stay in the cache of the core.
 
+Where many products are with zeros around a small plane, `small_planes` computes the same sums without these.
+
 The reduction is cut into blocks whose size depends only on the number of channels and taps, and each block is one chain
 of multiply-adds: an output element has the same bits for any split into tasks, any number of threads and any batch.
 """
@@ -36,7 +38,7 @@ import numpy as np
 
 from . import simd, tasks
 from .jit import helper as _jit
-from .tasks import address
+from .tasks import Body, address
 
 # Blocking, in bytes. A group of panels stays in L2 and is read from there for each panel of output channels, whose
 # weights stay in L1 meanwhile: so each row of the output is written as many panels at a time. With panels of 48 KiB
@@ -1200,14 +1202,15 @@ def _slab_shape(axes: tuple[Axis, ...], pixels: int, images: int, columns: int) 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything about one `_correlate` call but the addresses."""
+    """Everything about one `_correlate` call, or one of another body of its parameters, but the addresses."""
 
     parameters: np.ndarray
     tables: tuple[np.ndarray, ...]  # whose addresses stand in the parameters
     tasks: int
     scratch: int
     flops: int
-    packs: bool = False  # the tasks of `_correlate` want `Unpacked` weights
+    packs: bool = False  # the tasks want `Unpacked` weights
+    body: Body = _correlate
 
 
 def is_flat(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
@@ -1421,7 +1424,7 @@ def correlation(
     else:
         packed = address(weights)
     parameters[X:X_N] = address(x), packed, address(y), 0 if bias is None else address(bias), relu, add
-    return _correlate, plan.tasks, parameters, plan.scratch, work(plan.flops), waits
+    return plan.body, plan.tasks, parameters, plan.scratch, work(plan.flops), waits
 
 
 @dataclass(frozen=True)

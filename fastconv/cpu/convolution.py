@@ -17,7 +17,18 @@ import numpy as np
 from numba import prange, types
 
 from ..geometry import ConvGeometry
-from . import contraction, depthwise, depthwise_channels, depthwise_planes, fft, half, simd, tasks, winograd
+from . import (
+    contraction,
+    depthwise,
+    depthwise_channels,
+    depthwise_planes,
+    fft,
+    half,
+    simd,
+    small_planes,
+    tasks,
+    winograd,
+)
 from .jit import array_of, kernel, output_of
 from .threads import get_num_threads
 
@@ -157,9 +168,13 @@ def _axes(geometry: ConvGeometry) -> tuple[contraction.Axis, ...]:
 
 @functools.lru_cache(maxsize=1024)
 def _forward_plan(
-    geometry: ConvGeometry, dtype: np.dtype, x: Strides, w: Strides, y: Strides, workers: int, packed: bool
-) -> tuple[contraction.Blocks, contraction.Packing, contraction.Plan]:
-    """How the reduction is cut, how weights are packed, and the product; from strides in bytes."""
+    geometry: ConvGeometry, dtype: np.dtype, x: Strides, w: Strides, y: Strides, workers: int, packed: bool,
+    finite: bool = True,
+) -> tuple[contraction.Blocks, contraction.Packing, contraction.Plan]:  # fmt: skip
+    """How the reduction is cut, how weights are packed, and the product; from strides in bytes.
+
+    If the weights are `finite`, products with zeros around the input may be left out.
+    """
     x, w, y = (_in_elements(strides, dtype) for strides in (x, w, y))
     axes, x = contraction.fold_strides(_axes(geometry), x)
     in_place = contraction.can_stay_in_place(axes, x)
@@ -170,8 +185,15 @@ def _forward_plan(
     row, channel, *steps = w
     shape = (geometry.out_channels, geometry.in_channels_per_group, *geometry.kernel_size)
     offsets = _offsets([range(n) for n in geometry.kernel_size], steps)
-    packing = contraction.plan_packing(blocks, shape, w, dtype.itemsize, (blocks.rows * row, row, channel), offsets)
+    steps_of_rows = blocks.rows * row, row, channel
     zeros = geometry.padding_mode == "zeros"
+    if zeros and finite and (small := small_planes.cut_all(dtype, [blocks], [axes])):
+        blocks = small[0]
+        packing = contraction.plan_packing(blocks, shape, w, dtype.itemsize, steps_of_rows, offsets, check_finite=True)
+        return blocks, packing, small_planes.plan_correlation(
+            dtype, geometry.batch, blocks, axes, x, y, workers, packed=packed
+        )
+    packing = contraction.plan_packing(blocks, shape, w, dtype.itemsize, steps_of_rows, offsets)
     batch, axes, x, y = contraction.fold_batch(geometry.batch, axes, x, y)
     in_place = contraction.can_stay_in_place(axes, x)
     plan = contraction.plan_correlation(dtype, batch, blocks, axes, x, y, zeros, in_place, workers, packed=packed)
@@ -250,28 +272,44 @@ def forward(
         depthwise_plan = _depthwise_forward_plan(geometry, out.dtype, *strides, get_num_threads())
         depthwise.correlate(depthwise_plan, input, weight, out, bias, relu, False)
         return
+    finite = _contract_forward(geometry, input, weight, bias, relu, packed, out, finite=True)
+    if not finite:
+        _contract_forward(geometry, input, weight, bias, relu, packed, out, finite=False)
+
+
+def _contract_forward(
+    geometry: ConvGeometry, input: np.ndarray, weight: np.ndarray, bias: np.ndarray | None, relu: bool,
+    packed: PackedWeights | None, out: np.ndarray, finite: bool,
+) -> bool:  # fmt: skip
+    """Is `out` right? Not if the plan is one for `finite` weights, and they are not."""
     workers = tasks.workers(contraction.work(geometry.flops))
     blocks, packing, plan = _forward_plan(
-        geometry, out.dtype, input.strides, weight.strides, out.strides, workers, packed is not None
+        geometry, out.dtype, input.strides, weight.strides, out.strides, workers, packed is not None, finite
     )
-    stages = []
-    weights: np.ndarray | contraction.Unpacked
     if packed is not None:
-        weights = packed.get(("direct", out.dtype, blocks), lambda: _packed_alone(blocks, packing, weight))
-    elif plan.packs:
-        weights = contraction.Unpacked(packing, weight)
-    else:
+        kept, right = packed.get(("direct", out.dtype, blocks), lambda: _packed_alone(blocks, packing, weight))
+        if right:
+            tasks.run_stages(out.dtype, [contraction.correlation(plan, input, kept, out, bias, relu, False)])
+        return right
+    unpacked = contraction.Unpacked(packing, weight)
+    weights: np.ndarray | contraction.Unpacked = unpacked
+    stages = []
+    if not plan.packs:
         weights = tasks.workspace(blocks.packed_size, out.dtype)
-        stages.append(contraction.packing(contraction.Unpacked(packing, weight), blocks.groups, weights))
+        stages.append(contraction.packing(unpacked, blocks.groups, weights))
     stages.append(contraction.correlation(plan, input, weights, out, bias, relu, False, waits=len(stages)))
     tasks.run_stages(out.dtype, stages)
+    return unpacked.finite()
 
 
-def _packed_alone(blocks: contraction.Blocks, packing: contraction.Packing, weight: np.ndarray) -> np.ndarray:
-    """The packed weights, in memory of their own."""
+def _packed_alone(
+    blocks: contraction.Blocks, packing: contraction.Packing, weight: np.ndarray
+) -> tuple[np.ndarray, bool]:
+    """The packed weights, in memory of their own, and are they finite (known if the packing is one that looks)?"""
     packed = np.empty(blocks.packed_size, weight.dtype)
-    tasks.run_stages(weight.dtype, [contraction.packing(contraction.Unpacked(packing, weight), blocks.groups, packed)])
-    return packed
+    unpacked = contraction.Unpacked(packing, weight)
+    tasks.run_stages(weight.dtype, [contraction.packing(unpacked, blocks.groups, packed)])
+    return packed, unpacked.finite()
 
 
 def _safe_runs(
@@ -604,16 +642,26 @@ def _input_grad_phases(
             packing_steps = packing_steps[0], w[2 + rows.axis], w[0]
         y = (dx[0], row_step, *(step * stride for step, stride in zip(dx[2:], geometry.stride, strict=True)))
         begin, blocks, offsets = size, [], []
-        for where, axes, of_taps in products:
-            cut = contraction.make_blocks(
+        cuts = [
+            contraction.make_blocks(
                 dtype, groups, number * channels, geometry.out_channels_per_group, axes,
                 contraction.can_stay_in_place(axes, dy),
-            )  # fmt: skip
-            batch, folded, from_, to = contraction.fold_batch(geometry.batch, axes, dy, y)
-            in_place = contraction.can_stay_in_place(folded, from_)
-            plan = contraction.plan_correlation(
-                dtype, batch, cut, folded, from_, to, True, in_place, workers, packed=packed, group_steps=group_steps
             )
+            for _, axes, _ in products
+        ]  # fmt: skip
+        small = small_planes.cut_all(dtype, cuts, [axes for _, axes, _ in products])
+        for (where, axes, of_taps), cut in zip(products, small or cuts, strict=True):
+            if small:
+                plan = small_planes.plan_correlation(
+                    dtype, geometry.batch, cut, axes, dy, y, workers, packed=packed, group_steps=group_steps
+                )
+            else:
+                batch, folded, from_, to = contraction.fold_batch(geometry.batch, axes, dy, y)
+                in_place = contraction.can_stay_in_place(folded, from_)
+                plan = contraction.plan_correlation(
+                    dtype, batch, cut, folded, from_, to, True, in_place, workers, packed=packed,
+                    group_steps=group_steps,
+                )  # fmt: skip
             needed = 0 if plan.packs else cut.packed_size
             phases.append(_Phase(where, len(parts), slice(size, size + needed), plan))
             blocks.append(cut)

@@ -49,6 +49,7 @@ class Tile:
     packs: bool  # can the microkernel pack the panel as it multiplies? That takes masks, and registers to spare
     masks: bool = False  # are vectors loaded and stored as fast with a mask as without?
     few: int = 0  # so many columns or fewer take less time by `contract_few` than as a vector of columns
+    pixels: int = 0  # most pixels of an output row that `contract_pixels` takes; 0: it is not used
 
     @property
     def columns(self) -> int:
@@ -82,7 +83,7 @@ def tile(bits: int) -> Tile:
     if architecture in ("aarch64", "arm64"):
         return Tile(128 // bits, 3, 8, 3, 6, True, False)
     if "avx512f" in features:
-        return Tile(512 // bits, 2, 14, 4, 6, True, True, True, 4)
+        return Tile(512 // bits, 2, 14, 4, 6, True, True, True, 4, 14)
     if "avx" in features:
         return Tile(256 // bits, 2, 6, 2, 6, "fma" in features, False)
     return Tile(128 // bits, 2, 6, 2, 6, "fma" in features, False)
@@ -438,6 +439,140 @@ def contract_few(typingctx, rows, depth, a, panel, sums):
         return context.get_dummy_value()
 
     return types.void(i, i, a, a, a), codegen
+
+
+MOST_ROWS = 4  # rows of pixels in a tile of `contract_pixels`
+MOST_TAPS = 6  # columns of its filters: the code of a shape is an integer of 64 bits
+
+
+def pixel_shape(out: int, step: int, seen: Sequence[tuple[int, int]]) -> int:
+    """The code of a shape of `contract_pixels`; inverse of `_pixel_shape`.
+
+    A row has `out` pixels, `step` elements apart in the source, and the tap in column k of the filter sees those of
+    seen[k] = (first, end). All of these are below 16, which makes them digits.
+    """
+    code = 0
+    for digit in reversed([out, step, len(seen), *itertools.chain(*seen)]):
+        code = 16 * code + digit
+    return code
+
+
+def _pixel_shape(code: int) -> tuple[int, int, list[tuple[int, int]]]:
+    digits = [code >> 4 * n & 15 for n in range(16)]
+    out, step, taps, *seen = digits
+    return out, step, list(zip(seen[0 : 2 * taps : 2], seen[1 : 2 * taps : 2], strict=True))
+
+
+def pixel_rows(t: Tile, out: int) -> int:
+    """How many rows of `out` pixels are a tile of `contract_pixels`."""
+    return min(MOST_ROWS, t.pixels // out)
+
+
+def _contract_pixels_type(element: ir.Type) -> ir.FunctionType:
+    pointer, table = element.as_pointer(), _I64.as_pointer()
+    arguments = [_I64, _I64, table, table, pointer, _I64, pointer, _I64, table, pointer, table, _I64, pointer]
+    return ir.FunctionType(ir.VoidType(), arguments)
+
+
+def _contract_pixels_function(module: ir.Module, element: ir.Type, t: Tile, code: int, rows: int) -> ir.Function:
+    """The microkernel of `contract_pixels` for a shape and a number of rows of pixels."""
+    kind = _contract_pixels_type(element)
+    function, new = _internal(module, f"fastconv_contract_pixels_{element}_{code}_{rows}", kind.args)
+    if not new:
+        return function
+    channels, tap_rows, of_rows, of_taps, w, w_pitch, source, pitch, sources, c, places, flags, bias = function.args
+    for p in (w, source, c):
+        p.add_attribute("noalias")
+    out, step, seen = _pixel_shape(code)
+    vector = ir.VectorType(element, t.lanes)
+    zero = ir.Constant(vector, [0.0] * t.lanes)
+    each = [(r, i, j) for r in range(rows) for i in range(out) for j in range(t.vectors)]
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    targets = [b.gep(c, [b.load(b.gep(places, [_i64(r)]))]) for r in range(rows)]
+    targets = [b.gep(targets[r], [_i64(i * t.columns + j * t.lanes)]) for r, i, j in each]
+    # Read from a table, though they are mostly known: if LLVM knew which taps see the same pixels, it would keep these
+    # in registers there are not enough of, and the product would take a quarter more time.
+    columns = [b.load(b.gep(of_taps, [_i64(k)])) for k in range(len(seen))]
+    starts = [b.load(b.gep(sources, [_i64(r)])) for r in range(rows)]
+    outer = _Loop(b, "channels", channels, [zero] * len(each))
+    source_c, w_c = b.gep(source, [b.mul(outer.k, pitch)]), b.gep(w, [b.mul(outer.k, w_pitch)])
+    inner = _Loop(b, "tap_rows", tap_rows, outer.values)
+    entry = b.gep(of_rows, [b.mul(inner.k, _i64(2))])
+    row, w_row = b.load(entry), b.gep(w_c, [b.load(b.gep(entry, [_i64(1)]))])
+    pixels = [b.gep(source_c, [b.add(row, start)]) for start in starts]
+    sums = dict(zip(each, inner.values, strict=True))
+    for k, (first, end) in enumerate(seen):
+        weights = [_load(b, b.gep(w_row, [_i64(k * t.columns + j * t.lanes)]), vector) for j in range(t.vectors)]
+        for r in range(rows):
+            at = b.gep(pixels[r], [columns[k]])
+            for i in range(first, end):
+                pixel = _splat(b, b.load(b.gep(at, [_i64(i * step)])), t.lanes)
+                for j in range(t.vectors):
+                    sums[r, i, j] = _multiply_add(b, module, t.fma, pixel, weights[j], sums[r, i, j])
+    inner.close(list(sums.values()))
+    outer.close(list(sums.values()))
+
+    def is_set(flag: int) -> ir.Value:
+        return b.icmp_signed("!=", b.and_(flags, _i64(flag)), _i64(0))
+
+    def add_bias(values: list[ir.Value]) -> list[ir.Value]:
+        of_vectors = [_load(b, b.gep(bias, [_i64(j * t.lanes)]), vector) for j in range(t.vectors)]
+        return [b.fadd(value, of_vectors[j]) for value, (_, _, j) in zip(values, each, strict=True)]
+
+    values = _where(
+        b, is_set(ADD), list(sums.values()),
+        lambda vs: [b.fadd(v, _load(b, target, vector)) for v, target in zip(vs, targets, strict=True)],
+    )  # fmt: skip
+    values = _where(b, is_set(BIAS), values, add_bias)
+    values = _where(b, is_set(RELU), values, lambda vs: [b.select(b.fcmp_ordered("<", v, zero), zero, v) for v in vs])
+    for value, target in zip(values, targets, strict=True):
+        _store(b, value, target)
+    b.ret_void()
+    return function
+
+
+@intrinsic(prefer_literal=True)
+def list_pixel_kernel(typingctx, shape, rows, table, real):
+    """table[0] = address of the microkernel of `contract_pixels` for this shape (`pixel_shape`) and number of rows.
+
+    Both are literals; the null pointer `real` carries the element type.
+    """
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[3]), _tile_of(sig.args[3])
+        shape, rows = sig.args[0].literal_value, sig.args[1].literal_value
+        function = _contract_pixels_function(builder.module, element, t, shape, rows)
+        builder.store(builder.ptrtoint(function, _I64), args[2])
+        return context.get_dummy_value()
+
+    return types.void(shape, rows, table, real), codegen
+
+
+@intrinsic
+def contract_pixels(
+    typingctx, kernel, channels, tap_rows, of_rows, of_taps, w, w_pitch, source, pitch, sources, c, places, flags, bias
+):  # fmt: skip
+    """The microkernel with pixels of whole output rows as rows, output channels in the lanes, and no zeros of padding.
+
+    C_r[i, j] = sum over channel q, tap row t, column k, with i in seen[k], of
+    ``w[q * w_pitch + of_rows[2t + 1] + k * columns + j] * source[q * pitch + sources[r] + of_rows[2t] + of_taps[k] +
+    i * step]``
+
+    for each of the rows r of pixels i, and the columns j of the tile, which are output channels; out, step and seen are
+    those of the shape (`pixel_shape`) of the kernel at the address `kernel`, the number of rows is its own. Row r is at
+    ``c + places[r]``, [i][columns]. Products with zeros of the padding are not computed, nor are the zeros read: `seen`
+    leaves out columns, and the caller tap rows. The sum is one chain of multiply-adds in the order of q, t, k. Without
+    its zero products it has the bits that `contract` gives it, if the weights are finite. `flags` (ADD, BIAS, RELU) are
+    as there, where `bias` has a number for each column. channels, tap_rows >= 1.
+    """
+    i, table = types.int64, types.CPointer(types.int64)
+
+    def codegen(context, builder, sig, args):
+        kind = _contract_pixels_type(_element(sig.args[5]))
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(i, i, i, table, table, w, i, w, i, table, w, table, i, w), codegen
 
 
 def _outer_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, vectors: int) -> ir.Function:
