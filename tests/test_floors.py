@@ -19,6 +19,7 @@ from fastconv import cpu, cuda_kernels
 MACHINERY = {
     cpu: {
         "__init__": "says what the folder is",
+        "compiler": "Numba's compiler, as the CPU kernels use it",
         "contraction": "the register-blocked sum of products that all passes of a convolution are made of",
         "depthwise": "the kernels of convolution for one input channel a group",
         "depthwise_channels": "the same with channels in the lanes of the vectors",

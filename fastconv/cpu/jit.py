@@ -21,6 +21,7 @@ from numba import types
 from numba.core.caching import FunctionCache
 
 from . import threads
+from .compiler import HelperCompiler, without_collector
 
 REAL = {np.dtype(np.float32): types.float32, np.dtype(np.float64): types.float64}
 
@@ -28,7 +29,8 @@ REAL = {np.dtype(np.float32): types.float32, np.dtype(np.float64): types.float64
 # or C, and no rewriting of array expressions. Without these, the two bodies of a convolution compile in 6.2 s
 # instead of 6.9 s.
 helper = numba.njit(
-    error_model="numpy", nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, no_rewrites=True
+    error_model="numpy", nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, no_rewrites=True,
+    pipeline_class=HelperCompiler,
 )  # fmt: skip
 
 
@@ -58,6 +60,11 @@ def compiled(decorator: Callable[..., Any], signature: Any, function: Callable[.
     found in place of a parallel one, and not by what they call, so that a kernel would be found that was compiled with
     the intrinsics or constants of an older version of another file. Here the name carries both.
     """
+    with without_collector():
+        return _compiled(decorator, signature, function, **options)
+
+
+def _compiled(decorator: Callable[..., Any], signature: Any, function: Callable[..., None], **options: Any) -> Any:
     kind = "".join(f"_{name}" for name, value in options.items() if value is True)
     twin = FunctionType(function.__code__, function.__globals__, function.__name__)
     twin.__qualname__ = f"{function.__name__}{kind}_{_fingerprint()}"

@@ -29,6 +29,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import simd, threads
+from .compiler import BodyCompiler
 from .jit import REAL, compiled, kernel
 
 # Parameters that every body shares, filled by `run_stages`. The others begin at FIRST.
@@ -179,7 +180,8 @@ class Body:
         first = [*map(types.literal, literals), types.int64, types.int64][:2]
         signature = types.void(*first, types.CPointer(types.int64), types.CPointer(REAL[dtype]))
         self._compiled = getattr(self, "_compiled", [])  # the function must outlive its address
-        self._compiled.append(compiled(numba.cfunc, signature, self.function, no_rewrites=True))
+        options = {"no_rewrites": True, "pipeline_class": BodyCompiler}
+        self._compiled.append(compiled(numba.cfunc, signature, self.function, **options))
         return self._compiled[-1].address
 
     def call(self, dtype: np.dtype, task: int, worker: int, parameters: np.ndarray) -> None:
