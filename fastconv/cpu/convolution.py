@@ -187,7 +187,7 @@ def _forward_plan(
     offsets = _offsets([range(n) for n in geometry.kernel_size], steps)
     steps_of_rows = blocks.rows * row, row, channel
     zeros = geometry.padding_mode == "zeros"
-    if zeros and finite and (small := small_planes.cut_all(dtype, [blocks], [axes])):
+    if zeros and finite and (small := small_planes.cut_all(dtype, geometry.batch, [blocks], [axes], workers)):
         blocks = small[0]
         packing = contraction.plan_packing(blocks, shape, w, dtype.itemsize, steps_of_rows, offsets, check_finite=True)
         return blocks, packing, small_planes.plan_correlation(
@@ -649,7 +649,9 @@ def _input_grad_phases(
             )
             for _, axes, _ in products
         ]  # fmt: skip
-        small = small_planes.cut_all(dtype, cuts, [axes for _, axes, _ in products])
+        small = small_planes.cut_all(
+            dtype, geometry.batch, cuts, [axes for _, axes, _ in products], workers, packing_steps[1] == 1
+        )
         for (where, axes, of_taps), cut in zip(products, small or cuts, strict=True):
             if small:
                 plan = small_planes.plan_correlation(

@@ -36,7 +36,6 @@ from .contraction import (
     CHUNK,
     FILL,
     IN_PLACE,
-    KERNELS,
     OUT_D,
     OUT_H,
     OUT_W,
@@ -72,22 +71,26 @@ from .contraction import (
 from .jit import helper as _jit
 
 # Parameters beyond those of `correlate`.
-(
-    KERNEL_OF_ONE, ROWS_AT_ONCE, TAP_COLUMNS, SAMPLE_PITCH, CLASSES, CLASS_TABLE, PLANES_END,
-) = range(contraction.END, contraction.END + 7)  # fmt: skip
+TAP_COLUMNS, SAMPLE_PITCH, CLASSES, CLASS_TABLE, PLANES_END = range(contraction.END, contraction.END + 5)
 
-# The table of classes of output rows, those with the same rows of the filter inside the plane: of each class its number
-# of tap rows, and of output rows, and where in the table these are listed: tap rows by their places in the source and
-# in the weights of a channel, output rows by their places in the source and in the sums of a sample.
-TAP_ROW_COUNT, ROW_COUNT, TAP_ROWS_AT, ROWS_AT, CLASS_FIELDS = range(5)
+# The table of classes of output rows (or pieces of these), those that the same taps of the filter see: of each class
+# its number of tap rows, and of output rows, and where in the table these are listed: tap rows by their places in the
+# source and in the weights of a channel, output rows by their places in the source and in the sums of a sample; how
+# many output rows are a tile, and the addresses of the microkernels of so many and of one.
+TAP_ROW_COUNT, ROW_COUNT, TAP_ROWS_AT, ROWS_AT, AT_ONCE, KERNEL, KERNEL_OF_ONE, CLASS_FIELDS = range(8)
 
 # All these must be in L2 at once: sums of a task, its weights of one block of the reduction, and the rows of the source
 # of some samples.
 SUM_BYTES = 256 * 1024
 WEIGHT_BYTES = 256 * 1024
 SOURCE_BYTES = 192 * 1024
-# So much must be left out for the exchange to pay: the product itself takes as long either way.
-_MOST_SHARE = 0.97
+# At most this part of the products may be left for the exchange to pay: 3x3 kernels without padding take as long either
+# way, with 2.4 % of zeros (stride 2, 28 x 28 pixels) 4 to 9 % less.
+_MOST_SHARE = 0.98
+# Kernels of one tap have no zeros. Where rows are neighbours in the memory of the weights, which are then packed by
+# copying whole vectors, 1x1 input gradients of 7 x 7 and 14 x 14 pixels take up to 17 % less time, and of 49 pixels in
+# all most of it; of more pixels as long either way, and forward passes, whose weights are transposed, a little longer.
+_FEW_PIXELS = 1024
 
 
 @_jit
@@ -126,9 +129,9 @@ def _contract_planes(p, channels, weights, source, samples, sums, places, flags,
         of_rows, rows = simd.offset(classes, kind[TAP_ROWS_AT]), simd.offset(classes, kind[ROWS_AT])
         row, count = 0, kind[ROW_COUNT] * samples
         while row < count:
-            many, kernel = p[ROWS_AT_ONCE], p[KERNELS]
+            many, kernel = kind[AT_ONCE], kind[KERNEL]
             if count - row < many:
-                many, kernel = 1, p[KERNEL_OF_ONE]
+                many, kernel = 1, kind[KERNEL_OF_ONE]
             for r in range(many):
                 n, k = (row + r) // kind[ROW_COUNT], (row + r) % kind[ROW_COUNT]
                 sources[r] = n * p[SAMPLE_PITCH] + rows[2 * k]
@@ -214,6 +217,10 @@ def _correlate_planes(task, worker, p, real):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _inside(axis: Axis, position: int) -> list[int]:
     """The taps that see an element of the input, at an output position."""
     first = position * axis.stride - axis.before
@@ -232,17 +239,20 @@ def _products(axes: tuple[Axis, ...]) -> int:
 
 
 def cut_all(
-    dtype: np.dtype, blocks: Sequence[Blocks], axes: Sequence[tuple[Axis, ...]]
-) -> list[Blocks] | None:
+    dtype: np.dtype, batch: int, blocks: Sequence[Blocks], axes: Sequence[tuple[Axis, ...]], workers: int,
+    neighbours: bool = False,
+) -> list[Blocks] | None:  # fmt: skip
     """`blocks`, of products of the same rows, with panels of output channels that fill the columns of a tile.
 
-    None if the products are better left to `correlate`.
+    `neighbours` says if the rows are that in the memory of the weights. None if the products are better left to
+    `correlate`, which can share out the pixels of a plane too.
     """
     t = simd.tile(dtype.itemsize * 8)
+    if not t.pixels or sum(batch * cut.groups * (cut.rows // t.columns) for cut in blocks) < workers:
+        return None
     for cut, (depth, height, width) in zip(blocks, axes, strict=True):
         if (
-            not 1 <= width.out <= t.pixels
-            or width.taps > simd.MOST_TAPS
+            width.taps > simd.MOST_TAPS
             or width.stride > t.pixels
             or cut.rows % t.columns
             or cut.block_taps < cut.taps
@@ -250,7 +260,9 @@ def cut_all(
             or not all(_inside(a, o) for a in (depth, height) for o in range(a.out))
         ):
             return None
-    if sum(map(_products, axes)) > _MOST_SHARE * sum(math.prod(a.out * a.taps for a in each) for each in axes):
+    all_products = sum(math.prod(a.out * a.taps for a in each) for each in axes)
+    few_pixels = neighbours and batch * all_products <= _FEW_PIXELS and all(cut.taps == 1 for cut in blocks)
+    if sum(map(_products, axes)) > _MOST_SHARE * all_products and not few_pixels:
         return None
     return [replace(cut, panels=cut.rows // t.columns) for cut in blocks]
 
@@ -268,32 +280,41 @@ def _kernel(dtype: np.dtype, shape: int, rows: int) -> int:
     return int(table[0])
 
 
+def _pieces(t: simd.Tile, width: Axis) -> list[tuple[int, int]]:
+    """The first pixel of each piece of an output row, and its end: as few as there can be, as long as one another."""
+    number = _ceil(width.out, t.pixels)
+    return [(i * width.out // number, (i + 1) * width.out // number) for i in range(number)]
+
+
 def _class_table(
-    axes: tuple[Axis, ...], of_tap: tuple[int, int], of_row: tuple[int, int], first: int, columns: int
+    dtype: np.dtype, axes: tuple[Axis, ...], of_tap: tuple[int, int], of_pixel: tuple[int, int, int], first: int
 ) -> tuple[int, np.ndarray]:
     """The number of classes, and their table.
 
-    `of_tap` and `of_row` are how far apart in the source taps, and output rows, are (in depth and height); the first
-    row begins at `first`.
+    `of_tap` is how far apart in the source taps are (in depth and height), `of_pixel` output pixels; the first pixel of
+    all begins at `first`.
     """
+    t = simd.tile(dtype.itemsize * 8)
     depth, height, width = axes
     classes: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = {}
     for d, h in itertools.product(range(depth.out), range(height.out)):
         classes.setdefault(tuple(itertools.product(_inside(depth, d), _inside(height, h))), []).append((d, h))
+    pieces = _pieces(t, width)
     heads: list[int] = []
     lists: list[int] = []
-    for taps, rows in classes.items():
-        place = CLASS_FIELDS * len(classes) + len(lists)
+    for (taps, rows), (begin, end) in itertools.product(classes.items(), pieces):
+        place = CLASS_FIELDS * len(classes) * len(pieces) + len(lists)
+        seen = [(max(low, begin) - begin, min(high, end) - begin) for low, high in _seen(width)]
+        shape = simd.pixel_shape(end - begin, of_pixel[2], [each if each[0] < each[1] else (0, 0) for each in seen])
+        at_once = simd.pixel_rows(t, end - begin)
         heads += [len(taps), len(rows), place, place + 2 * len(taps)]
+        heads += [at_once, _kernel(dtype, shape, at_once), _kernel(dtype, shape, 1)]
         for i, j in taps:
-            lists += [i * of_tap[0] + j * of_tap[1], (i * height.taps + j) * width.taps * columns]
+            lists += [i * of_tap[0] + j * of_tap[1], (i * height.taps + j) * width.taps * t.columns]
         for d, h in rows:
-            lists += [first + d * of_row[0] + h * of_row[1], (d * height.out + h) * width.out * columns]
-    return len(classes), np.array(heads + lists, np.int64)
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
+            lists.append(first + d * of_pixel[0] + h * of_pixel[1] + begin * of_pixel[2])
+            lists.append(((d * height.out + h) * width.out + begin) * t.columns)
+    return len(classes) * len(pieces), np.array(heads + lists, np.int64)
 
 
 def plan_correlation(
@@ -317,10 +338,11 @@ def plan_correlation(
     samples = _ceil(batch, pixel_tasks)
     panels = max(1, min(fit // samples, WEIGHT_BYTES // (t.columns * blocks.depth * size)))
     row_tasks = _ceil(blocks.panels, panels)
-    others = blocks.groups * pixel_tasks
-    if others * row_tasks < 8 * workers:  # as many for each worker, and some more where they differ in speed
-        row_tasks = max(row_tasks, _ceil(2 * workers, others))
+    if blocks.groups * pixel_tasks * row_tasks < 8 * workers:  # as many for each worker, and more than one
+        row_tasks = max(row_tasks, _ceil(2 * workers, blocks.groups * pixel_tasks))
         row_tasks = min(blocks.panels, _ceil(row_tasks, workers) * workers)
+        pixel_tasks = min(batch, max(pixel_tasks, _ceil(2 * workers, blocks.groups * row_tasks)))
+        samples = _ceil(batch, pixel_tasks)
     panels = _ceil(blocks.panels, row_tasks)
     packs = not packed and (
         pixel_tasks == 1 or pixel_tasks * blocks.packed_size <= contraction.AGAIN_WEIGHTS * workers
@@ -338,16 +360,17 @@ def plan_correlation(
 
     if in_place:
         first = -(depth.before * x[2] + height.before * x[3] + width.before)
-        of_tap, of_row = (depth.dilation * x[2], height.dilation * x[3]), (depth.stride * x[2], height.stride * x[3])
-        step, tap_columns = width.stride, np.arange(width.taps, dtype=np.int64) * width.dilation
+        of_tap = depth.dilation * x[2], height.dilation * x[3]
+        of_pixel = depth.stride * x[2], height.stride * x[3], width.stride
+        tap_columns = np.arange(width.taps, dtype=np.int64) * width.dilation
         pitch, sample_pitch = x[1], x[0]
     else:
         first, segment = 0, depth.taps * slab.segment_rows * slab.row
-        of_tap, of_row = (slab.segment_rows * slab.row, height.dilation * slab.row), (segment, height.stride * slab.row)
-        step, tap_columns = 1, contraction._tap_offsets(axes, slab)[: width.taps].copy()
+        of_tap = slab.segment_rows * slab.row, height.dilation * slab.row
+        of_pixel = segment, height.stride * slab.row, 1
+        tap_columns = contraction._tap_offsets(axes, slab)[: width.taps].copy()
         pitch, sample_pitch = slab.channel, depth.out * segment
-    classes, table = _class_table(axes, of_tap, of_row, first, t.columns)
-    shape, rows = simd.pixel_shape(width.out, step, _seen(width)), simd.pixel_rows(t, width.out)
+    classes, table = _class_table(dtype, axes, of_tap, of_pixel, first)
 
     parameters = np.zeros(PLANES_END, np.int64)
     contraction._set_common(parameters, dtype, batch, axes, slab, x, y, True, in_place)
@@ -358,9 +381,6 @@ def plan_correlation(
     parameters[[X_GROUP, Y_GROUP]] = group_steps or (blocks.channels * x[1], blocks.rows * y[1])
     parameters[[SLAB_SIZE, PANEL_SIZE, WEIGHT_SIZE]] = slab_size, sum_size, weight_size
     parameters[[TABLE_BYTES, ROW_TABLE]] = table_bytes, row_table
-    parameters[[KERNELS, ROWS_AT_ONCE]] = _kernel(dtype, shape, rows), rows
-    if rows > 1:
-        parameters[KERNEL_OF_ONE] = _kernel(dtype, shape, 1)
     parameters[[TAP_COLUMNS, CLASSES, CLASS_TABLE]] = address(tap_columns), classes, address(table)
     tables = (depth.source, height.source, width.source, tap_columns, table)
     flops = 2 * batch * plane * blocks.rows * blocks.groups * blocks.channels * blocks.taps
