@@ -6,9 +6,16 @@ import pytest
 import fastconv as fc
 import oracle
 from fastconv.cpu import contraction, simd
-from fastconv.cpu.convolution import _choose_rows, _elements, _forward_plan, _phase_runs, _small_groups_weight_grad_plan
+from fastconv.cpu.convolution import (
+    _choose_rows,
+    _elements,
+    _forward_plan,
+    _phase_runs,
+    _small_groups_weight_grad_plan,
+    _weight_grad_plan,
+)
 from fastconv.geometry import ConvGeometry
-from helpers import channels_last, fortran_last, integers, reversed_, strided, transposed
+from helpers import channels_first, channels_last, fortran_last, integers, reversed_, strided, transposed
 
 # (input shape, output channels, kernel, stride): all pixels fit the cache, and tasks pack the weights; or they do not.
 FEW = [((4, 40, 7, 7), 70, (3, 3), 1), ((3, 24, 9, 9), 33, (5, 5), 2), ((2, 520, 5, 5), 65, (1, 1), 1)]
@@ -225,6 +232,27 @@ def test_weight_gradient_of_small_groups(channels, out_channels, stride, accumul
     for out in (np.ones(shape, dtype), np.ones(shape[::-1], dtype).T, np.ones((*shape[:3], 9), dtype)[..., ::3]):
         dw = fc.conv2d_weight_grad(x, shape, dy, out=out, accumulate=accumulate, **known)
         np.testing.assert_array_equal(dw, exact + accumulate)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+@pytest.mark.parametrize(("size", "stride"), [((47, 33), 1), ((60, 71), 2), ((5, 1050), 1), ((2, 6), 1)])
+def test_weight_gradient_of_padded_images_in_parts(size, stride, mode, last, dtype, ahead, monkeypatch, rng) -> None:
+    """Rows at the edges of images, between them, and pieces of long rows follow one another in a slab."""
+    if ahead:
+        monkeypatch.setattr(contraction, "AHEAD_BYTES", 0)
+    _weight_grad_plan.cache_clear()
+    shape = 71, 3, 3, 3
+    known = {"stride": (stride, stride), "padding": [(2, 2)] * 2, "dilation": (2, 2), "padding_mode": mode}
+    x = integers(rng, (3, 3, *size), dtype)
+    dy = integers(rng, (3, 71, *[(n - 1) // stride + 1 for n in size]), dtype)
+    exact = oracle.weight_grad(x, dy, weight_shape=shape, groups=1, **known)
+    if last:
+        x, dy = (channels_first(channels_last(a)) for a in (x, dy))
+    np.testing.assert_array_equal(fc.conv2d_weight_grad(x, shape, dy, **known), exact)
+    _weight_grad_plan.cache_clear()
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

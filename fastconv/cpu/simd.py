@@ -579,11 +579,11 @@ def _outer_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, vec
     pointer, table = element.as_pointer(), _I64.as_pointer()
     function, new = _internal(
         module, f"fastconv_outer_{element}_{rows}x{vectors * t.lanes}",
-        [_I64, table, _I64, pointer, table, pointer, pointer],
+        [_I64, table, _I64, pointer, table, pointer, pointer, pointer, _I64, _I64],
     )  # fmt: skip
     if not new:
         return function
-    runs, run_offset, length, a, row_offset, panel, c = function.args
+    runs, run_offset, length, a, row_offset, panel, c, ahead, ahead_step, ahead_block = function.args
     for p in (a, panel, c):
         p.add_attribute("noalias")
     vector = ir.VectorType(element, t.lanes)
@@ -594,9 +594,14 @@ def _outer_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, vec
     outer = _Loop(b, "runs", runs, [_load(b, p, vector) for p in places])
     offset = b.load(b.gep(run_offset, [outer.k]))
     row = [b.gep(start, [offset]) for start in starts]
-    panel_run = b.gep(panel, [b.mul(outer.k, b.mul(length, _i64(columns)))])
+    before = b.mul(outer.k, length)
+    panel_run = b.gep(panel, [b.mul(before, _i64(columns))])
     inner = _Loop(b, "pixels", length, outer.values)
     panel_k = b.gep(panel_run, [b.mul(inner.k, _i64(columns))])
+    pixel = b.add(before, inner.k)
+    step = b.mul(b.and_(pixel, _i64(t.lanes - 1)), ahead_step)
+    block = b.mul(b.lshr(pixel, _i64(t.lanes.bit_length() - 1)), ahead_block)
+    _prefetch(b, module, b.gep(ahead, [b.add(step, block)]), locality=2)
     values = [_load(b, b.gep(panel_k, [_i64(j * t.lanes)]), vector) for j in range(vectors)]
     sums = []
     for i in range(rows):
@@ -612,22 +617,27 @@ def _outer_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, vec
 
 
 @intrinsic
-def accumulate_outer(typingctx, rows, vectors, runs, run_offset, length, a, row_offset, panel, c):
+def accumulate_outer(
+    typingctx, rows, vectors, runs, run_offset, length, a, row_offset, panel, c, ahead, ahead_step, ahead_block
+):  # fmt: skip
     """The microkernel of the weight gradient: C[i, j] += sum over runs r and k < length of A_i[r, k] * B[r, k, j].
 
     Row i of A is read in place, A_i[r, k] = a[row_offset[i] + run_offset[r] + k]: a run is a row of output pixels,
     and the taps of the kernel are the same rows at other offsets, so nothing is packed. B is packed as
     [r][k][columns], C as [rows][columns], columns = vectors * lanes. 1 <= rows <= gradient_rows,
     1 <= vectors <= gradient_vectors, runs >= 1, length >= 1. The sum runs over r, then k, in one chain.
+
+    With each pixel, the number n of all, one cache line that is read afterwards is asked for: that of
+    ``ahead + n % lanes * ahead_step + n // lanes * ahead_block``, which need not exist.
     """
     i = types.int64
     table = types.CPointer(types.int64)
-    signature = types.void(i, i, i, table, i, a, table, a, a)
+    signature = types.void(i, i, i, table, i, a, table, a, a, a, i, i)
 
     def codegen(context, builder, sig, args):
         element, t = _element(sig.args[5]), _tile_of(sig.args[5])
         pointer, table_type = element.as_pointer(), _I64.as_pointer()
-        arguments = [_I64, table_type, _I64, pointer, table_type, pointer, pointer]
+        arguments = [_I64, table_type, _I64, pointer, table_type, pointer, pointer, pointer, _I64, _I64]
         function, new = _internal(builder.module, f"fastconv_outer_{element}", [_I64, *arguments])
         if new:
             b = ir.IRBuilder(function.append_basic_block("entry"))
