@@ -335,15 +335,6 @@ def _find_pieces(p, table, pixel, end, first_row, first_column, like):
 
 
 @_jit
-def _few_pieces(table, most, like):
-    """Can the microkernel itself take the vectors of a panel from at most so many pieces each?"""
-    few = simd.packs(like) != 0
-    for vector in range(simd.columns(like) // simd.lanes(like)):
-        few = few and table[vector * simd.piece_table_stride(like)] <= most
-    return few
-
-
-@_jit
 def _pack_exactly(p, panel, source, table, channels, first_tap, last_tap, count):
     """`simd.pack_panel` element by element, for pixels at the very end of the input: nothing else is read.
 
@@ -372,16 +363,21 @@ def _take_panel(
     Or READ, if it is used `once` and the product can do without. The product is of so many `vectors`. A slab that is
     the input in place begins with its element `slab_place`.
     """
+    simd.keep_apart()
     lanes, columns = simd.lanes(panel), simd.columns(panel)
     largest = _find_pieces(p, table, pixel, end, first_row, first_column, panel)
     inside = channels  # so many channels whose vectors end inside the input: in place, the last may be the end of it
     after = largest + slab_place + (channels - 1) * p[X_C] + 2 * columns - p[EXTENT]
     if p[IN_PLACE] and after > 0:
         inside = max(0, channels - (after + p[X_C] - 1) // p[X_C]) if p[X_C] > 0 else 0
-    if inside == channels and vectors * lanes == columns and once and _few_pieces(table, 1, panel):
-        return simd.READ
-    if inside == channels and vectors * lanes == columns and _few_pieces(table, simd.MOST_PIECES, panel):
-        return simd.PACK
+    if simd.packs(panel) and inside == channels and vectors * lanes == columns:
+        pieces = 0  # of a vector, at most
+        for vector in range(vectors):
+            pieces = max(pieces, table[vector * simd.piece_table_stride(panel)])
+        if pieces == 1 and once:
+            return simd.READ
+        if pieces <= simd.MOST_PIECES:
+            return simd.PACK
     taps, tap_offset = last_tap - first_tap, simd.offset(simd.at(p, p[TAP_OFFSET]), first_tap)
     if inside > 0:
         simd.pack_panel(panel, slab, inside, p[CHANNEL_PITCH], taps, tap_offset, table, p[AHEAD])
@@ -756,6 +752,7 @@ def _contract_few(rows, count, depth, a, panel, tile, flags, bias, sums):
 
     `sums` is room for those of `simd.contract_few`.
     """
+    simd.keep_apart()
     simd.contract_few(rows, depth, a, panel, sums)
     for i in range(rows):
         row = simd.offset(tile, i * simd.columns(tile))

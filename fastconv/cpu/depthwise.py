@@ -28,6 +28,7 @@ from numba import types
 
 from ..geometry import ConvGeometry
 from . import simd, tasks
+from .compiler import BodyCompiler
 from .contraction import Axis, Strides, address
 from .jit import REAL, compiled
 from .jit import helper as _jit
@@ -439,7 +440,7 @@ def address_of(function: Callable[..., None], taps: int, stride: int, dtype: np.
     signature = types.void(
         types.literal(taps), types.literal(stride), types.CPointer(types.int64), types.CPointer(REAL[dtype])
     )
-    _functions.append(compiled(numba.cfunc, signature, function))
+    _functions.append(compiled(numba.cfunc, signature, function, pipeline_class=BodyCompiler))
     return _functions[-1].address
 
 

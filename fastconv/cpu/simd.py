@@ -147,7 +147,7 @@ def _internal(module: ir.Module, name: str, arguments: list[ir.Type]) -> tuple[i
     if name in module.globals:
         return module.globals[name], False
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
-    function.linkage = "internal"
+    function.linkage = "linkonce_odr"
     for attribute in ("noinline", "nounwind", "optsize"):  # what is to be unrolled is written so
         function.attributes.add(attribute)
     # What does not fit into the registers is kept on the stack, which may begin anywhere: half of the vectors then lie
@@ -673,8 +673,8 @@ def at(typingctx, like, address):
 def keep_apart(typingctx):
     """First in a helper of a body: it is not inlined, and its loops are neither vectorised nor unrolled by LLVM.
 
-    For everything but the innermost loops, which are written as vectors here: it takes 1 s off compiling the two bodies
-    of a convolution, and nothing off their speed.
+    For everything but the innermost loops, which are written as vectors here: without it a first convolution takes
+    0.8 s longer, and later ones as long.
     """
 
     def codegen(context, builder, sig, args):

@@ -2,8 +2,8 @@
 
 An operation is a *body* (task, worker, parameters) compiled once per floating-point type as a C function, and one of
 the two drivers of the whole package calls it for every task: parallel or serial. This split is a matter of compile
-time: Numba compiles the body of a `prange` loop several times over (16 s for the forward convolution as a prange, 2 to
-3 s as a C function). Bodies get all their numbers from an array of int64 parameters, allocate nothing, and use the
+time: Numba compiles the body of a `prange` loop several times over (16 s for the forward convolution as a prange, 2 s
+as a C function). Bodies get all their numbers from an array of int64 parameters, allocate nothing, and use the
 scratch memory of their worker. Threads take tasks as they become free, so a slow thread takes fewer: the result of a
 task must not depend on its worker, nor on other tasks.
 
@@ -180,8 +180,7 @@ class Body:
         first = [*map(types.literal, literals), types.int64, types.int64][:2]
         signature = types.void(*first, types.CPointer(types.int64), types.CPointer(REAL[dtype]))
         self._compiled = getattr(self, "_compiled", [])  # the function must outlive its address
-        options = {"no_rewrites": True, "pipeline_class": BodyCompiler}
-        self._compiled.append(compiled(numba.cfunc, signature, self.function, **options))
+        self._compiled.append(compiled(numba.cfunc, signature, self.function, pipeline_class=BodyCompiler))
         return self._compiled[-1].address
 
     def call(self, dtype: np.dtype, task: int, worker: int, parameters: np.ndarray) -> None:
