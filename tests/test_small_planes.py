@@ -15,7 +15,7 @@ from tolerance import assert_same_bits
 
 # Channels are whole panels of output channels, for float32 (32 of AVX-512) and float64 (16).
 CASES = [
-    Case("7x7", "rows of two samples or of one in a tile", (3, 32, 7, 7), (64, 32, 3, 3), padding=1),
+    Case("7x7", "rows of two samples or of one in a tile", (4, 32, 7, 7), (64, 32, 3, 3), padding=1),
     Case("14x14", "one row in a tile", (2, 32, 14, 14), (32, 32, 3, 3), padding=1),
     Case("14x14_stride2", "phases of one, two and four taps", (2, 32, 14, 14), (64, 32, 3, 3), stride=2, padding=1),
     Case("deep", "several blocks of the reduction", (2, 128, 5, 6), (32, 128, 3, 3), padding=1),
@@ -39,7 +39,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    """So few that every case has a panel of a sample for each."""
+    """So few that the panels of the samples of every case keep them busy."""
     before = fc.get_num_threads()
     fc.set_num_threads(2)
     yield
@@ -192,10 +192,10 @@ def test_what_is_left_to_the_other_product() -> None:
 
     one = axis(1, 1, 0)
 
-    def goes(height: contraction.Axis, width: contraction.Axis, rows: int = 64) -> bool:
+    def goes(height: contraction.Axis, width: contraction.Axis, rows: int = 64, workers: int = 2) -> bool:
         axes = (one, height, width)
         blocks = contraction.make_blocks(dtype, 1, rows, 64, axes, False)
-        return small_planes.cut_all(dtype, 4, [blocks], [axes], 2) is not None
+        return small_planes.cut_all(dtype, 3, [blocks], [axes], workers) is not None
 
     assert goes(axis(7), axis(7))
     assert goes(axis(14), axis(14))
@@ -203,6 +203,9 @@ def test_what_is_left_to_the_other_product() -> None:
     assert goes(axis(15), axis(15))
     assert not goes(axis(56), axis(56))  # the sums of a plane would not stay in the cache
     assert not goes(axis(7), axis(7), rows=65)
+    assert goes(axis(7), axis(7), workers=6)
+    assert not goes(axis(7), axis(7), workers=4)  # two of four would have nothing to do half of the time
+    assert not goes(axis(7), axis(7), workers=8)
     assert not goes(axis(7, 1, 0), axis(7, 1, 0))
     assert not goes(axis(7), axis(7, 7, 3))
     assert not goes(axis(7, 2, 4), axis(7))  # output rows that see nothing

@@ -91,6 +91,8 @@ _MOST_SHARE = 0.98
 # copying whole vectors, 1x1 input gradients of 7 x 7 and 14 x 14 pixels take up to 17 % less time, and of 49 pixels in
 # all most of it; of more pixels as long either way, and forward passes, whose weights are transposed, a little longer.
 _FEW_PIXELS = 1024
+# So much of the threads' time must find work, whose least unit is one panel of output channels of one sample.
+_LEAST_BUSY = 0.8
 
 
 @_jit
@@ -248,7 +250,8 @@ def cut_all(
     `correlate`, which can share out the pixels of a plane too.
     """
     t = simd.tile(dtype.itemsize * 8)
-    if not t.pixels or sum(batch * cut.groups * (cut.rows // t.columns) for cut in blocks) < workers:
+    shared = sum(batch * cut.groups * (cut.rows // t.columns) for cut in blocks)  # panels of a sample
+    if not t.pixels or shared < _LEAST_BUSY * workers * _ceil(shared, workers):
         return None
     for cut, (depth, height, width) in zip(blocks, axes, strict=True):
         if (
