@@ -88,7 +88,7 @@ def _operands(case: Case, make, rng, dtype):
     return [make(rng, shape, dtype) for shape in shapes]
 
 
-@pytest.mark.skipif(not simd.tile(32).pixels, reason="the tile of this machine has no such product")
+@pytest.mark.skipif(not simd.tile(32).masks, reason="what goes that way is another choice on another tile")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_these_cases_go_that_way(case: Case, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     planned = []
@@ -179,7 +179,7 @@ def test_weights_that_are_not_finite(case: Case, value: float, rng) -> None:
     np.testing.assert_array_equal(results["added"], dx + start)
 
 
-@pytest.mark.skipif(not simd.tile(32).pixels, reason="the tile of this machine has no such product")
+@pytest.mark.skipif(not simd.tile(32).masks, reason="what goes that way is another choice on another tile")
 def test_what_is_left_to_the_other_product() -> None:
     """Output rows that are too long, channels that do not fill panels, and where there is little to leave out."""
     dtype = np.dtype(np.float32)
@@ -209,6 +209,44 @@ def test_what_is_left_to_the_other_product() -> None:
     assert not goes(axis(7, 1, 0), axis(7, 1, 0))
     assert not goes(axis(7), axis(7, 7, 3))
     assert not goes(axis(7, 2, 4), axis(7))  # output rows that see nothing
+
+
+AVX = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+cmov,+popcnt,+avx"
+
+
+@pytest.mark.skipif(simd._features()[0] != "x86_64", reason="names of x86 processors")
+@pytest.mark.parametrize(
+    ("name", "features"), [("haswell", f"{AVX},+avx2,+fma"), ("sandybridge", AVX)], ids=["avx2", "avx"]
+)
+def test_other_tiles(name: str, features: str, tmp_path: Path) -> None:
+    """With 16 registers and half as long vectors, with and without multiply-adds."""
+    code = """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        import numpy as np
+        import oracle
+        from fastconv.cpu import simd, small_planes
+        from test_small_planes import CASES, _operands, _results, integers
+        planned = []
+        plan = small_planes.plan_correlation
+        small_planes.plan_correlation = lambda *a, **o: planned.append(a) or plan(*a, **o)
+        for case in CASES[:3]:
+            x, w, b, dy, start = _operands(case, integers, np.random.default_rng(0), np.float32)
+            for last in (False, True):
+                results = _results(case, (x, w, b, dy, start), last)
+                y, dx = results["forward"], results["added"] - (np.moveaxis(start, 1, -1) if last else start)
+                if last:
+                    y, dx = np.moveaxis(y, -1, 1), np.moveaxis(dx, -1, 1)
+                np.testing.assert_array_equal(y, oracle.convolution(x, w, **case.plain_options))
+                np.testing.assert_array_equal(dx, oracle.input_grad(w, dy, input_shape=x.shape, **case.plain_options))
+        assert planned
+        print(simd.tile(32).lanes)
+    """
+    process = run_python(
+        code, str(Path(__file__).parent), timeout=300, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
+        NUMBA_CACHE_DIR=str(tmp_path),
+    )  # fmt: skip
+    assert int(output_of(process)) == 8
 
 
 GUARDED = """

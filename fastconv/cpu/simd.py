@@ -77,7 +77,8 @@ def tile(bits: int) -> Tile:
     14 x 2 vectors of AVX-512 take 28 + 2 + 1 of 32 registers, 6 x 2 of AVX and SSE 12 + 2 + 1 of 16, 8 x 3 of NEON
     24 + 3 + 1 of 32. A multiply-add has a latency of 4 and two are started a cycle, so 8 accumulators would do; more
     rows and columns mean fewer loads for each. Up to 4 columns take as long by `contract_few` as 4 of 14 rows of a
-    vector: an image of 7 x 7 has 49 pixels, three vectors and one pixel.
+    vector: an image of 7 x 7 has 49 pixels, three vectors and one pixel. The tile of `contract_pixels` is of the same
+    rows and vectors.
     """
     architecture, features = _features()
     if architecture in ("aarch64", "arm64"):
@@ -85,7 +86,7 @@ def tile(bits: int) -> Tile:
     if "avx512f" in features:
         return Tile(512 // bits, 2, 14, 4, 6, True, True, True, 4, 14)
     if "avx" in features:
-        return Tile(256 // bits, 2, 6, 2, 6, "fma" in features, False)
+        return Tile(256 // bits, 2, 6, 2, 6, "fma" in features, False, pixels=6)
     return Tile(128 // bits, 2, 6, 2, 6, "fma" in features, False)
 
 

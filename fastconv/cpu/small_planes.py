@@ -84,12 +84,15 @@ TAP_ROW_COUNT, ROW_COUNT, TAP_ROWS_AT, ROWS_AT, AT_ONCE, KERNEL, KERNEL_OF_ONE, 
 SUM_BYTES = 256 * 1024
 WEIGHT_BYTES = 256 * 1024
 SOURCE_BYTES = 192 * 1024
-# At most this part of the products may be left for the exchange to pay: 3x3 kernels without padding take as long either
-# way, with 2.4 % of zeros (stride 2, 28 x 28 pixels) 4 to 9 % less.
-_MOST_SHARE = 0.98
+# At most this part of the products may be left for the exchange to pay. On AVX-512, 3x3 kernels without padding take as
+# long either way, with 2.4 % of zeros (stride 2, 28 x 28 pixels) 4 to 9 % less. With 16 registers, where the tile has
+# rows of 3 to 6 pixels and more loads for each product, it takes 0.75 to 0.9 of the time with 18 or 9 % of zeros (7 x 7
+# pixels, 14 x 14), and up to 1.1 times as long with 5 %.
+_MOST_SHARE, _MOST_SHARE_OF_16_REGISTERS = 0.98, 0.92
 # Kernels of one tap have no zeros. Where rows are neighbours in the memory of the weights, which are then packed by
-# copying whole vectors, 1x1 input gradients of 7 x 7 and 14 x 14 pixels take up to 17 % less time, and of 49 pixels in
-# all most of it; of more pixels as long either way, and forward passes, whose weights are transposed, a little longer.
+# copying whole vectors, 1x1 input gradients of 7 x 7 and 14 x 14 pixels take up to 17 % less time on AVX-512, and of 49
+# pixels in all most of it; of more pixels as long either way, and forward passes, whose weights are transposed, a
+# little longer.
 _FEW_PIXELS = 1024
 # So much of the threads' time must find work, whose least unit is one panel of output channels of one sample.
 _LEAST_BUSY = 0.8
@@ -265,7 +268,8 @@ def cut_all(
             return None
     all_products = sum(math.prod(a.out * a.taps for a in each) for each in axes)
     few_pixels = neighbours and batch * all_products <= _FEW_PIXELS and all(cut.taps == 1 for cut in blocks)
-    if sum(map(_products, axes)) > _MOST_SHARE * all_products and not few_pixels:
+    most = _MOST_SHARE if t.masks else _MOST_SHARE_OF_16_REGISTERS
+    if sum(map(_products, axes)) > most * all_products and not (few_pixels and t.masks):
         return None
     return [replace(cut, panels=cut.rows // t.columns) for cut in blocks]
 
