@@ -401,3 +401,65 @@ def test_other_vectors(name, features, dtype, lanes, tmp_path):
         NUMBA_CACHE_DIR=str(tmp_path),
     )  # fmt: skip
     assert output_of(process) == str(lanes)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("per_group", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("groups", "size", "kernel", "options"),
+    [
+        (32, (9, 31), 3, {"padding": 1}),
+        (3, (14, 7), 1, {}),
+        (5, (11, 20), 5, {"padding": 2, "stride": 2}),
+        (4, (16, 15), 4, {"padding": 1, "stride": 3}),
+        (5, (13, 12), 3, {"padding": 2, "dilation": (1, 2)}),
+        (2, (9, 30), 3, {"padding": 4, "dilation": 3, "stride": 2}),
+    ],
+)
+def test_groups_of_few_channels(groups, size, kernel, options, per_group, dtype, rng):
+    """Channels-last, these are sums of depthwise convolutions; small integers, so every sum is exact."""
+    channels = groups * per_group
+    case = Case("", "", (3, channels, *size), (channels, per_group, kernel, kernel), groups=groups, **options)
+    x, w, b, dy = (integers(rng, shape, dtype) for shape in (case.input, case.weight, case.weight[:1], case.output))
+    convolution._small_groups_plan.cache_clear()
+    y = oracle.convolution(x, w, b, **case.plain_options)
+    last = {**case.options, "layout": "NHWC"}
+    np.testing.assert_array_equal(fc.conv2d(channels_last(x), w, b, **last), channels_last(y))
+    np.testing.assert_array_equal(
+        fc.conv2d(channels_last(x), w, b, activation="relu", **last), np.maximum(channels_last(y), 0)
+    )
+    dx = channels_last(oracle.input_grad(w, dy, input_shape=case.input, **case.plain_options))
+    for weight in (w, np.asfortranarray(w)):
+        got = fc.conv2d_input_grad(dx.shape, weight, channels_last(dy), **last)
+        np.testing.assert_array_equal(got, dx)
+    fc.conv2d_input_grad(dx.shape, w, channels_last(dy), out=got, accumulate=True, **last)
+    np.testing.assert_array_equal(got, 2 * dx)
+    infinite = w.copy()
+    infinite[0, 0, 0, 0] = np.inf
+    with np.errstate(invalid="ignore"):
+        expected = channels_last(oracle.convolution(x, infinite, b, **case.plain_options))
+    np.testing.assert_array_equal(fc.conv2d(channels_last(x), infinite, b, **last), expected)
+
+
+def test_who_computes_groups_of_few_channels():
+    def geometry(groups, per_group, out_per_group):
+        return ConvGeometry(
+            batch=2, in_channels=groups * per_group, out_channels=groups * out_per_group, groups=groups,
+            input_size=(1, 9, 9), kernel_size=(1, 3, 3), stride=(1, 1, 1), dilation=(1, 1, 1), pad_before=(0, 1, 1),
+            pad_after=(0, 1, 1), padding_mode="zeros",
+        )  # fmt: skip
+
+    def has_plan(groups, per_group, out_per_group, last=True):
+        g = geometry(groups, per_group, out_per_group)
+        axes = (0, 4, 1, 2, 3)
+        x, y = (
+            np.empty((2, 1, 9, 9, n), np.float32).transpose(axes) if last else np.empty((2, n, 1, 9, 9), np.float32)
+            for n in (g.in_channels, g.out_channels)
+        )
+        return convolution._small_groups_plan(g, x.dtype, x.strides, y.strides, True, 2) is not None
+
+    t = simd.tile(32)
+    for n in (2, 4, 8):
+        assert has_plan(5, n, n) == (t.rows > 8 and t.lanes % n == 0)
+        assert not has_plan(5, n, n, last=False)
+    assert not any((has_plan(5, 3, 3), has_plan(5, 4, 8), has_plan(5, 16, 16), has_plan(5, 1, 2)))

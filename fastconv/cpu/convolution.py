@@ -222,6 +222,23 @@ def _depthwise_plan(
     )
 
 
+def _forward_lines(geometry: ConvGeometry) -> depthwise.Lines:
+    depth, height, width = map(depthwise.forward_line, _axes(geometry))
+    return depth, height, width
+
+
+@functools.lru_cache(maxsize=1024)
+def _small_groups_plan(
+    geometry: ConvGeometry, dtype: np.dtype, x: Strides, y: Strides, forward: bool, workers: int
+) -> depthwise.Plan | None:
+    """The forward pass or input gradient of groups of few channels; None if that is not the way. Strides in bytes."""
+    x, y = _in_elements(x, dtype), _in_elements(y, dtype)
+    lines = _forward_lines(geometry) if forward else _backward_lines(geometry)
+    if not depthwise_channels.applies_to_groups(geometry, dtype, lines, x, y):
+        return None
+    return depthwise_channels.plan_groups(geometry, dtype, lines, x, y, forward, workers)
+
+
 @functools.lru_cache(maxsize=1024)
 def _depthwise_forward_plan(
     geometry: ConvGeometry, dtype: np.dtype, x: Strides, y: Strides, workers: int
@@ -272,6 +289,11 @@ def forward(
         depthwise_plan = _depthwise_forward_plan(geometry, out.dtype, *strides, get_num_threads())
         depthwise.correlate(depthwise_plan, input, weight, out, bias, relu, False)
         return
+    if geometry.groups > 1:
+        groups_plan = _small_groups_plan(geometry, out.dtype, input.strides, out.strides, True, get_num_threads())
+        if groups_plan is not None:
+            depthwise.correlate(groups_plan, input, weight, out, bias, relu, False)
+            return
     finite = _contract_forward(geometry, input, weight, bias, relu, packed, out, finite=True)
     if not finite:
         _contract_forward(geometry, input, weight, bias, relu, packed, out, finite=False)
@@ -577,12 +599,7 @@ def _in_order(weight: np.ndarray, order: tuple[int, ...]) -> np.ndarray:
     return np.ascontiguousarray(weight.transpose(order)).transpose(np.argsort(order))
 
 
-@functools.lru_cache(maxsize=1024)
-def _depthwise_input_grad_plan(
-    geometry: ConvGeometry, dtype: np.dtype, dy: Strides, dx: Strides, add: bool, workers: int
-) -> depthwise.Plan:
-    """From strides in bytes."""
-    dy, dx = _in_elements(dy, dtype), _in_elements(dx, dtype)
+def _backward_lines(geometry: ConvGeometry) -> depthwise.Lines:
     each = []
     for size, taps, stride, dilation, before, positions in zip(
         geometry.input_size, geometry.kernel_size, geometry.stride, geometry.dilation, geometry.pad_before,
@@ -593,9 +610,19 @@ def _depthwise_input_grad_plan(
         ]
         each.append(depthwise.backward_line(tuple(phases), stride, positions))
     depth, height, width = each
+    return depth, height, width
+
+
+@functools.lru_cache(maxsize=1024)
+def _depthwise_input_grad_plan(
+    geometry: ConvGeometry, dtype: np.dtype, dy: Strides, dx: Strides, add: bool, workers: int
+) -> depthwise.Plan:
+    """From strides in bytes."""
+    dy, dx = _in_elements(dy, dtype), _in_elements(dx, dtype)
     return _depthwise_plan(
-        geometry, dtype, (depth, height, width), 1, geometry.out_channels_per_group, dy, dx, True, False, add, workers
-    )
+        geometry, dtype, _backward_lines(geometry), 1, geometry.out_channels_per_group, dy, dx, True, False, add,
+        workers,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
@@ -719,6 +746,12 @@ def input_grad(
         plan = _depthwise_input_grad_plan(geometry, out.dtype, *strides, accumulate, get_num_threads())
         depthwise.correlate(plan, grad_output, weight, out, bias, relu, accumulate)
         return
+    if geometry.groups > 1 and np.isfinite(weight).all():  # as above
+        strides = grad_output.strides, out.strides
+        groups_plan = _small_groups_plan(geometry, out.dtype, *strides, False, get_num_threads())
+        if groups_plan is not None:
+            depthwise.correlate(groups_plan, grad_output, weight, out, bias, relu, accumulate)
+            return
     workers = tasks.workers(contraction.work(geometry.flops))
     phases = _input_grad_phases(
         geometry, out.dtype, weight.strides, grad_output.strides, out.strides, workers, accumulate

@@ -2904,6 +2904,19 @@ collect_planes = _pixel_mover(
 CHANNEL_TAPS = ((1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (7, 1), (3, 2), (5, 2), (7, 2))
 
 
+def turning_kind(stride: int, turns: int) -> int:
+    """Stride and turns of a function as one number: that of a single turn is its stride."""
+    return (turns - 1) * 16 + stride
+
+
+def _turned(b: ir.IRBuilder, value: ir.Value, turn: int, turns: int) -> ir.Value:
+    """Each lane has that of the lane `turn` further on, around the end of its group of `turns` lanes."""
+    if turn == 0:
+        return value
+    places = [lane // turns * turns + (lane + turn) % turns for lane in range(value.type.count)]
+    return b.shuffle_vector(value, value, ir.Constant(ir.VectorType(_I32, len(places)), places))
+
+
 def _pixels_at_once(t: Tile) -> tuple[int, ...]:
     """Pixels of a row of output that have their accumulators in registers, beside the weights of a row of up to seven
     taps: multiples of seven, since the planes of so many networks have 7, 14, 28, 56 and 112 columns."""
@@ -2911,12 +2924,13 @@ def _pixels_at_once(t: Tile) -> tuple[int, ...]:
 
 
 def _correlate_pixels_function(
-    module: ir.Module, element: ir.Type, t: Tile, taps: int, stride: int, many: int
+    module: ir.Module, element: ir.Type, t: Tile, taps: int, kind: int, many: int
 ) -> ir.Function:
     """A block of `many` columns of all rows."""
+    stride, turns = kind % 16, kind // 16 + 1
     pointer, table = element.as_pointer(), _I64.as_pointer()
     function, new = _internal(
-        module, f"fastconv_correlate_pixels_{element}_{taps}_{stride}_{many}",
+        module, f"fastconv_correlate_pixels_{element}_{taps}_{kind}_{many}",
         [pointer, _I64, _I64, pointer, _I64, _I64, pointer, _I64, table, *[_I64] * 16, pointer, pointer, element],
     )  # fmt: skip
     if not new:
@@ -2967,15 +2981,17 @@ def _correlate_pixels_function(
     height = _Loop(b, "heights", heights, depth.values)
     width = _Loop(b, "widths", widths, height.values)
     x_now, w_now, *sums = width.values
-    weights = [_load(b, b.gep(w_now, [_i64(a * t.lanes)]), vector) for a in range(taps)]
+    weights = [_load(b, b.gep(w_now, [_i64(n * t.lanes)]), vector) for n in range(taps * turns)]
     for i in range(stride * (many - 1) + taps):
         meeting = [(q, i - stride * q) for q in range(many) if 0 <= i - stride * q < taps]
         if not meeting:
             continue
         place = b.gep(x_now, [b.mul(x_pitch, _i64(i))])
         value = _load(b, b.select(outside[i], zeros, place) if i in outside else place, vector)
-        for q, a in meeting:
-            sums[q] = _multiply_add(b, module, t.fma, weights[a], value, sums[q])
+        for turn in range(turns):
+            turned = _turned(b, value, turn, turns)
+            for q, a in meeting:
+                sums[q] = _multiply_add(b, module, t.fma, weights[a * turns + turn], turned, sums[q])
     width.close([b.gep(x_now, [x_width]), b.gep(w_now, [w_width]), *sums])
     height.close([b.gep(height.values[0], [x_height]), b.gep(height.values[1], [w_height]), *sums])
     depth.close([b.gep(depth.values[0], [x_depth]), b.gep(depth.values[1], [w_depth]), *sums])
@@ -2992,11 +3008,12 @@ def _correlate_pixels_function(
     return function
 
 
-def _correlate_pixels_dispatcher(module: ir.Module, element: ir.Type, t: Tile, taps: int, stride: int) -> ir.Function:
+def _correlate_pixels_dispatcher(module: ir.Module, element: ir.Type, t: Tile, taps: int, kind: int) -> ir.Function:
     """Cuts the columns into what the generated functions take."""
+    stride = kind % 16
     pointer, table = element.as_pointer(), _I64.as_pointer()
     function, new = _internal(
-        module, f"fastconv_correlate_pixels_{element}_{taps}_{stride}",
+        module, f"fastconv_correlate_pixels_{element}_{taps}_{kind}",
         [pointer, _I64, _I64, pointer, _I64, _I64, pointer, _I64, table, *[_I64] * 17, pointer, pointer, element],
     )  # fmt: skip
     if not new:
@@ -3015,7 +3032,7 @@ def _correlate_pixels_dispatcher(module: ir.Module, element: ir.Type, t: Tile, t
             first = b.add(done, b.mul(loop.k, _i64(many)))
             place = b.mul(first, _i64(stride))
             b.call(
-                _correlate_pixels_function(module, element, t, taps, stride, many),
+                _correlate_pixels_function(module, element, t, taps, kind, many),
                 [
                     b.gep(y, [b.mul(first, y_pitch)]), y_row, y_pitch, b.gep(x, [b.mul(place, x_pitch)]), x_row,
                     x_pitch, w, w_block, reach, blocks, rows, b.sub(low, place), b.sub(high, place), depths, x_depth,
@@ -3043,7 +3060,8 @@ def call_correlate_pixels(
 ):  # fmt: skip
     """Rows of output pixels, each a vector of channels: y[r, q] = sum over d, h, k, a of w[..] * x[..].
 
-    `address` is that of a C function compiled from `correlate_pixels` for this (taps, stride), one of CHANNEL_TAPS. Row
+    `address` is that of a C function compiled from `correlate_pixels` for this (taps, stride), one of CHANNEL_TAPS; or
+    for (taps, `turning_kind`), where taps meet channels of a group: see below. Row
     r has its first tap at ``x + reach[3r] * x_row`` and ``w + reach[3r + 1] * w_height`` and reach[3r + 2] rows of
     taps, x_height and w_height from one another, in each of `depths` planes of them; a row of taps is `widths` times
     `taps` neighbours, x_pitch from one another. Column q of the output is stride * x_pitch further on in x, and y_pitch
@@ -3055,6 +3073,9 @@ def call_correlate_pixels(
     And the same for `blocks` blocks of channels: vectors that follow one another in x and y, w_block in w and `bias`.
     The sum of an element is one chain of multiply-adds, in the order of d, h, k, a, that begins with what y holds if
     ADD is set.
+    With n turns, n lanes after the other are a group, every lane of which sees the pixels of all: with the weights
+    [tap][turn] those of the lane `turn` further on, around the end of the group. The chain goes through them for each
+    tap.
     """
     i, table = types.int64, types.CPointer(types.int64)
     signature = types.void(i, y, i, i, y, i, i, y, i, table, *[i] * 16, y, i, y)
