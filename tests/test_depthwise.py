@@ -434,11 +434,46 @@ def test_groups_of_few_channels(groups, size, kernel, options, per_group, dtype,
         np.testing.assert_array_equal(got, dx)
     fc.conv2d_input_grad(dx.shape, w, channels_last(dy), out=got, accumulate=True, **last)
     np.testing.assert_array_equal(got, 2 * dx)
+    dw = oracle.weight_grad(x, dy, weight_shape=w.shape, **case.plain_options)
+    for out in (np.ones(w.shape, dtype), np.ones(w.shape[::-1], dtype).T):
+        for accumulate in (True, False):
+            out[...] = 1
+            fc.conv2d_weight_grad(
+                channels_last(x), w.shape, channels_last(dy), out=out, accumulate=accumulate, **last
+            )
+            np.testing.assert_array_equal(out, dw + accumulate)
     infinite = w.copy()
     infinite[0, 0, 0, 0] = np.inf
     with np.errstate(invalid="ignore"):
         expected = channels_last(oracle.convolution(x, infinite, b, **case.plain_options))
     np.testing.assert_array_equal(fc.conv2d(channels_last(x), infinite, b, **last), expected)
+
+
+@pytest.mark.parametrize("per_group", [2, 4, 8])
+def test_groups_of_few_channels_in_any_batch_and_by_any_threads(per_group, rng):
+    """A sample alone, in a batch, prepared or not has the same bits, for any number of threads."""
+    x, w = normal(rng, (5, 57, 61, 40), np.float32), normal(rng, (40, per_group, 3, 3), np.float32)
+    options = {"padding": 1, "groups": 40 // per_group, "layout": "NHWC", "algorithm": "direct"}
+
+    def results(part):
+        y = fc.conv2d(x[part], w, **options)
+        assert_same_bits(fc.Conv2d(w, **options)(x[part]), y)
+        return y, fc.conv2d_input_grad(y.shape, w, y, **options)
+
+    before = fc.get_num_threads()
+    try:
+        fc.set_num_threads(1)
+        expected = results(slice(None))
+        dw = fc.conv2d_weight_grad(x, w.shape, expected[0], **options)
+        for part in (slice(0, 1), slice(2, 4)):
+            for actual, whole in zip(results(part), expected, strict=True):
+                assert_same_bits(actual, whole[part])
+        fc.set_num_threads(2)
+        for actual, whole in zip(results(slice(None)), expected, strict=True):
+            assert_same_bits(actual, whole)
+        assert_same_bits(fc.conv2d_weight_grad(x, w.shape, expected[0], **options), dw)
+    finally:
+        fc.set_num_threads(before)
 
 
 def test_who_computes_groups_of_few_channels():

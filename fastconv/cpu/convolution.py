@@ -388,6 +388,17 @@ def _depthwise_weight_grad_plan(
     return depthwise.plan_weight_gradient(dtype, geometry.batch, geometry.groups, rows, lines, x, dy, zeros)
 
 
+@functools.lru_cache(maxsize=1024)
+def _turning_weight_grad_plan(
+    geometry: ConvGeometry, dtype: np.dtype, x: Strides, dy: Strides
+) -> depthwise.Plan | None:
+    """Of groups of few channels, as `_small_groups_plan`; None if that is not the way. From strides in bytes."""
+    lines, x, dy = _forward_lines(geometry), _in_elements(x, dtype), _in_elements(dy, dtype)
+    if not depthwise_channels.applies_to_groups(geometry, dtype, lines, x, dy, weight_gradient=True):
+        return None
+    return depthwise_channels.plan_weight_gradient_of_groups(geometry, dtype, lines, x, dy)
+
+
 # Groups of so few channels in and out fill a quarter of the contraction's vectors of output channels, or less. Channel
 # by channel, as depthwise convolutions of whole planes, their weight gradient takes 0.25 to 0.8 of the time; more where
 # the operands do not stay in the cache, since they are read for each channel, and where there is little to do.
@@ -465,6 +476,11 @@ def weight_grad(
         depthwise_plan = _depthwise_weight_grad_plan(geometry, out.dtype, input.strides, grad_output.strides)
         depthwise.weight_gradient(depthwise_plan, input, grad_output, out, accumulate)
         return
+    if geometry.groups > 1:
+        turning_plan = _turning_weight_grad_plan(geometry, out.dtype, input.strides, grad_output.strides)
+        if turning_plan is not None:
+            depthwise.weight_gradient(turning_plan, input, grad_output, out, accumulate)
+            return
     small_plan = _small_groups_weight_grad_plan(geometry, out.dtype, input.strides, grad_output.strides)
     if small_plan is not None:
         channels = geometry.in_channels_per_group

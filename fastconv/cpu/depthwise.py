@@ -596,7 +596,8 @@ class Plan:
     tasks: int
     scratch: int
     flops: int
-    # The weights (O, 1, KD, KH, KW) as the body reads them; of a weight gradient, the number of parts it is the sum of.
+    # What makes of the weights (O, C/groups, KD, KH, KW) what the body reads, or of what the body writes the gradient
+    # of the weights; and the number of parts that is the sum of.
     order: Callable[[np.ndarray], np.ndarray] = np.ascontiguousarray
     splits: int = 1
 
@@ -618,6 +619,7 @@ def weight_gradient(plan: Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, a
     parameters[[X, W, Y]] = address(x), address(parts), address(dy)
     tasks.run(plan.body, dw.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
     total = parts[0] if plan.splits == 1 else np.add.reduce(parts)  # one part after the other
+    total = plan.order(total).reshape(dw.shape)
     if add:
         dw += total
     else:

@@ -362,8 +362,9 @@ def _accumulate_tile(
                 for piece in range(pieces[BLOCKS]):
                     e = piece * pieces[BLOCK_TAPS]
                     simd.call_accumulate_pixels(
-                        function, simd.offset(sums, (a * p[TAPS_HW] + tap * p[TAPS_W] + e) * lanes), p[TAPS_W] * lanes,
-                        p[TAPS] * lanes,
+                        function,
+                        simd.offset(sums, (a * p[TAPS_HW] + tap * p[TAPS_W] + piece * pieces[BLOCK_WEIGHTS]) * lanes),
+                        p[TAPS_W] * lanes, p[TAPS] * lanes,
                         simd.offset(x, at_d * x_d + tap * in_height[TAP_STEP] * x_h + e * in_width[TAP_STEP] * x_w),
                         p[HEIGHT + STRIDE] * x_h, in_height[TAP_STEP] * x_h, step * x_w,
                         simd.offset(dy, d * y_d), y_h, y_w, blocks, height, width, low, high,
@@ -555,10 +556,10 @@ def _parameters(
     def column_pieces(phase: Phase) -> list[int]:
         """The rows of the filter that the weight gradient takes at once, each with a function of its own."""
         n = _taps_at_once(width.phases[0], width.stride)
-        groups = cut(len(phase.taps), simd.gradient_tap_rows(t, n)) if gradient else ()
+        groups = cut(len(phase.taps), simd.gradient_tap_rows(t, n * turns)) if gradient else ()
         table = [len(groups)]
         for rows in groups:
-            kind = simd.pixel_kind(width.stride if n > 1 else 1, rows, in_place)
+            kind = simd.pixel_kind(width.stride if n > 1 else 1, turns, rows, in_place)
             table += address_of(_accumulate_function, n, kind, dtype), rows
         return table
 
@@ -673,9 +674,13 @@ def plan_groups(
 
 
 def plan_weight_gradient(
-    dtype: np.dtype, batch: int, channels: int, lines: Lines, x: Strides, dy: Strides
-) -> Plan:
-    """Plan dw[c, k] = sum over n, p of dy[n, c, p] * x[n, c, u(p, k)], with strides of x and dy in elements."""
+    dtype: np.dtype, batch: int, channels: int, lines: Lines, x: Strides, dy: Strides, turns: int = 1,
+    order: Callable[[np.ndarray], np.ndarray] = np.ascontiguousarray,
+) -> Plan:  # fmt: skip
+    """Plan dw[c, k] = sum over n, p of dy[n, c, p] * x[n, c, u(p, k)], with strides of x and dy in elements.
+
+    With `turns`, it is dw[c, k, t], as for `plan_correlation`, of which `order` makes what is asked for.
+    """
     lanes = simd.tile(dtype.itemsize * 8).lanes
     blocks = -(-channels // lanes)
     _, height, width = lines
@@ -691,7 +696,7 @@ def plan_weight_gradient(
     most = _TILE_GROUP if height.out == 1 else _GROUP
     group = -(-blocks // -(-blocks // most)) if in_place else 1
     groups = -(-blocks // group)
-    parameters, tables, tiles = _parameters(dtype, lines, 1, True, in_place, x, dy, group)
+    parameters, tables, tiles = _parameters(dtype, lines, 1, True, in_place, x, dy, group, turns)
     units = batch * tiles
     splits = min(units, -(-_GRADIENT_TASKS // groups))
     group_tasks = min(groups, 4 * _GRADIENT_TASKS)
@@ -699,11 +704,24 @@ def plan_weight_gradient(
         channels, batch, units, group_tasks, splits, group, in_place, 1, large, 0, zeros if in_place else lanes
     )  # fmt: skip
     scratch = sum(parameters[[SLAB_SIZE, OUT_SIZE, ZEROS]]) + group * parameters[TAPS] * lanes
-    flops = 2 * batch * channels * math.prod(line.out * len(line.taps) for line in lines)
+    flops = 2 * batch * channels * turns * math.prod(line.out * len(line.taps) for line in lines)
     return Plan(
-        _weight_gradient, parameters, tuple(tables), group_tasks * splits, int(scratch) * dtype.itemsize, flops,
-        splits=splits,
+        _weight_gradient, parameters, tuple(tables), group_tasks * splits, int(scratch) * dtype.itemsize, flops, order,
+        splits,
     )  # fmt: skip
+
+
+def plan_weight_gradient_of_groups(
+    geometry: ConvGeometry, dtype: np.dtype, lines: Lines, x: Strides, dy: Strides
+) -> Plan:
+    """Plan the weight gradient of groups as `applies_to_groups` says, from strides in elements."""
+    per_group = geometry.in_channels_per_group
+    taps = math.prod(geometry.kernel_size)
+    channel, other, tap = np.ogrid[: geometry.out_channels, :per_group, :taps]
+    places = (channel * taps + tap) * per_group + (other - channel) % per_group
+    return plan_weight_gradient(
+        dtype, geometry.batch, geometry.in_channels, lines, x, dy, per_group, lambda total: np.take(total, places)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -721,9 +739,12 @@ _MOST_SLAB = 1024 * 1024  # bytes
 # Channels of a group whose convolution is a sum of depthwise ones. With 2 and 4 that takes 0.1 to 0.4 of the time of
 # the contraction, with 8 0.5 to 0.7; with 16, for whose weights there are no registers, 1.5.
 _MOST_TURNS = 8
+_MOST_SUMS = 24  # of a row of the filter, that its weight gradient has in registers
 
 
-def applies_to_groups(geometry: ConvGeometry, dtype: np.dtype, lines: Lines, x: Strides, y: Strides) -> bool:
+def applies_to_groups(
+    geometry: ConvGeometry, dtype: np.dtype, lines: Lines, x: Strides, y: Strides, weight_gradient: bool = False
+) -> bool:
     """Are these groups of few channels, as many in as out, that are neighbours in memory and fill vectors together?
 
     Each of them is the sum of as many depthwise convolutions as a group has channels.
@@ -735,7 +756,8 @@ def applies_to_groups(geometry: ConvGeometry, dtype: np.dtype, lines: Lines, x: 
         and t.rows > 8  # registers for the weights of all taps and turns
         and t.lanes % per_group == 0
         and x[1] == y[1] == 1
-        and applies(replace(geometry, groups=geometry.in_channels), dtype, lines, x, y)
+        and applies(replace(geometry, groups=geometry.in_channels), dtype, lines, x, y, weight_gradient)
+        and not (weight_gradient and per_group * _taps_at_once(lines[2].phases[0], lines[2].stride) > _MOST_SUMS)
     )
 
 

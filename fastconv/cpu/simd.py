@@ -3095,18 +3095,18 @@ def call_correlate_pixels(
 _GRADIENT_PIXELS = 4  # pixels of the output gradient at once
 
 
-def gradient_tap_rows(t: Tile, taps: int) -> tuple[int, ...]:
-    """Numbers of rows of the filter, of `taps` each, that `accumulate_pixels` takes at once: an accumulator each."""
+def gradient_tap_rows(t: Tile, weights: int) -> tuple[int, ...]:
+    """Numbers of rows of so many weights that `accumulate_pixels` takes at once: there is an accumulator for each."""
     registers = 32 if t.rows > 8 else 16
-    return tuple(n for n in (1, 2, 3, 5) if n == 1 or n * taps + _GRADIENT_PIXELS + 1 < registers)
+    return tuple(n for n in (1, 2, 3, 5) if n == 1 or n * weights + _GRADIENT_PIXELS + 1 < registers)
 
 
 def _accumulate_pixels_function(
-    module: ir.Module, element: ir.Type, t: Tile, taps: int, stride: int, tap_rows: int, in_place: bool
+    module: ir.Module, element: ir.Type, t: Tile, taps: int, stride: int, turns: int, tap_rows: int, in_place: bool
 ) -> ir.Function:
     pointer = element.as_pointer()
     function, new = _internal(
-        module, f"fastconv_accumulate_pixels_{element}_{taps}_{stride}_{tap_rows}_{in_place}",
+        module, f"fastconv_accumulate_pixels_{element}_{taps}_{stride}_{turns}_{tap_rows}_{in_place}",
         [pointer, *[_I64] * 2, pointer, *[_I64] * 3, pointer, *[_I64] * 13, pointer],
     )  # fmt: skip
     if not new:
@@ -3137,7 +3137,7 @@ def _accumulate_pixels_function(
     there = b.sub(high, low)
     block = _Loop(b, "blocks", blocks, [sums, x, dy])
     sums_now, x_block, dy_block = block.values
-    row = _Loop(b, "rows", rows, [x_block, dy_block, *[zero] * (taps * tap_rows)])
+    row = _Loop(b, "rows", rows, [x_block, dy_block, *[zero] * (taps * turns * tap_rows)])
     x_now, dy_now, *values = row.values
     starts = []
     for h in range(tap_rows):
@@ -3165,9 +3165,11 @@ def _accumulate_pixels_function(
                 known = not in_place and taps > 1  # numbers in the instructions: these are too many for registers
                 at = b.gep(x_tap, [_i64(i * t.lanes) if known else b.mul(x_pitch, _i64(i))])
                 value = _load(b, b.select(exists[i], at, zeros) if exists else at, vector)
-                for q, a in meeting:
-                    n = h * taps + a
-                    values[n] = _multiply_add(b, module, t.fma, gradients[q], value, values[n])
+                for turn in range(turns):
+                    turned = _turned(b, value, turn, turns)
+                    for q, a in meeting:
+                        n = (h * taps + a) * turns + turn
+                        values[n] = _multiply_add(b, module, t.fma, gradients[q], turned, values[n])
 
         def ask(_: list[ir.Value]) -> list[ir.Value]:
             for q in range(many):
@@ -3190,7 +3192,8 @@ def _accumulate_pixels_function(
         values = _where(b, b.icmp_signed(">", count, _i64(0)), values, change)
     row.close([b.gep(x_now, [x_row]), b.gep(dy_now, [dy_row]), *values])
     for n, value in enumerate(values):
-        place = b.gep(sums_now, [b.add(b.mul(sums_pitch, _i64(n // taps)), _i64(n % taps * t.lanes))])
+        h, weight = divmod(n, taps * turns)
+        place = b.gep(sums_now, [b.add(b.mul(sums_pitch, _i64(h)), _i64(weight * t.lanes))])
         _store(b, b.fadd(value, _load(b, place, vector)), place)
     lanes = _i64(t.lanes)
     block.close([b.gep(p, [step]) for p, step in zip(block.values, (sums_block, lanes, lanes), strict=True)])
@@ -3198,13 +3201,16 @@ def _accumulate_pixels_function(
     return function
 
 
-def pixel_kind(stride: int, tap_rows: int, in_place: bool) -> int:
-    """Stride, rows of the filter, and whether it reads in place, of a function as one number."""
-    return (stride * 16 + tap_rows) * 2 + in_place
+def pixel_kind(stride: int, turns: int, tap_rows: int, in_place: bool) -> int:
+    """Stride, turns, rows of the filter, and whether it reads in place, of a function as one number."""
+    return (turning_kind(stride, turns) * 16 + tap_rows) * 2 + in_place
 
 
 def _accumulate_pixels_of_kind(module: ir.Module, element: ir.Type, t: Tile, taps: int, kind: int) -> ir.Function:
-    return _accumulate_pixels_function(module, element, t, taps, kind // 32, kind // 2 % 16, kind % 2 == 1)
+    turning, tap_rows = divmod(kind // 2, 16)
+    return _accumulate_pixels_function(
+        module, element, t, taps, turning % 16, turning // 16 + 1, tap_rows, kind % 2 == 1
+    )
 
 
 accumulate_pixels = _literal_function(_accumulate_pixels_of_kind, """What `call_accumulate_pixels` calls.""")
@@ -3219,7 +3225,8 @@ def call_accumulate_pixels(
 
     `address` is that of a C function compiled from `accumulate_pixels` for these taps and this `pixel_kind`; a < taps,
     h < tap_rows, one of `gradient_tap_rows`. The sum is made first, in the order of r, then q, and then added. And the
-    same for `blocks` blocks of channels: vectors that follow one another in x and dy, sums_block in `sums`.
+    same for `blocks` blocks of channels: vectors that follow one another in x and dy, sums_block in `sums`. With turns,
+    as of `call_correlate_pixels`, these are sums[h, a, turn], of dy times the pixels of the lane `turn` further on.
     In place, row (r, h) of x is row first_row + r * row_step + h * tap_step of the plane, whose rows are 0 to
     height - 1. Where it is not one, the zeros at `zeros` are read, and so they are for neighbours, counted from the
     first that is met, before `low` and from `high` on. If dy_ahead is not 0, the cache lines so much further on in dy
