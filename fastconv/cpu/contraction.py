@@ -1062,8 +1062,9 @@ def _weight_gradient(task, worker, p, real):
             for i in range(row_panels):
                 row = i * rows // row_panels
                 simd.accumulate_outer(
-                    (i + 1) * rows // row_panels - row, vectors, last_row - first_row, run_offset, length, source,
-                    simd.offset(row_offset, row), panels, simd.offset(part, row * width), ahead, line_step, block_step,
+                    (i + 1) * rows // row_panels - row, vectors, last_row - first_row, run_offset, length, 1,
+                    source, simd.offset(row_offset, row), panels, simd.offset(part, row * width), ahead, line_step,
+                    block_step,
                 )  # fmt: skip
                 if i + 1 < vectors and p[AHEAD]:
                     ahead = simd.offset(ahead, lanes * p[Y_O])

@@ -28,6 +28,7 @@ from . import (
     small_planes,
     tasks,
     winograd,
+    winograd_gradient,
 )
 from .jit import array_of, kernel, output_of
 from .threads import get_num_threads
@@ -472,6 +473,14 @@ def weight_grad(
     input, grad_output = _readable(input), _readable(grad_output)
     if algorithm == "fft" and fft.weight_grad(geometry, input, grad_output, accumulate, out):
         return
+    if algorithm == "winograd":
+        result = np.empty(out.shape, out.dtype) if accumulate else out
+        if winograd_gradient.run(
+            geometry, input, grad_output, result, (_elements(input), _elements(grad_output), _elements(result))
+        ):
+            if accumulate:
+                out += result
+            return
     if depthwise.applies(geometry):
         depthwise_plan = _depthwise_weight_grad_plan(geometry, out.dtype, input.strides, grad_output.strides)
         depthwise.weight_gradient(depthwise_plan, input, grad_output, out, accumulate)

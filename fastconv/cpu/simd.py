@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -580,11 +580,11 @@ def _outer_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, vec
     pointer, table = element.as_pointer(), _I64.as_pointer()
     function, new = _internal(
         module, f"fastconv_outer_{element}_{rows}x{vectors * t.lanes}",
-        [_I64, table, _I64, pointer, table, pointer, pointer, pointer, _I64, _I64],
+        [_I64, table, _I64, _I64, pointer, table, pointer, pointer, pointer, _I64, _I64],
     )  # fmt: skip
     if not new:
         return function
-    runs, run_offset, length, a, row_offset, panel, c, ahead, ahead_step, ahead_block = function.args
+    runs, run_offset, length, step, a, row_offset, panel, c, ahead, ahead_step, ahead_block = function.args
     for p in (a, panel, c):
         p.add_attribute("noalias")
     vector = ir.VectorType(element, t.lanes)
@@ -598,15 +598,15 @@ def _outer_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, vec
     before = b.mul(outer.k, length)
     panel_run = b.gep(panel, [b.mul(before, _i64(columns))])
     inner = _Loop(b, "pixels", length, outer.values)
-    panel_k = b.gep(panel_run, [b.mul(inner.k, _i64(columns))])
+    panel_k, place = b.gep(panel_run, [b.mul(inner.k, _i64(columns))]), b.mul(inner.k, step)
     pixel = b.add(before, inner.k)
-    step = b.mul(b.and_(pixel, _i64(t.lanes - 1)), ahead_step)
+    line = b.mul(b.and_(pixel, _i64(t.lanes - 1)), ahead_step)
     block = b.mul(b.lshr(pixel, _i64(t.lanes.bit_length() - 1)), ahead_block)
-    _prefetch(b, module, b.gep(ahead, [b.add(step, block)]), locality=2)
+    _prefetch(b, module, b.gep(ahead, [b.add(line, block)]), locality=2)
     values = [_load(b, b.gep(panel_k, [_i64(j * t.lanes)]), vector) for j in range(vectors)]
     sums = []
     for i in range(rows):
-        left = _splat(b, b.load(b.gep(row[i], [inner.k])), t.lanes)
+        left = _splat(b, b.load(b.gep(row[i], [place])), t.lanes)
         for j in range(vectors):
             sums.append(_multiply_add(b, module, t.fma, left, values[j], inner.values[i * vectors + j]))
     inner.close(sums)
@@ -619,12 +619,12 @@ def _outer_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, vec
 
 @intrinsic
 def accumulate_outer(
-    typingctx, rows, vectors, runs, run_offset, length, a, row_offset, panel, c, ahead, ahead_step, ahead_block
+    typingctx, rows, vectors, runs, run_offset, length, step, a, row_offset, panel, c, ahead, ahead_step, ahead_block
 ):  # fmt: skip
     """The microkernel of the weight gradient: C[i, j] += sum over runs r and k < length of A_i[r, k] * B[r, k, j].
 
-    Row i of A is read in place, A_i[r, k] = a[row_offset[i] + run_offset[r] + k]: a run is a row of output pixels,
-    and the taps of the kernel are the same rows at other offsets, so nothing is packed. B is packed as
+    Row i of A is read in place, A_i[r, k] = a[row_offset[i] + run_offset[r] + k * step]: a run is a row of output
+    pixels, and the taps of the kernel are the same rows at other offsets, so nothing is packed. B is packed as
     [r][k][columns], C as [rows][columns], columns = vectors * lanes. 1 <= rows <= gradient_rows,
     1 <= vectors <= gradient_vectors, runs >= 1, length >= 1. The sum runs over r, then k, in one chain.
 
@@ -633,12 +633,12 @@ def accumulate_outer(
     """
     i = types.int64
     table = types.CPointer(types.int64)
-    signature = types.void(i, i, i, table, i, a, table, a, a, a, i, i)
+    signature = types.void(i, i, i, table, i, i, a, table, a, a, a, i, i)
 
     def codegen(context, builder, sig, args):
-        element, t = _element(sig.args[5]), _tile_of(sig.args[5])
+        element, t = _element(sig.args[6]), _tile_of(sig.args[6])
         pointer, table_type = element.as_pointer(), _I64.as_pointer()
-        arguments = [_I64, table_type, _I64, pointer, table_type, pointer, pointer, pointer, _I64, _I64]
+        arguments = [_I64, table_type, _I64, _I64, pointer, table_type, pointer, pointer, pointer, _I64, _I64]
         function, new = _internal(builder.module, f"fastconv_outer_{element}", [_I64, *arguments])
         if new:
             b = ir.IRBuilder(function.append_basic_block("entry"))
@@ -1273,6 +1273,37 @@ def _load_transposed(
     return _transpose_vectors(b, rows)
 
 
+@intrinsic
+def transpose_start(typingctx, target, source, source_pitch, columns):
+    """target[k * lanes + i] = source[i * source_pitch + k] for i < lanes, k < columns, 0 < columns <= lanes.
+
+    Nothing else is read; zeros are written for k from `columns` up to `lanes`.
+    """
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[0]), _tile_of(sig.args[0])
+        module, pointer, n = builder.module, element.as_pointer(), t.lanes
+        function, new = _internal(module, f"fastconv_transpose_start_{element}", [pointer, pointer, _I64, _I64])
+        if new:
+            target, source, pitch, columns = function.args
+            target.add_attribute("noalias")
+            vector = ir.VectorType(element, n)
+            b = ir.IRBuilder(function.append_basic_block("entry"))
+            mask = _lane_mask(b, columns, n)
+            rows = []
+            for i in range(n):
+                place = b.gep(source, [b.mul(pitch, _i64(i))])
+                rows.append(_load_lanes(b, module, place, mask, vector))
+                _prefetch(b, module, b.gep(place, [_i64(AHEAD * n)]))
+            for k, row in enumerate(_transpose_vectors(b, rows)):
+                _store(b, row, b.gep(target, [_i64(k * n)]))
+            b.ret_void()
+        builder.call(function, args)
+        return context.get_dummy_value()
+
+    return types.void(target, target, types.int64, types.int64), codegen
+
+
 # Vectors: how far ahead of a stream of rows to fetch. Reading 512 x 512 kernels of 3 x 3 for the input gradient takes a
 # third less time by it; 8 and 16 are no better.
 AHEAD = 4
@@ -1522,15 +1553,36 @@ def _winograd_function(module: ir.Module, element: ir.Type, t: Tile, kind: str, 
     def load(columns: int):
         return lambda i, j: _load(b, b.gep(source, [b.mul(source_pitch, _i64(i * columns + j))]), vector)
 
+    def places(count: int) -> Iterator[ir.Value]:
+        """The places of the result: sums, since products take longer than what is stored there."""
+        place = target
+        for _ in range(count):
+            yield place
+            place = b.gep(place, [target_pitch])
+
+    def load_row_by_row(i: int, j: int) -> ir.Value:
+        return _load(b, b.gep(source, [b.add(b.mul(source_pitch, _i64(i)), _i64(j * t.lanes))]), vector)
+
+    result = {
+        "input": lambda: lines.both_sides(bt, load(n), n),
+        "pixels": lambda: lines.both_sides(bt, load_row_by_row, n),
+        "weight": lambda: lines.both_sides(g, load(3), 3),
+        "output": lambda: lines.both_sides(at, load(n), n),
+        "output_gradient": lambda: lines.both_sides(at.T, load_row_by_row, m),
+        "weight_gradient": lambda: lines.both_sides(g.T, load(n), n),
+    }[kind]()
+    zero = ir.Constant(vector, [0.0] * t.lanes)
     if kind != "output":
-        result = lines.both_sides(bt, load(n), n) if kind == "input" else lines.both_sides(g, load(3), 3)
-        for i, row in enumerate(result):
-            for j, value in enumerate(row):
-                _store(b, value, b.gep(target, [b.mul(target_pitch, _i64(i * n + j))]))
+        values = list(itertools.chain.from_iterable(result))
+        for value, place in zip(values, places(len(values)), strict=True):
+            _store(b, value, place)
+        if kind == "weight_gradient":
+            total = _load(b, suspect, vector)
+            for value in values:
+                total = b.fadd(total, b.fmul(value, zero))
+            _store(b, total, suspect)
         b.ret_void()
         return function
-    result = lines.both_sides(at, load(n), n)
-    zero = ir.Constant(vector, [0.0] * t.lanes)
     each = _splat(b, b.load(bias), t.lanes)
     is_relu = _splat(b, b.icmp_signed("!=", relu, _i64(0)), t.lanes)
     total = _load(b, suspect, vector)
@@ -1593,6 +1645,16 @@ winograd_output = _winograd("output", """`lanes` tiles: their m x m outputs A^T 
 M[xi] is read at ``source + xi * source_pitch``; row i of the outputs of all tiles, m values for each tile side by side,
 is written at ``target + i * target_pitch``. `suspect` (one vector) becomes nan in the lane of a tile that has an
 infinite or nan output.
+""")  # fmt: skip
+winograd_pixels = _winograd("pixels", """`lanes` channels of a tile: target[xi * target_pitch] = (B^T d B)[xi].
+
+Element (i, j) of d is the vector at ``source + i * source_pitch + j * lanes``.
+""")  # fmt: skip
+winograd_output_gradient = _winograd("output_gradient", """The same of the output gradient, m x m: (A dy A^T)[xi].""")
+winograd_weight_gradient = _winograd("weight_gradient", """`lanes` kernels: target[tap * target_pitch] = (G^T M G)[tap].
+
+M[xi] is read at ``source + xi * source_pitch``; `suspect` becomes nan in the lane of a kernel that has an infinite or
+nan element.
 """)  # fmt: skip
 
 

@@ -249,8 +249,6 @@ def _transform_weights(task, worker, p, real):
 
 def why_not(operation: str, geometry: ConvGeometry) -> str | None:
     """Why Winograd does not apply; None if it does."""
-    if operation == "weight_grad":
-        return "Winograd has no weight gradient here (expected the forward pass or the input gradient)"
     if geometry.kernel_size != (1, 3, 3):
         return f"the kernel is {geometry.kernel_size} in (D, H, W) (expected two dimensions and a 3 x 3 kernel)"
     if geometry.input_size[0] != 1 or geometry.output_size[0] != 1:
@@ -266,7 +264,7 @@ def why_not(operation: str, geometry: ConvGeometry) -> str | None:
 
 def tile_size(geometry: ConvGeometry, operation: str) -> int:
     """Outputs of a tile in each dimension, 2 or 4: whichever multiplies less, 2 if equal: it rounds less."""
-    size = geometry.output_size if operation == "forward" else geometry.input_size
+    size = geometry.input_size if operation == "input_grad" else geometry.output_size
 
     def cost(m: int) -> int:
         return -(-size[1] // m) * -(-size[2] // m) * (m + 2) ** 2
@@ -274,7 +272,8 @@ def tile_size(geometry: ConvGeometry, operation: str) -> int:
     return 2 if cost(2) <= cost(4) else 4
 
 
-def _tile_axis(out: int, m: int, source: np.ndarray, before: int, size: int) -> contraction.Axis:
+def tile_axis(out: int, m: int, source: np.ndarray, before: int, size: int) -> contraction.Axis:
+    """Tiles of m outputs as the outputs of a correlation with kernels of m + 2 taps and stride m."""
     tiles = -(-out // m)
     needed = tiles * m + 2
     padded = np.full(max(needed, len(source)), -1, np.int64)
@@ -294,7 +293,7 @@ def _plan(
         rows, channels = geometry.out_channels, geometry.in_channels
         image = geometry.output_size
         source = [
-            _tile_axis(image[i], m, geometry.input_coordinates[i], geometry.pad_before[i], geometry.input_size[i])
+            tile_axis(image[i], m, geometry.input_coordinates[i], geometry.pad_before[i], geometry.input_size[i])
             for i in (1, 2)
         ]
     else:  # the correlation of the output gradient with the kernel turned around
@@ -305,7 +304,7 @@ def _plan(
             before = 2 - geometry.pad_before[i]
             p = np.arange(image[i] + 2, dtype=np.int64) - before
             table = np.where((p >= 0) & (p < geometry.output_size[i]), p, -1)
-            source.append(_tile_axis(image[i], m, table, before, geometry.output_size[i]))
+            source.append(tile_axis(image[i], m, table, before, geometry.output_size[i]))
     one = contraction.Axis(1, 1, 1, 1, np.zeros(1, np.int64), 0, 1)
     axes = (one, *source)
     u_pitch = channels * t.columns + 16
