@@ -35,6 +35,14 @@ LONGEST_CHAIN = 384
 # choice must not depend on the batch, it is between what pays for one sample and for four.
 WINOGRAD_PIXELS, WINOGRAD_SIZE = 14 * 14, 1100
 
+# The same of the weight gradient, whose transforms have no weights among them: from 16 channels of 14 x 14 pixels on,
+# 32 of 7 x 7.
+WINOGRAD_GRADIENT_CHANNELS, WINOGRAD_GRADIENT_PIXELS, WINOGRAD_GRADIENT_SIZE = 16, 7 * 7, 224
+
+# Times fewer multiplications than the definition that its transforms take: 4 if the tiles are whole, less where they
+# reach far beyond the image, which is never made up for.
+WINOGRAD_SAVES = 1.6
+
 
 def why_not(algorithm: str, operation: str, geometry: ConvGeometry, dtype: np.dtype, backend: str) -> str | None:
     """Why `algorithm` does not apply to `operation` on this shape and backend; None if it does."""
@@ -55,13 +63,18 @@ def why_slower(algorithm: str, operation: str, geometry: ConvGeometry) -> str | 
 
     if algorithm == "winograd":
         channels = min(geometry.in_channels, geometry.out_channels)
-        size = geometry.output_size if operation == "forward" else geometry.input_size
-        pixels = size[1] * size[2]
-        if pixels < WINOGRAD_PIXELS:
-            return f"it pays from {WINOGRAD_PIXELS} pixels on, here are {pixels}"
-        enough = math.ceil(WINOGRAD_SIZE / math.sqrt(pixels))
-        if channels < enough:
-            return f"of {size[1]}x{size[2]} pixels it pays from {enough} channels on, here are {channels}"
+        size = geometry.input_size if operation == "input_grad" else geometry.output_size
+        pixels, fewest, least, enough = size[1] * size[2], 1, WINOGRAD_PIXELS, WINOGRAD_SIZE
+        if operation == "weight_grad":
+            fewest, least, enough = WINOGRAD_GRADIENT_CHANNELS, WINOGRAD_GRADIENT_PIXELS, WINOGRAD_GRADIENT_SIZE
+        if pixels < least:
+            return f"it pays from {least} pixels on, here are {pixels}"
+        fewest = max(fewest, math.ceil(enough / math.sqrt(pixels)))
+        if channels < fewest:
+            return f"of {size[1]}x{size[2]} pixels it pays from {fewest} channels on, here are {channels}"
+        saved = geometry.flops / max(1, flops("winograd", operation, geometry))
+        if saved < WINOGRAD_SAVES:
+            return f"its tiles reach beyond {size[1]}x{size[2]} pixels: {saved:.3g} times fewer multiplications"
         return None
     direct, by_fft = direct_nanoseconds(geometry), fft.nanoseconds(operation, geometry)
     if FFT_MARGIN * by_fft < direct:
@@ -117,7 +130,7 @@ def flops(algorithm: str, operation: str, geometry: ConvGeometry) -> int:
 
     if algorithm == "winograd":
         m = winograd.tile_size(geometry, operation)
-        height, width = (geometry.output_size if operation == "forward" else geometry.input_size)[1:]
+        height, width = (geometry.input_size if operation == "input_grad" else geometry.output_size)[1:]
         tiles = geometry.batch * -(-height // m) * -(-width // m)
         return 2 * tiles * (m + 2) ** 2 * geometry.in_channels * geometry.out_channels
     if algorithm == "fft":
@@ -142,7 +155,11 @@ def expected_error(algorithm: str, operation: str, geometry: ConvGeometry, dtype
     else:
         terms = geometry.in_channels_per_group * math.prod(geometry.kernel_size)
     if algorithm == "winograd":
-        # F(4x4, 3x3) has numbers of up to 4 where the sum has 1; chains of channels, and a chain of those
+        # F(4x4, 3x3) has numbers of up to 4 where the sum has 1
+        if operation == "weight_grad":  # a chain of tiles for each part of them, of which there are more or less 4
+            tiles = terms / winograd.tile_size(geometry, operation) ** 2
+            return eps * math.sqrt(6 + tiles / 16)
+        # chains of channels, and a chain of those
         channels = terms / 9
         growth = math.sqrt(6 + 0.49 * min(channels, winograd.CHAIN) + 0.023 * channels)
         return eps * growth / (1 if winograd.tile_size(geometry, operation) == 4 else 2)

@@ -167,13 +167,15 @@ def _conversions(name: str, sizes: tuple[tuple[int, ...], ...]) -> int:
 
 
 def _workspace(algorithm: str, op: str, geometry: ConvGeometry, dtype: np.dtype) -> int:
-    """What the call takes: exact for the FFT, else the weights as the kernels want them and each thread's blocks."""
-    from .cpu import contraction, fft, threads, winograd
+    """What the call takes: exact for the FFT and for Winograd's weight gradient, else packed weights and blocks."""
+    from .cpu import contraction, fft, threads, winograd, winograd_gradient
 
     if algorithm == "fft":
         return fft.workspace(op, geometry, dtype)
     weights = geometry.out_channels * geometry.in_channels_per_group * math.prod(geometry.kernel_size) * dtype.itemsize
     blocks = contraction.SLAB_BYTES + contraction.GROUP_BYTES
+    if algorithm == "winograd" and op == "weight_grad":
+        return winograd_gradient.workspace(geometry, dtype)
     if algorithm == "winograd":
         m = winograd.tile_size(geometry, op)
         weights = weights * (m + 2) ** 2 // 9

@@ -55,7 +55,23 @@ def test_every_algorithm_is_chosen_for_a_gradient():
     plane = ((1, 1, 512, 512), (1, 1, 63, 63)), {"padding": 31}
     layer = ((1, 128, 56, 56), (128, 128, 3, 3)), {"padding": 1}
     assert [fastest(op, *plane[0], **plane[1]) for op in ("input_grad", "weight_grad")] == ["fft", "fft"]
-    assert [fastest(op, *layer[0], **layer[1]) for op in ("input_grad", "weight_grad")] == ["winograd", "direct"]
+    assert [fastest(op, *layer[0], **layer[1]) for op in ("input_grad", "weight_grad")] == ["winograd", "winograd"]
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "expected"),
+    [(64, (56, 56), "winograd"), (16, (14, 14), "winograd"), (8, (56, 56), "direct"), (16, (7, 7), "direct"),
+     (512, (7, 7), "winograd"), (512, (4, 4), "direct"), (64, (1, 2000), "direct")],
+)  # fmt: skip
+def test_choice_for_weight_gradients(channels, size, expected):
+    shapes = (1, channels, *size), (channels, channels, 3, 3)
+    assert fastest("weight_grad", *shapes, padding=1) == expected
+
+
+def test_tiles_that_reach_far_beyond_the_image_do_not_pay():
+    long = geometry((1, 128, 1, 2000), (128, 128, 3, 3), padding=1)
+    assert algorithms.fastest("forward", long, SINGLE, "cpu") == "direct"
+    assert "tiles reach beyond 1x2000 pixels" in algorithms.why_slower("winograd", "forward", long)
 
 
 @pytest.mark.parametrize("operation", algorithms.OPERATIONS)
@@ -110,12 +126,6 @@ def test_forced_where_it_does_not_apply(algorithm, function, input, weight, opti
     with pytest.raises(ValueError) as error:
         getattr(fc, function)(x, w, algorithm=algorithm, **options)
     assert str(error.value) == f"{function}: algorithm={algorithm!r} does not apply: {reason}"
-
-
-def test_winograd_has_no_weight_gradient():
-    x, dy = np.ones((1, 8, 9, 9), np.float32), np.ones((1, 8, 7, 7), np.float32)
-    with pytest.raises(ValueError, match=r"conv2d_weight_grad: algorithm='winograd' does not apply: .*gradient"):
-        fc.conv2d_weight_grad(x, (8, 8, 3, 3), dy, algorithm="winograd")
 
 
 @pytest.mark.parametrize("algorithm", ["winograd", "fft"])

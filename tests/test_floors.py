@@ -33,6 +33,7 @@ MACHINERY = {
         "tasks": "runs an operation as tasks on the threads",
         "threads": "the threading layer",
         "winograd": "convolution by Winograd's transforms; CUDA has the direct sum only",
+        "winograd_gradient": "the same for the weight gradient",
     },
     cuda_kernels: {
         "__init__": "says what the folder is",

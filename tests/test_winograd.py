@@ -69,6 +69,73 @@ def test_input_grad(name: str, rng: np.random.Generator) -> None:
     np.testing.assert_allclose(added, start + result, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_weight_grad(name: str, rng: np.random.Generator) -> None:
+    x, w, _, options = make(name, np.float32, rng)
+    dy = rng.standard_normal(fc.conv2d(x, w, **options).shape).astype(np.float32)
+    exact = fc.conv2d_weight_grad(x.astype(float), w.shape, dy.astype(float), algorithm="direct", **options)
+    result = fc.conv2d_weight_grad(x, w.shape, dy, algorithm="winograd", **options)
+    assert_right(result, exact)
+    start = rng.standard_normal(w.shape).astype(np.float32)
+    added = fc.conv2d_weight_grad(x, w.shape, dy, algorithm="winograd", out=start.copy(), accumulate=True, **options)
+    np.testing.assert_array_equal(added, start + result)
+    precise = fc.conv2d_weight_grad(x.astype(float), w.shape, dy.astype(float), algorithm="winograd", **options)
+    np.testing.assert_allclose(precise, exact, rtol=0, atol=1e-13 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("channels", [(40, 130), (70, 17), (130, 64)])
+def test_weight_grad_of_several_blocks(channels: tuple[int, int], rng: np.random.Generator) -> None:
+    """Several blocks of either kind of channels, and parts of the tiles."""
+    c, o = channels
+    x, dy = rng.standard_normal((3, c, 30, 27)), rng.standard_normal((3, o, 30, 27))
+    exact = fc.conv2d_weight_grad(x, (o, c, 3, 3), dy, padding=1, algorithm="direct")
+    for dtype, bound in ((np.float32, 16 * np.finfo(np.float32).eps), (np.float64, 1e-13)):
+        result = fc.conv2d_weight_grad(
+            x.astype(dtype), (o, c, 3, 3), dy.astype(dtype), padding=1, algorithm="winograd"
+        )
+        assert np.abs(result - exact).max() <= bound * np.abs(exact).max()
+
+
+def test_weight_grad_of_any_strides(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((2, 20, 12, 13)).astype(np.float32)
+    dy = rng.standard_normal((2, 18, 10, 11)).astype(np.float32)
+    shape = (18, 20, 3, 3)
+    expected = fc.conv2d_weight_grad(x, shape, dy, algorithm="winograd")
+    orders = [(0, 2, 3, 1), (3, 2, 1, 0), (1, 0, 3, 2)]
+    for order in orders:
+        back = np.argsort(order)
+        views = [np.ascontiguousarray(a.transpose(order)).transpose(back) for a in (x, dy)]
+        out = np.empty([shape[i] for i in order], np.float32).transpose(back)
+        result = fc.conv2d_weight_grad(views[0], shape, views[1], algorithm="winograd", out=out)
+        np.testing.assert_array_equal(result, expected)
+    backwards = np.ascontiguousarray(x[:, ::-1, ::-1, ::-1])[:, ::-1, ::-1, ::-1]
+    np.testing.assert_array_equal(fc.conv2d_weight_grad(backwards, shape, dy, algorithm="winograd"), expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("place", ["input", "gradient"])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_weight_grad_of_nan_inf_and_overflow(
+    value: float, place: str, accumulate: bool, rng: np.random.Generator
+) -> None:
+    """A value in a corner meets four taps of a channel; the others, and other channels, keep theirs."""
+    x = rng.standard_normal((2, 6, 13, 17)).astype(np.float32)
+    dy = rng.standard_normal((2, 5, 13, 17)).astype(np.float32)
+    (x if place == "input" else dy)[1, 2, 0, 0] = value
+    start = rng.standard_normal((5, 6, 3, 3)).astype(np.float32)
+    options = {"padding": 1, "accumulate": accumulate}
+    with np.errstate(all="ignore"):
+        direct, result = (
+            fc.conv2d_weight_grad(x, start.shape, dy, algorithm=a, out=start.copy(), **options)
+            for a in ("direct", "winograd")
+        )
+    assert np.isfinite(direct).any()
+    np.testing.assert_array_equal(np.isfinite(result), np.isfinite(direct))
+    if value != 3e38:
+        assert not np.isfinite(direct).all()
+        np.testing.assert_array_equal(result, direct)
+
+
 @pytest.mark.parametrize("name", ["ends inside a tile", "several images in a panel", "many channels"])
 def test_float64(name: str, rng: np.random.Generator) -> None:
     x, w, b, options = make(name, np.float64, rng)
@@ -141,6 +208,46 @@ def test_same_bits_for_any_threads_and_batch(operation: str, rng: np.random.Gene
             np.testing.assert_array_equal(run(x[3:4]), expected[3:4])
     finally:
         fc.set_num_threads(before)
+
+
+def test_weight_grad_has_the_same_bits_for_any_threads(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((5, 72, 30, 29)).astype(np.float32)
+    dy = rng.standard_normal((5, 80, 30, 29)).astype(np.float32)
+    results = []
+    before = fc.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            fc.set_num_threads(threads)
+            results.append(fc.conv2d_weight_grad(x, (80, 72, 3, 3), dy, padding=1, algorithm="winograd"))
+    finally:
+        fc.set_num_threads(before)
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.parametrize("offset", [0.0, 3.0])
+@pytest.mark.parametrize(("channels", "size", "batch"), [(64, 56, 1), (128, 28, 4), (256, 14, 4), (512, 7, 4)])
+def test_weight_grad_accuracy_on_layers(
+    channels: int, size: int, batch: int, offset: float, rng: np.random.Generator
+) -> None:
+    """Unit variance, and data far from zero mean."""
+    x = (rng.standard_normal((batch, channels, size, size)) + offset).astype(np.float32)
+    dy = (rng.standard_normal((batch, 64, size, size)) + offset).astype(np.float32)
+    shape = (64, channels, 3, 3)
+    exact = fc.conv2d_weight_grad(x.astype(float), shape, dy.astype(float), padding=1, algorithm="direct")
+    results = [fc.conv2d_weight_grad(x, shape, dy, padding=1, algorithm=a) for a in ("winograd", "direct")]
+    assert_as_accurate_as_documented(*results, exact, 2)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [((4, c, n, n), (c, c, 3, 3)) for c, n in ((64, 56), (128, 28), (256, 14), (512, 7), (64, 224), (512, 28))]
+    + [((1, 16, 20, 5000), (16, 16, 3, 3)), ((1, 3, 2000, 2000), (64, 3, 3, 3))],
+)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_weight_grad_takes_2_mib_for_each_thread(shapes: tuple, dtype: str) -> None:
+    workspace = fc.explain(*shapes, padding=1, dtype=dtype, op="weight_grad", algorithm="winograd").workspace
+    assert workspace <= (fc.get_num_threads() + 1) * 2 * 2**20  # one more for the kernels of parts of the tiles
 
 
 @pytest.mark.parametrize(
