@@ -5,7 +5,7 @@
 
 Each figure is the best of many calls, the two algorithms taking turns, so that what else runs on the machine disturbs
 both alike. float32, stride 1, "same" padding. The FFT: forward pass, a batch of one, one thread. Winograd: forward pass
-and input gradient, batches of one and four, all threads.
+and both gradients, batches of one and four, all threads.
 """
 
 from __future__ import annotations
@@ -111,13 +111,20 @@ def winograd_row(batch: int, n: int) -> Row:
         def backward(algorithm: str, x=x, w=w, y=y) -> Callable[[], object]:
             return lambda: fc.conv2d_input_grad(x.shape, w, x, padding=1, algorithm=algorithm, out=y)
 
+        def of_weights(algorithm: str, x=x, w=w, y=y) -> Callable[[], object]:
+            return lambda: fc.conv2d_weight_grad(x, w.shape, x, padding=1, algorithm=algorithm, out=w)
+
         ratios = []
-        for name, call in (("forward pass", forward), ("input gradient", backward)):
+        for name, op, call in (
+            ("forward pass", "forward", forward), ("input gradient", "input_grad", backward),
+            ("weight gradient", "weight_grad", of_weights),
+        ):  # fmt: skip
             best = best_of({a: call(a) for a in ("direct", "winograd")}, SECONDS / 4)
-            ratios.append(best["direct"] / best["winograd"])
-            points.append((f"{name}, batch {batch}", f"{n}x{n}", float(channels), ratios[-1]))
-        auto = fc.explain(x.shape, w.shape, padding=1).algorithm
-        figures.append(" / ".join(f"{r:.2f}" for r in ratios) + (" (taken)" if auto == "winograd" else ""))
+            gain = best["direct"] / best["winograd"]
+            taken = fc.explain(x.shape, w.shape, padding=1, op=op).algorithm == "winograd"
+            ratios.append(f"**{gain:.2f}**" if taken else f"{gain:.2f}")
+            points.append((f"{name}, batch {batch}", f"{n}x{n}", float(channels), gain))
+        figures.append(" / ".join(ratios))
     return Row(f"| {batch} | {n}x{n} | {' | '.join(figures)} |", tuple(points))
 
 
