@@ -263,7 +263,7 @@ def _cut(geometry: ConvGeometry, m: int, units: int, tiles: int, t: simd.Tile, s
             blocks = out_blocks * channel_blocks
             splits = min(units, -(-_TASKS // blocks), most_splits)
             rows = -(-channels // channel_blocks)
-            cost = (
+            cost: float = (
                 _INPUT_COST * out_blocks * channel_blocks * -(-rows // t.lanes) * tiles
                 + _OUTPUT_COST * channel_blocks * vectors * tiles
                 + _KERNEL_COST * splits * channels * vectors
