@@ -1653,7 +1653,7 @@ def plan_weight_gradient(
 
     slab = _slab_shape(axes, _UNIT_PIXELS, batch, t.columns)
     if slab.chunk or (in_place and width.out > _UNIT_PIXELS):
-        pieces = _ceil(width.out, _UNIT_PIXELS)
+        pieces = _ceil(width.out, min(_UNIT_PIXELS, slab.chunk or _UNIT_PIXELS))  # the slab has room for its chunk
         chunk = _ceil(width.out, pieces)
         unit_rows, chunks = 1, _ceil(width.out, chunk)
         units = batch * depth.out * height.out * chunks

@@ -1,0 +1,58 @@
+"""Convolution with the vectors and tiles of processors other than this one, which runs their instructions too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import output_of, run_python
+
+from fastconv.cpu import simd
+
+SSE = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+cmov,+popcnt"
+PROCESSORS = {
+    "avx2": ("haswell", f"{SSE},+avx,+avx2,+fma", 8),
+    "avx": ("sandybridge", f"{SSE},+avx", 8),
+    "sse": ("nehalem", SSE, 4),
+}
+
+CODE = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    import numpy as np
+    import oracle
+    from fastconv.cpu import simd
+    from helpers import channels_first, channels_last, functions, integers
+    from shapes import CASES
+    from fastconv.arguments import LAYOUTS
+
+    rng = np.random.default_rng(0)
+    for case in CASES:
+        f, plain = functions(case.ndim), case.plain_options
+        x, w, dy = (integers(rng, s, sys.argv[2]) for s in (case.input, case.weight, case.output))
+        y = oracle.convolution(x, w, **plain)
+        dw = oracle.weight_grad(x, dy, weight_shape=w.shape, **plain)
+        dx = oracle.input_grad(w, dy, input_shape=x.shape, **plain)
+        same = lambda a, b: np.testing.assert_array_equal(a, b, str(case))
+        same(f.conv(x, w, **case.options), y)
+        same(f.weight_grad(x, w.shape, dy, **case.options), dw)
+        same(f.input_grad(x.shape, w, dy, **case.options), dx)
+        options = {**case.options, "layout": LAYOUTS[case.ndim][1]}
+        x, dy = channels_last(x), channels_last(dy)
+        same(channels_first(f.conv(x, w, **options)), y)
+        same(f.weight_grad(x, w.shape, dy, **options), dw)
+        same(channels_first(f.input_grad(x.shape, w, dy, **options)), dx)
+    print(simd.tile(32).lanes)
+"""
+
+
+@pytest.mark.skipif(simd._features()[0] != "x86_64", reason="names of x86 processors")
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_every_case(name: str, dtype: str, tmp_path: Path) -> None:
+    cpu, features, lanes = PROCESSORS[name]
+    process = run_python(
+        CODE, str(Path(__file__).parent), dtype, timeout=600, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features,
+        NUMBA_CACHE_DIR=str(tmp_path),
+    )  # fmt: skip
+    assert int(output_of(process)) == lanes
