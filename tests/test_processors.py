@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import output_of, run_python
 
 from fastconv.cpu import simd
+from helpers import output_of, run_python
 
 SSE = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+cmov,+popcnt"
 PROCESSORS = {
