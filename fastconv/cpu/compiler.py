@@ -63,11 +63,17 @@ class _Typing:
         return signature
 
 
-class _Whole(JITCodeLibrary):
-    """The code of a body and of all it calls, which nothing else calls by name.
+class _Shared(JITCodeLibrary):
+    """Code whose modules may have functions of LLVM in common, which are there once when they are linked."""
 
-    Functions of LLVM that several helpers call are there once, and LLVM may adapt each to its callers.
-    """
+    def create_ir_module(self, name: str) -> Any:
+        module = super().create_ir_module(name)
+        module.shares_functions = True  # see `simd._internal`
+        return module
+
+
+class _Whole(_Shared):
+    """The code of a body and of all it calls, which nothing else calls by name, so LLVM may adapt it to its callers."""
 
     def _optimize_final_module(self) -> None:
         for function in self._final_module.functions:
@@ -95,7 +101,7 @@ class BodyCompiler(CompilerBase):
         return [passes]
 
 
-class _Part(JITCodeLibrary):
+class _Part(_Shared):
     """Code that is only ever linked into that of bodies: it is optimised and made machine code there, not here too."""
 
     def _optimize_functions(self, ll_module: Any) -> None:

@@ -144,11 +144,15 @@ def _prefetch(b: ir.IRBuilder, module: ir.Module, pointer: ir.Value, write: bool
 
 
 def _internal(module: ir.Module, name: str, arguments: list[ir.Type]) -> tuple[ir.Function, bool]:
-    """A function of its own in this module, and whether it still needs a body."""
+    """A function of its own in this module, and whether it still needs a body.
+
+    Modules that are linked to the code of a body share it. In those of other functions it must be internal: a call of a
+    function that another library has too goes to that one, which may be too far away for the call.
+    """
     if name in module.globals:
         return module.globals[name], False
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
-    function.linkage = "linkonce_odr"
+    function.linkage = "linkonce_odr" if getattr(module, "shares_functions", False) else "internal"
     for attribute in ("noinline", "nounwind", "optsize"):  # what is to be unrolled is written so
         function.attributes.add(attribute)
     # What does not fit into the registers is kept on the stack, which may begin anywhere: half of the vectors then lie
