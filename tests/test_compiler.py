@@ -84,11 +84,10 @@ def test_the_collector_is_as_it_was_afterwards(on):
 def test_generated_functions_of_other_code_are_its_own():
     """One that another library has too would be called there, which may be too far away for the call."""
 
-
     @numba.njit("float64(CPointer(float64), int64)")
     def largest(x, n):
         return simd.span_maximum(x, n)
 
     (code,) = largest.inspect_llvm().values()
-    (definition,) = (line for line in code.splitlines() if line.startswith("define") and "fastconv_span_maximum" in line)
-    assert "internal" in definition
+    (name,) = (line for line in code.splitlines() if line.startswith("define") and "span_maximum" in line)
+    assert name.startswith("define internal ")
