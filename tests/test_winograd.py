@@ -137,6 +137,15 @@ def test_weight_grad_of_nan_inf_and_overflow(
         np.testing.assert_array_equal(result, direct)
 
 
+def test_weight_grad_of_tiny_times_huge(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the operands themselves may send it to the direct sum: not lanes that have no channel."""
+    x = 1e25 * rng.standard_normal((2, 32, 12, 12)).astype(np.float32)
+    dy = 1e-25 * rng.standard_normal((2, 5, 12, 12)).astype(np.float32)
+    exact = fc.conv2d_weight_grad(x.astype(float), (5, 32, 3, 3), dy.astype(float), padding=1, algorithm="direct")
+    monkeypatch.delattr("fastconv.cpu.contraction.weight_gradient")
+    assert_right(fc.conv2d_weight_grad(x, (5, 32, 3, 3), dy, padding=1, algorithm="winograd"), exact)
+
+
 @pytest.mark.parametrize("name", ["ends inside a tile", "several images in a panel", "many channels"])
 def test_float64(name: str, rng: np.random.Generator) -> None:
     x, w, b, options = make(name, np.float64, rng)

@@ -123,6 +123,8 @@ def _transform(p, d, source, channels, target, tile_pitch, xi_pitch, pixels, fir
     m, tiles_h, span, lanes = p[OUTPUTS], p[TILES_H], d[SPAN], simd.lanes(pixels)
     pixel_width = (width - 1) * m + span
     for first in range(0, channels, lanes):
+        if channels - first < lanes:  # those that are not there are added up too
+            simd.fill_zero(pixels, p[PIXELS_SIZE])
         row, place = first_row, simd.offset(target, first)
         while row < last_row:  # those of one sample
             n, h = row // tiles_h, row % tiles_h
@@ -167,7 +169,7 @@ def _gradient(task, worker, p, real):
     x_fields, dy_fields = simd.offset(p, INPUT), simd.offset(p, OUTPUT)
     x = simd.offset(simd.at(real, p[X]), first_channel * x_fields[STEP_C])
     dy = simd.at(real, p[Y])
-    simd.fill_zero(sums, p[M_SIZE] + lanes + p[PIXELS_SIZE])  # pixels have lanes beyond the last channel: none is nan
+    simd.fill_zero(sums, p[M_SIZE] + lanes)  # and what is suspect
 
     for unit in range(split * p[UNITS] // p[SPLITS], (split + 1) * p[UNITS] // p[SPLITS]):
         # a unit is some whole rows of tiles, or a piece of a long one
