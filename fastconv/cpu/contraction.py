@@ -765,6 +765,18 @@ def _contract_few(rows, count, depth, a, panel, tile, flags, bias, sums):
                 row[j] = 0
 
 
+@_jit
+def _pack_own(
+    p, worker, own, weights, group, block, first_panel, last_panel, channel, channels, first_tap, last_tap
+):  # fmt: skip
+    """Have a task pack its weights itself (see `_pack_rows`); `own` is room for OWN_FIELDS integers."""
+    simd.keep_apart()
+    own[OWN_PACKING], own[OWN_TO], own[OWN_GROUP] = p[PACKING], simd.address_of(weights), group
+    own[OWN_FIRST_PANEL], own[OWN_LAST_PANEL], own[OWN_BLOCK] = first_panel, last_panel, simd.address_of(block)
+    own[OWN_CHANNEL], own[OWN_CHANNELS], own[OWN_FIRST_TAP], own[OWN_LAST_TAP] = channel, channels, first_tap, last_tap
+    tasks.call(p[PACKING_BODY], np.int64(-1), worker, simd.address_of(own))
+
+
 @tasks.Body
 def _correlate(task, worker, p, real):
     scratch = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
@@ -831,11 +843,9 @@ def _correlate(task, worker, p, real):
                     if p[PACKING]:
                         weights = simd.offset(own_weights, (first_o - task_o) * depth if p[WEIGHTS_STAY] else 0)
                     if p[PACKING] and (start == first or not p[WEIGHTS_STAY]):
-                        own[OWN_PACKING], own[OWN_TO], own[OWN_GROUP] = p[PACKING], simd.address_of(weights), group
-                        own[OWN_FIRST_PANEL], own[OWN_LAST_PANEL] = panel_block, panel_end
-                        own[OWN_CHANNEL], own[OWN_CHANNELS], own[OWN_BLOCK] = c, channels, simd.address_of(tile)
-                        own[OWN_FIRST_TAP], own[OWN_LAST_TAP] = tap, last_tap
-                        tasks.call(p[PACKING_BODY], np.int64(-1), worker, simd.address_of(own))
+                        _pack_own(
+                            p, worker, own, weights, group, tile, panel_block, panel_end, c, channels, tap, last_tap
+                        )
                     for i in range(panel_block, panel_end):
                         o = i * p[ROW_CHANNELS] // p[PANELS]
                         rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o

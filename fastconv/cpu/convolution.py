@@ -18,6 +18,7 @@ from numba import prange, types
 
 from ..geometry import ConvGeometry
 from . import (
+    channels_last,
     contraction,
     depthwise,
     depthwise_channels,
@@ -188,7 +189,15 @@ def _forward_plan(
     offsets = _offsets([range(n) for n in geometry.kernel_size], steps)
     steps_of_rows = blocks.rows * row, row, channel
     zeros = geometry.padding_mode == "zeros"
-    if zeros and finite and (small := small_planes.cut_all(dtype, geometry.batch, [blocks], [axes], workers)):
+    small = small_planes.cut_all(dtype, geometry.batch, [blocks], [axes], workers) if zeros and finite else None
+    needed = small_planes.needed([axes]) if small else 1
+    if last := channels_last.cut_all(dtype, [blocks], [axes], x, y, needed):
+        blocks = last[0]
+        packing = contraction.plan_packing(blocks, shape, w, dtype.itemsize, steps_of_rows, offsets)
+        return blocks, packing, channels_last.plan_correlation(
+            dtype, geometry.batch, blocks, axes, x, y, zeros, workers, packed
+        )
+    if small:
         blocks = small[0]
         packing = contraction.plan_packing(blocks, shape, w, dtype.itemsize, steps_of_rows, offsets, check_finite=True)
         return blocks, packing, small_planes.plan_correlation(
@@ -701,11 +710,16 @@ def _input_grad_phases(
             )
             for _, axes, _ in products
         ]  # fmt: skip
-        small = small_planes.cut_all(
-            dtype, geometry.batch, cuts, [axes for _, axes, _ in products], workers, packing_steps[1] == 1
-        )
-        for (where, axes, of_taps), cut in zip(products, small or cuts, strict=True):
-            if small:
+        all_axes = [axes for _, axes, _ in products]
+        small = small_planes.cut_all(dtype, geometry.batch, cuts, all_axes, workers, packing_steps[1] == 1)
+        needed = small_planes.needed(all_axes) if small else 1
+        last = channels_last.cut_all(dtype, cuts, all_axes, dy, y, needed)
+        for (where, axes, of_taps), cut in zip(products, last or small or cuts, strict=True):
+            if last:
+                plan = channels_last.plan_correlation(
+                    dtype, geometry.batch, cut, axes, dy, y, True, workers, packed, group_steps
+                )
+            elif small:
                 plan = small_planes.plan_correlation(
                     dtype, geometry.batch, cut, axes, dy, y, workers, packed=packed, group_steps=group_steps
                 )

@@ -121,6 +121,11 @@ def _splat(b: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
     )
 
 
+def _opaque(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The value, of which LLVM does not know where it comes from."""
+    return b.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], False)
+
+
 def _multiply_add(b: ir.IRBuilder, module: ir.Module, fma: bool, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     if not fma:
         return b.fadd(b.fmul(x, y), z)
@@ -211,6 +216,50 @@ PACK, READ = 8, 16  # that it is to pack the panel, or to do without
 
 # Pieces of memory that a vector of a panel may come from if the microkernel is to pack it
 MOST_PIECES = 2
+
+
+def _where(b: ir.IRBuilder, condition: ir.Value, values: list[ir.Value], change) -> list[ir.Value]:
+    """`change(values)` if the condition holds, else the values."""
+    before, inside, after = b.block, b.append_basic_block("then"), b.append_basic_block("after")
+    b.cbranch(condition, inside, after)
+    b.position_at_end(inside)
+    changed = change(values)
+    inside = b.block
+    b.branch(after)
+    b.position_at_end(after)
+    result = []
+    for old, new in zip(values, changed, strict=True):
+        phi = b.phi(old.type)
+        phi.add_incoming(old, before)
+        phi.add_incoming(new, inside)
+        result.append(phi)
+    return result
+
+
+def _finish_sums(
+    b: ir.IRBuilder, flags: ir.Value, sums: list[ir.Value], targets: Callable[[], list[ir.Value]],
+    biases: Callable[[], list[ir.Value]] | None,
+) -> list[ir.Value]:  # fmt: skip
+    """The sums as the flags ADD, BIAS and RELU want them, the last two only if there are `biases`.
+
+    `targets` loads what the output holds and `biases` the bias, both for each of the sums.
+    """
+
+    def is_set(flag: int) -> ir.Value:
+        return b.icmp_signed("!=", b.and_(flags, _i64(flag)), _i64(0))
+
+    def add(loaded: Callable[[], list[ir.Value]]) -> Callable[[list[ir.Value]], list[ir.Value]]:
+        return lambda values: [b.fadd(value, other) for value, other in zip(values, loaded(), strict=True)]
+
+    def replace_negative(values: list[ir.Value]) -> list[ir.Value]:
+        zero = ir.Constant(values[0].type, [0.0] * values[0].type.count)
+        return [b.select(b.fcmp_ordered("<", value, zero), zero, value) for value in values]  # nan stays nan
+
+    values = _where(b, is_set(ADD), sums, add(targets))
+    if biases:
+        values = _where(b, is_set(BIAS), values, add(biases))
+        values = _where(b, is_set(RELU), values, replace_negative)
+    return values
 
 
 def _contract_type(element: ir.Type, t: Tile, output: bool) -> ir.FunctionType:
@@ -304,33 +353,11 @@ def _contract_function(
     else:
         sums = multiply(packed_columns)
 
-    def step(flag: int, values: list[ir.Value], change) -> list[ir.Value]:
-        """`change(values)` where the flag is set."""
-        before, inside, after = b.block, b.append_basic_block("flag"), b.append_basic_block("next")
-        b.cbranch(b.icmp_signed("!=", b.and_(flags, _i64(flag)), _i64(0)), inside, after)
-        b.position_at_end(inside)
-        changed = change(values)
-        inside = b.block
-        b.branch(after)
-        b.position_at_end(after)
-        result = []
-        for old, new in zip(values, changed, strict=True):
-            phi = b.phi(old.type)
-            phi.add_incoming(old, before)
-            phi.add_incoming(new, inside)
-            result.append(phi)
-        return result
-
-    sums = step(ADD, sums, lambda vs: [b.fadd(v, _load(b, p, vector)) for v, p in zip(vs, places, strict=True)])
-
-    def add_bias(values: list[ir.Value]) -> list[ir.Value]:
+    def biases() -> list[ir.Value]:
         each = [_splat(b, b.load(b.gep(bias, [_i64(i)])), t.lanes) for i in range(rows)]
-        return [b.fadd(v, each[n // vectors]) for n, v in enumerate(values)]
+        return [each[n // vectors] for n in range(len(places))]
 
-    if output:
-        sums = step(BIAS, sums, add_bias)
-        # v < 0 ? 0 : v, so that nan stays nan
-        sums = step(RELU, sums, lambda vs: [b.select(b.fcmp_ordered("<", v, zero), zero, v) for v in vs])
+    sums = _finish_sums(b, flags, sums, lambda: [_load(b, p, vector) for p in places], biases if output else None)
     for value, place in zip(sums, places, strict=True):
         _store(b, value, place)
     b.ret_void()
@@ -517,19 +544,13 @@ def _contract_pixels_function(module: ir.Module, element: ir.Type, t: Tile, code
     inner.close(list(sums.values()))
     outer.close(list(sums.values()))
 
-    def is_set(flag: int) -> ir.Value:
-        return b.icmp_signed("!=", b.and_(flags, _i64(flag)), _i64(0))
-
-    def add_bias(values: list[ir.Value]) -> list[ir.Value]:
+    def biases() -> list[ir.Value]:
         of_vectors = [_load(b, b.gep(bias, [_i64(j * t.lanes)]), vector) for j in range(t.vectors)]
-        return [b.fadd(value, of_vectors[j]) for value, (_, _, j) in zip(values, each, strict=True)]
+        return [of_vectors[j] for _, _, j in each]
 
-    values = _where(
-        b, is_set(ADD), list(sums.values()),
-        lambda vs: [b.fadd(v, _load(b, target, vector)) for v, target in zip(vs, targets, strict=True)],
-    )  # fmt: skip
-    values = _where(b, is_set(BIAS), values, add_bias)
-    values = _where(b, is_set(RELU), values, lambda vs: [b.select(b.fcmp_ordered("<", v, zero), zero, v) for v in vs])
+    values = _finish_sums(
+        b, flags, list(sums.values()), lambda: [_load(b, target, vector) for target in targets], biases
+    )
     for value, target in zip(values, targets, strict=True):
         _store(b, value, target)
     b.ret_void()
@@ -578,6 +599,105 @@ def contract_pixels(
         return context.get_dummy_value()
 
     return types.void(i, i, i, table, table, w, i, w, i, table, w, table, i, w), codegen
+
+
+def _contract_windows_type(element: ir.Type) -> ir.FunctionType:
+    pointer, table = element.as_pointer(), _I64.as_pointer()
+    arguments = [_I64, table, pointer, _I64, pointer, _I64, pointer, _I64, _I64, pointer]
+    return ir.FunctionType(ir.VoidType(), arguments)
+
+
+def _contract_windows_function(module: ir.Module, element: ir.Type, t: Tile, pixels: int, vectors: int) -> ir.Function:
+    """The microkernel of `contract_windows` for so many pixels, and output channels in so many vectors."""
+    kind = _contract_windows_type(element)
+    function, new = _internal(module, f"fastconv_contract_windows_{element}_{pixels}x{vectors}", kind.args)
+    if not new:
+        return function
+    depth, offsets, w, rows, source, step, c, pitch, flags, bias = function.args
+    for p in (w, source, c):
+        p.add_attribute("noalias")
+    vector = ir.VectorType(element, t.lanes)
+    zero = ir.Constant(vector, [0.0] * t.lanes)
+    each = [(i, j) for i in range(pixels) for j in range(vectors)]
+    b = ir.IRBuilder(function.append_basic_block("entry"))
+    # tiles without masks take rows that are whole vectors
+    mask = _lane_mask(b, b.sub(rows, _i64((vectors - 1) * t.lanes)), t.lanes) if t.masks else None
+
+    def load(pointer: ir.Value, j: int) -> ir.Value:
+        at = b.gep(pointer, [_i64(j * t.lanes)])
+        return _load_lanes(b, module, at, mask, vector) if mask and j == vectors - 1 else _load(b, at, vector)
+
+    places = [b.gep(c, [b.mul(_i64(i), pitch)]) for i in range(pixels)]
+    for i, j in each:
+        _prefetch(b, module, b.gep(places[i], [_i64(j * t.lanes)]), True)
+    # LLVM would keep the places of all pixels, or all their values, in registers there are not enough of: 0.65 of the
+    # speed. So every third place is worked out anew, from one it does not know.
+    double, triple = b.mul(_i64(2), step), b.mul(_i64(3), step)
+    loop = _Loop(b, "depth", depth, [zero] * len(each))
+    pixel = _opaque(b, b.gep(source, [b.load(b.gep(offsets, [loop.k]))]))
+    w_k = b.gep(w, [b.mul(loop.k, rows)])
+    weights = [load(w_k, j) for j in range(vectors)]
+    sums = dict(zip(each, loop.values, strict=True))
+    for i in range(pixels):
+        if i and not i % 3:
+            pixel = _opaque(b, b.gep(pixel, [triple]))
+        at = pixel if i % 3 == 0 else b.gep(pixel, [step if i % 3 == 1 else double])
+        value = _splat(b, b.load(at), t.lanes)
+        for j in range(vectors):
+            sums[i, j] = _multiply_add(b, module, t.fma, value, weights[j], sums[i, j])
+    loop.close(list(sums.values()))
+
+    def biases() -> list[ir.Value]:
+        of_vectors = [load(bias, j) for j in range(vectors)]
+        return [of_vectors[j] for _, j in each]
+
+    values = _finish_sums(b, flags, list(sums.values()), lambda: [load(places[i], j) for i, j in each], biases)
+    for value, (i, j) in zip(values, each, strict=True):
+        at = b.gep(places[i], [_i64(j * t.lanes)])
+        if mask and j == vectors - 1:
+            _store_lanes(b, module, value, at, mask)
+        else:
+            _store(b, value, at)
+    b.ret_void()
+    return function
+
+
+@intrinsic(prefer_literal=True)
+def list_window_kernel(typingctx, pixels, vectors, table, real):
+    """table[0] = address of the microkernel of `contract_windows` for so many pixels and vectors of output channels.
+
+    Both are literals; the null pointer `real` carries the element type.
+    """
+
+    def codegen(context, builder, sig, args):
+        element, t = _element(sig.args[3]), _tile_of(sig.args[3])
+        pixels, vectors = sig.args[0].literal_value, sig.args[1].literal_value
+        function = _contract_windows_function(builder.module, element, t, pixels, vectors)
+        builder.store(builder.ptrtoint(function, _I64), args[2])
+        return context.get_dummy_value()
+
+    return types.void(pixels, vectors, table, real), codegen
+
+
+@intrinsic
+def contract_windows(typingctx, kernel, depth, offsets, w, rows, source, step, c, pitch, flags, bias):
+    """The microkernel with neighbouring pixels as rows and output channels in the lanes, which packs nothing.
+
+    C[i, j] = sum over k < depth of ``w[k * rows + j] * source[i * step + offsets[k]]``
+
+    for the pixels i of the kernel at the address `kernel`, and j < rows, which fill its vectors; on tiles without masks
+    `rows` is a multiple of the lanes. Pixel i is at ``c + i * pitch``. The sum is one chain of multiply-adds in the
+    order of k, so it has the bits that `contract` gives it. `flags` (ADD, BIAS, RELU) are those of `contract_packing`,
+    where `bias` has a number for each j. depth >= 1.
+    """
+    i, table = types.int64, types.CPointer(types.int64)
+
+    def codegen(context, builder, sig, args):
+        kind = _contract_windows_type(_element(sig.args[3]))
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(i, i, table, w, i, w, i, w, i, i, w), codegen
 
 
 def _outer_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, vectors: int) -> ir.Function:
@@ -1915,24 +2035,6 @@ def call_rows(typingctx, address, y, y_pitch, x, x_pitch, w, w_pitch, depth, off
         return context.get_dummy_value()
 
     return signature, codegen
-
-
-def _where(b: ir.IRBuilder, condition: ir.Value, values: list[ir.Value], change) -> list[ir.Value]:
-    """`change(values)` if the condition holds, else the values."""
-    before, inside, after = b.block, b.append_basic_block("then"), b.append_basic_block("after")
-    b.cbranch(condition, inside, after)
-    b.position_at_end(inside)
-    changed = change(values)
-    inside = b.block
-    b.branch(after)
-    b.position_at_end(after)
-    result = []
-    for old, new in zip(values, changed, strict=True):
-        phi = b.phi(old.type)
-        phi.add_incoming(old, before)
-        phi.add_incoming(new, inside)
-        result.append(phi)
-    return result
 
 
 def _taps_at_once(t: Tile, taps: int) -> int:

@@ -40,7 +40,6 @@ from .contraction import (
     OUT_H,
     OUT_W,
     PACKING,
-    PACKING_BODY,
     PADDED,
     PANEL_SIZE,
     PANELS,
@@ -188,12 +187,9 @@ def _correlate_planes(task, worker, p, real):
         weights = simd.offset(w, p[ROW_CHANNELS] * reduced + first * columns * depth)
         if p[PACKING]:
             weights = own_weights
-            own[contraction.OWN_PACKING], own[contraction.OWN_TO] = p[PACKING], simd.address_of(weights)
-            own[contraction.OWN_GROUP], own[contraction.OWN_BLOCK] = group, simd.address_of(tile)
-            own[contraction.OWN_FIRST_PANEL], own[contraction.OWN_LAST_PANEL] = first, last
-            own[contraction.OWN_CHANNEL], own[contraction.OWN_CHANNELS] = c, channels
-            own[contraction.OWN_FIRST_TAP], own[contraction.OWN_LAST_TAP] = 0, p[TAPS]
-            tasks.call(p[PACKING_BODY], np.int64(-1), worker, simd.address_of(own))
+            contraction._pack_own(
+                p, worker, own, weights, group, tile, first, last, c, channels, np.int64(0), p[TAPS]
+            )
         for n in range(first_n, last_n, p[CHUNK]):
             stop = min(n + p[CHUNK], last_n)
             source = simd.offset(x, c * p[X_C] + n * p[X_N])
@@ -243,6 +239,11 @@ def _products(axes: tuple[Axis, ...]) -> int:
     return math.prod(sum(end - first for first, end in _seen(a)) for a in axes)
 
 
+def needed(axes: Sequence[tuple[Axis, ...]]) -> float:
+    """The part of the products that is not with zeros around the input."""
+    return sum(map(_products, axes)) / sum(math.prod(a.out * a.taps for a in each) for each in axes)
+
+
 def cut_all(
     dtype: np.dtype, batch: int, blocks: Sequence[Blocks], axes: Sequence[tuple[Axis, ...]], workers: int,
     neighbours: bool = False,
@@ -269,7 +270,7 @@ def cut_all(
     all_products = sum(math.prod(a.out * a.taps for a in each) for each in axes)
     few_pixels = neighbours and batch * all_products <= _FEW_PIXELS and all(cut.taps == 1 for cut in blocks)
     most = _MOST_SHARE if t.masks else _MOST_SHARE_OF_16_REGISTERS
-    if sum(map(_products, axes)) > most * all_products and not (few_pixels and t.masks):
+    if needed(axes) > most and not (few_pixels and t.masks):
         return None
     return [replace(cut, panels=cut.rows // t.columns) for cut in blocks]
 
