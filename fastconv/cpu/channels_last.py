@@ -24,13 +24,13 @@ import numpy as np
 from . import contraction, simd, tasks
 from .contraction import (
     ADD,
-    BEFORE_W,
     BIAS,
     BLOCK_CHANNELS,
     CHANNELS,
     CHUNK,
     CHUNKS,
     DEPTH_OFFSET,
+    FILL,
     IN_PLACE,
     KERNEL_D,
     KERNELS,
@@ -41,17 +41,15 @@ from .contraction import (
     PACKING,
     PADDED,
     PANELS,
+    PIXEL_STEP,
     PIXEL_TASKS,
     RELU,
     ROW_CHANNELS,
-    ROW_LENGTH,
     ROW_PITCH,
     ROW_TABLE,
     ROW_TASKS,
     SEGMENT_ROWS,
-    SIZE_W,
     SLAB_SIZE,
-    SOURCE_W,
     STRIDE_D,
     STRIDE_H,
     STRIDE_W,
@@ -64,10 +62,8 @@ from .contraction import (
     X_GROUP,
     X_H,
     X_N,
-    X_W,
     Y_GROUP,
     Y_W,
-    ZEROS,
     Axis,
     Blocks,
     Plan,
@@ -79,9 +75,9 @@ from .contraction import (
 )  # fmt: skip
 from .jit import helper as _jit
 
-# Parameters beyond those of `correlate`: elements between neighbouring pixels of the source; output rows; and where in
-# the image the first window begins, if it is read in place.
-PIXEL_PITCH, ROWS, FIRST, END = range(contraction.END, contraction.END + 4)
+# Parameters beyond those of `correlate`: output rows, and where in the image the first window begins, if it is read in
+# place.
+ROWS, FIRST, END = range(contraction.END, contraction.END + 3)
 
 # What a task reads of the image, for a block of the reduction, and the weights that all its pixels are multiplied with
 # before the next: both in L2.
@@ -90,34 +86,8 @@ WEIGHT_BYTES = 256 * 1024
 # Tasks for each thread; but each weight that a task reads is used for so many pixels, where there are as many.
 _TASKS = 4
 _LEAST_PIXELS = 56
-# Pixels of an image that are a multiple of so many bytes apart fall on few lines of the first cache: with 4 KiB the 14
-# pixels of a tile drive one another out of it (1x1 of 1024 channels: 0.8 of the speed).
-_ALIASING_BYTES = 2048
 # Moving an element through transposes, into panels or out of tiles, takes as long as so many of its products.
 _TRANSPOSE_COST = 12
-
-
-@_jit
-def _fill_slab(p, slab, x, rows, count, channels, first_u):
-    """Copy some channels of the rows listed by `contraction._find_rows`, from padded coordinate first_u on."""
-    simd.keep_apart()
-    pitch, source_w = p[PIXEL_PITCH], simd.at(p, p[SOURCE_W])
-    low = max(p[BEFORE_W], first_u)  # padded coordinates that are input elements: low .. high
-    high = min(p[BEFORE_W] + p[SIZE_W], first_u + p[ROW_LENGTH])
-    for k in range(count):
-        source, target = simd.offset(x, rows[2 * k]), simd.offset(slab, rows[2 * k + 1])
-        if high > low:
-            target_low, source_low = simd.offset(target, (low - first_u) * pitch), (low - p[BEFORE_W]) * p[X_W]
-            if pitch == channels and p[X_W] == channels:
-                simd.copy_span(target_low, simd.offset(source, source_low), (high - low) * channels)
-            else:
-                simd.copy_block(target_low, pitch, simd.offset(source, source_low), p[X_W], high - low, channels)
-        if not p[ZEROS]:
-            for u in range(first_u, first_u + p[ROW_LENGTH]):
-                if (u < low or u >= high) and source_w[u] >= 0:
-                    simd.copy_span(
-                        simd.offset(target, (u - first_u) * pitch), simd.offset(source, source_w[u] * p[X_W]), channels
-                    )
 
 
 @_jit
@@ -127,7 +97,7 @@ def _contract_row(
     """Add a block of the reduction to neighbouring pixels of an output row, for some panels of output channels."""
     simd.keep_apart()
     lanes, most = simd.lanes(source), simd.tile_rows(source)
-    step, offsets = p[PIXEL_PITCH] * p[STRIDE_W], simd.at(p, p[DEPTH_OFFSET])
+    step, offsets = p[PIXEL_STEP], simd.at(p, p[DEPTH_OFFSET])
     first_o = first_panel * p[ROW_CHANNELS] // p[PANELS]
     pieces = (pixels + most - 1) // most
     for k in range(pieces):
@@ -178,9 +148,9 @@ def _correlate(task, worker, p, real):
         if c + channels == p[CHANNELS]:
             flags |= (simd.BIAS if p[BIAS] else 0) | (simd.RELU if p[RELU] else 0)
         if not p[IN_PLACE]:
-            _fill_slab(
-                p, slab, simd.offset(x, c * p[X_C]), rows_table, listed, channels, first_pixel * p[STRIDE_W]
-            )
+            tasks.ask(p[FILL], (
+                p, slab, simd.offset(x, c * p[X_C]), channels, rows_table, listed, first_pixel * p[STRIDE_W],
+            ))  # fmt: skip
         for panel in range(first_panel, last_panel, p[WEIGHT_PANELS]):
             panel_end = min(panel + p[WEIGHT_PANELS], last_panel)
             o = panel * p[ROW_CHANNELS] // p[PANELS]
@@ -194,7 +164,7 @@ def _correlate(task, worker, p, real):
             for row in range(first, last):
                 n, d, h = row // out_h // out_d, row // out_h % out_d, row % out_h
                 place = p[FIRST] + n * p[X_N] + d * p[STRIDE_D] * p[X_D] + h * p[STRIDE_H] * p[X_H]
-                source = simd.offset(x, place + first_pixel * p[STRIDE_W] * p[X_W] + c * p[X_C])
+                source = simd.offset(x, place + first_pixel * p[PIXEL_STEP] + c * p[X_C])
                 if not p[IN_PLACE]:
                     segment = row // out_h - first // out_h
                     h -= first % out_h if segment == 0 else 0
@@ -272,28 +242,6 @@ def cut_all(
     return [replace(each, panels=panels) for each in blocks] if here <= otherwise else None
 
 
-def _flattened(
-    batch: int, axes: tuple[Axis, ...], x: Strides, y: Strides
-) -> tuple[int, tuple[Axis, ...], Strides, Strides]:
-    """Pixels that are evenly spaced in both images as one row, of all samples where these are too."""
-    if not all(a.is_identity() for a in axes):
-        return batch, axes, x, y
-    shape = batch, *(a.out for a in axes)
-    strides = [(step[0], *step[2:]) for step in (x, y)]
-    together = 0 if all(contraction.is_flat(shape, each) for each in strides) else 1
-    if together and not all(contraction.is_flat(shape[1:], each[1:]) for each in strides):
-        return batch, axes, x, y
-    size = math.prod(shape[together:])
-    inner = [
-        next((step for n, step in zip(reversed(shape[together:]), reversed(each), strict=False) if n > 1), each[-1])
-        for each in strides
-    ]
-    one = Axis(1, 1, 1, 1, axes[0].source, 0, 1)
-    row = Axis(size, 1, 1, 1, axes[0].source, 0, size)
-    x, y = (x[0], x[1], 0, 0, inner[0]), (y[0], y[1], 0, 0, inner[1])
-    return (batch if together else 1), (one, one, row), x, y
-
-
 def plan_correlation(
     dtype: np.dtype, batch: int, blocks: Blocks, axes: tuple[Axis, ...], x: Strides, y: Strides, zeros: bool,
     workers: int, packed: bool, group_steps: tuple[int, int] | None = None,
@@ -301,19 +249,15 @@ def plan_correlation(
     """`contraction.plan_correlation` for `blocks` of `cut`."""
     t = simd.tile(dtype.itemsize * 8)
     size = dtype.itemsize
-    batch, axes, x, y = _flattened(batch, axes, x, y)
+    batch, axes, x, y = contraction.flatten(batch, axes, x, y)
     depth, height, width = axes
     rows = batch * depth.out * height.out
     in_place = (
         not contraction._is_padded(axes)
         and blocks.block_channels == blocks.channels
-        and width.stride * x[4] * size % _ALIASING_BYTES != 0
+        and not contraction.aliases(x[4], width.stride, dtype)
     )
-    pitch = blocks.block_channels
-    if pitch * width.stride * size % _ALIASING_BYTES == 0:
-        pitch += t.lanes
-    if in_place:
-        pitch = x[4]
+    pitch = x[4] if in_place else contraction.pitch_of_pixels(blocks.block_channels, width.stride, dtype)
 
     def slab_of(rows_at_once: int, pixels: int) -> contraction._Slab:
         segments = min(batch * depth.out, (rows_at_once + height.out - 2) // height.out + 1)
@@ -357,14 +301,14 @@ def plan_correlation(
     channel, steps = 1, (slab.segment_rows * slab.row, height.dilation * slab.row, width.dilation * pitch)
     if in_place:
         channel, steps = x[1], tuple(a.dilation * step for a, step in zip(axes, x[2:], strict=True))
-    shape = blocks.block_channels, depth.taps, height.taps, width.taps
-    places = np.meshgrid(*(np.arange(n, dtype=np.int64) for n in shape), indexing="ij")
-    offsets = np.sum([place * step for place, step in zip(places, (channel, *steps), strict=True)], axis=0).ravel()
+    offsets = np.arange(blocks.block_channels, dtype=np.int64)[:, None] * channel
+    offsets = (offsets + contraction.offsets_of_taps(axes, steps)).ravel()
 
     parameters = np.zeros(END, np.int64)
     contraction._set_common(parameters, dtype, batch, axes, slab, x, y, zeros, in_place)
     parameters[[ROW_CHANNELS, CHANNELS, PANELS]] = blocks.rows, blocks.channels, blocks.panels
-    parameters[[BLOCK_CHANNELS, PIXEL_PITCH, ROWS]] = blocks.block_channels, pitch, rows
+    contraction.set_pixel_slab(parameters, dtype, slab.row_length, pitch, width.stride)
+    parameters[[BLOCK_CHANNELS, ROWS]] = blocks.block_channels, rows
     parameters[FIRST] = -sum(a.before * step for a, step in zip(axes, x[2:], strict=True))
     parameters[[PIXEL_TASKS, ROW_TASKS, CHUNK, CHUNKS]] = pixel_tasks, row_tasks, chunk, chunks
     parameters[[X_GROUP, Y_GROUP]] = group_steps or (blocks.channels * x[1], blocks.rows * y[1])

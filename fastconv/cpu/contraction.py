@@ -70,14 +70,14 @@ AGAIN_WEIGHTS = 8 * 1024  # elements for each thread
     TAP_OFFSET, BLOCK_CHANNELS, BLOCK_TAPS, PANELS, PIXEL_TASKS, CHUNK, CHUNKS, ROW_TASKS, GROUP, WEIGHT_PANELS,
     IN_PLACE, EXTENT, PLANE, SEGMENTS, SEGMENT_ROWS, PHASE_PITCH, ROW_PITCH, ROW_LENGTH, CHANNEL_PITCH,
     SLAB_SIZE, PANEL_SIZE, WEIGHT_SIZE, TABLE_BYTES, RUN_TABLE, ROW_TABLE, DEPTH_OFFSET, AHEAD, PACKING, PACKING_BODY,
-    WEIGHTS_STAY, X_GROUP, Y_GROUP, KERNELS, FILL, END,
-) = range(tasks.FIRST, tasks.FIRST + 73)  # fmt: skip
+    WEIGHTS_STAY, X_GROUP, Y_GROUP, KERNELS, FILL, PIXEL_PITCH, PIXEL_STEP, END,
+) = range(tasks.FIRST, tasks.FIRST + 75)  # fmt: skip
 
 # Those of the weight gradient: the same for the slab, where Y stands for the gradient of the output; and
 (
     W_GROUP, W_O, W_C, W_TAP_OFFSET, W_FLAT, ROW_OFFSET, UNIT_ROWS, UNITS, SPLITS, CHANNEL_BLOCKS, OUT_BLOCKS, VECTORS,
-    VECTOR_PANELS, PARTIAL, TILE_SIZE, GRADIENT_END,
-) = range(END, END + 16)  # fmt: skip
+    VECTOR_PANELS, PARTIAL, TILE_SIZE, Y_PACKED, GRADIENT_END,
+) = range(END, END + 17)  # fmt: skip
 
 # Those of packing weights.
 (
@@ -285,6 +285,31 @@ def _fill_slab(task, worker, a, real):
                     if (u < low or u >= high) and source_w[u] >= 0:
                         v = u - first_u
                         row[v % stride * phase_pitch + v // stride] = source[source_w[u] * step]
+
+
+@tasks.Body
+def _fill_pixels(task, worker, a, real):
+    """`_fill_slab` for a slab of [row][pixel][channel], from an image whose channels are neighbours in memory."""
+    p, rows = simd.at(a, a[FILL_FOR]), simd.at(a, a[FILL_ROWS])
+    slab, x = simd.at(real, a[FILL_SLAB]), simd.at(real, a[FILL_FROM])
+    channels, first_u = a[FILL_CHANNELS], a[FILL_FIRST]
+    pitch, step, source_w = p[PIXEL_PITCH], p[X_W], simd.at(p, p[SOURCE_W])
+    low = max(p[BEFORE_W], first_u)  # padded coordinates that are input elements: low .. high
+    high = min(p[BEFORE_W] + p[SIZE_W], first_u + p[ROW_LENGTH])
+    end = min(p[PADDED_W], first_u + p[ROW_LENGTH])
+    for k in range(a[FILL_COUNT]):
+        source, target = simd.offset(x, rows[2 * k]), simd.offset(slab, rows[2 * k + 1])
+        if high > low:
+            place, begin = simd.offset(target, (low - first_u) * pitch), (low - p[BEFORE_W]) * step
+            if pitch == channels and step == channels:
+                simd.copy_span(place, simd.offset(source, begin), (high - low) * channels)
+            else:
+                simd.copy_block(place, pitch, simd.offset(source, begin), step, high - low, channels)
+        if not p[ZEROS]:
+            for u in range(first_u, end):
+                if (u < low or u >= high) and source_w[u] >= 0:
+                    place = simd.offset(target, (u - first_u) * pitch)
+                    simd.copy_span(place, simd.offset(source, source_w[u] * step), channels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1043,7 +1068,7 @@ def _weight_gradient(task, worker, p, real):
             )
         for row in range(first_row, last_row):
             if p[IN_PLACE]:
-                run_offset[row - first_row] = row * p[X_N] + first_column
+                run_offset[row - first_row] = row * p[X_N] + first_column * p[PIXEL_STEP]
             else:
                 segment = row // out_h - first_row // out_h
                 h = row % out_h - (first_row % out_h if segment == 0 else 0)
@@ -1052,10 +1077,14 @@ def _weight_gradient(task, worker, p, real):
             start = panel * p[VECTORS] // p[VECTOR_PANELS]
             vectors = (panel + 1) * p[VECTORS] // p[VECTOR_PANELS] - start
             width = vectors * lanes
-            _pack_gradient(
-                p, panels, simd.offset(dy, start * lanes * p[Y_O]), min(width, p[ROW_CHANNELS] - start * lanes), width,
-                first_row, last_row, first_column, length,
-            )  # fmt: skip
+            packed = panels
+            if p[Y_PACKED]:
+                packed = simd.offset(dy, _row_place(p, first_row) + first_column * width)
+            else:
+                _pack_gradient(
+                    p, panels, simd.offset(dy, start * lanes * p[Y_O]), min(width, p[ROW_CHANNELS] - start * lanes),
+                    width, first_row, last_row, first_column, length,
+                )  # fmt: skip
             part = simd.offset(tile, (start - first_vector) * lanes * rows)
             # While these are multiplied, what is packed next is asked for, a vector of channels with each block of
             # rows: the next channels of these pixels, or the first channels of the pixels after them.
@@ -1072,9 +1101,9 @@ def _weight_gradient(task, worker, p, real):
             for i in range(row_panels):
                 row = i * rows // row_panels
                 simd.accumulate_outer(
-                    (i + 1) * rows // row_panels - row, vectors, last_row - first_row, run_offset, length, 1,
-                    source, simd.offset(row_offset, row), panels, simd.offset(part, row * width), ahead, line_step,
-                    block_step,
+                    (i + 1) * rows // row_panels - row, vectors, last_row - first_row, run_offset, length,
+                    p[PIXEL_STEP], source, simd.offset(row_offset, row), packed, simd.offset(part, row * width), ahead,
+                    line_step, block_step,
                 )  # fmt: skip
                 if i + 1 < vectors and p[AHEAD]:
                     ahead = simd.offset(ahead, lanes * p[Y_O])
@@ -1274,16 +1303,28 @@ def can_stay_in_place(axes: tuple[Axis, ...], x: Strides) -> bool:
     return all(a.is_identity() for a in axes) and are_consecutive(shape, x[2:]) and min(x) >= 0
 
 
-def _flattened(axes: tuple[Axis, ...], x: Strides, y: Strides) -> tuple[tuple[Axis, ...], Strides, Strides]:
-    """The same matrix product with all pixels of a plane in one row."""
-    size = math.prod(a.out for a in axes)
-    one = Axis(1, 1, 1, 1, axes[0].source, 0, 1)
-    step = y[4] if axes[2].out > 1 else y[3] if axes[1].out > 1 else y[2] if axes[0].out > 1 else 1
-    return (
-        (one, one, Axis(size, 1, 1, 1, one.source, 0, size)),
-        (x[0], x[1], 0, 0, 1),
-        (y[0], y[1], 0, 0, step),
-    )
+def flatten(
+    batch: int, axes: tuple[Axis, ...], x: Strides, y: Strides
+) -> tuple[int, tuple[Axis, ...], Strides, Strides]:
+    """A matrix product on the image as it lies (kernel and stride 1, no padding), with its pixels as one row.
+
+    Those of all samples, or of each, whichever are evenly spaced in both arrays; if none are, what came.
+    """
+    if not all(a.is_identity() for a in axes):
+        return batch, axes, x, y
+    out = batch, *(a.out for a in axes)
+    for samples, shape in ((1, out), (batch, out[1:])):
+        steps = [(each[0], *each[2:])[-len(shape) :] for each in (x, y)]
+        if all(is_flat(shape, each) for each in steps):
+            size = math.prod(shape)
+            from_, to = [
+                next((step for n, step in zip(reversed(shape), reversed(each), strict=True) if n > 1), 1)
+                for each in steps
+            ]
+            one = Axis(1, 1, 1, 1, axes[0].source, 0, 1)
+            row = Axis(size, 1, 1, 1, axes[0].source, 0, size)
+            return samples, (one, one, row), (x[0], x[1], 0, 0, from_), (y[0], y[1], 0, 0, to)
+    return batch, axes, x, y
 
 
 def _is_padded(axes: tuple[Axis, ...]) -> bool:
@@ -1299,6 +1340,12 @@ def _tap_offsets(axes: tuple[Axis, ...], slab: _Slab) -> np.ndarray:
     return (
         (i * slab.segment_rows + j * height.dilation) * slab.row + u % width.stride * slab.phase + u // width.stride
     ).ravel()
+
+
+def offsets_of_taps(axes: tuple[Axis, ...], steps: tuple[int, ...]) -> np.ndarray:
+    """`_tap_offsets` where taps that are neighbours in a dimension are as far apart as `steps` says."""
+    i, j, k = np.meshgrid(*(np.arange(a.taps, dtype=np.int64) for a in axes), indexing="ij")
+    return (i * steps[0] + j * steps[1] + k * steps[2]).ravel()
 
 
 def _set_common(
@@ -1320,9 +1367,31 @@ def _set_common(
     parameters[[SEGMENTS, SEGMENT_ROWS, PHASE_PITCH]] = slab.segments, slab.segment_rows, slab.phase
     parameters[[ROW_PITCH, ROW_LENGTH]] = slab.row, slab.row_length
     parameters[CHANNEL_PITCH] = x[1] if in_place else slab.channel
+    parameters[PIXEL_STEP] = 1
     if not in_place:
         whole_rows = x[4] == 1 and zeros and width.stride in (1, 2, 4)
         parameters[FILL] = (_fill_whole_rows if whole_rows else _fill_slab).address(dtype)
+
+
+# Pixels that are a multiple of so many bytes apart fall on few lines of the first cache: with 4 KiB, the 14 pixels of a
+# tile of `channels_last` drive one another out of it (1x1 of 1024 channels: 0.8 of the speed).
+_ALIASING_BYTES = 2048
+
+
+def aliases(pitch: int, stride: int, dtype: np.dtype) -> bool:
+    """Do pixels so far apart (in elements, and a stride between them) fall on few lines of the cache?"""
+    return pitch * stride * dtype.itemsize % _ALIASING_BYTES == 0
+
+
+def pitch_of_pixels(channels: int, stride: int, dtype: np.dtype) -> int:
+    """How far apart pixels are in a slab of [row][pixel][channel]."""
+    return channels + simd.tile(dtype.itemsize * 8).lanes * aliases(channels, stride, dtype)
+
+
+def set_pixel_slab(parameters: np.ndarray, dtype: np.dtype, row_length: int, pitch: int, stride: int) -> None:
+    """Those parameters that `_set_common` has for a slab of planes, for one of [row][pixel][channel]."""
+    parameters[[PIXEL_PITCH, PIXEL_STEP, ROW_PITCH]] = pitch, pitch * stride, row_length * pitch
+    parameters[FILL] = _fill_pixels.address(dtype)
 
 
 @tasks.Body
@@ -1361,8 +1430,8 @@ def plan_correlation(
     """
     t = simd.tile(dtype.itemsize * 8)
     size = dtype.itemsize
-    if in_place and is_flat(tuple(a.out for a in axes), y[2:]):
-        axes, x, y = _flattened(axes, x, y)
+    if in_place:
+        batch, axes, x, y = flatten(batch, axes, x, y)
     x_group, y_group = group_steps or (blocks.channels * x[1], blocks.rows * y[1])
     depth, height, width = axes
     plane = depth.out * height.out * width.out
@@ -1655,8 +1724,11 @@ def plan_weight_gradient(
     """
     t = simd.tile(dtype.itemsize * 8)
     size = dtype.itemsize
-    axes, x, dy = _flattened(axes, x, dy) if in_place else (axes, x, dy)
+    last = not in_place and channels > 1 and x[1] == 1  # are the channels of a pixel neighbours?
+    if in_place or last:
+        batch, axes, x, dy = flatten(batch, axes, x, dy)
     depth, height, width = axes
+    in_place = in_place or (last and all(a.is_identity() for a in axes) and depth.out == height.out == 1 and not aliases(x[4], 1, dtype))
     taps = math.prod(a.taps for a in axes)
     plane = depth.out * height.out * width.out
     pixels = batch * plane
@@ -1677,21 +1749,32 @@ def plan_weight_gradient(
 
     channel_blocks, out_blocks, splits = _gradient_blocks(
         groups, rows, channels, taps, pixels, units, 0 if in_place else slab.channel,
-        1 if x[4] == 1 else _STRIDED_COST, t, size,
+        1 if x[4] == 1 or last else _STRIDED_COST, t, size,
     )  # fmt: skip
     block_channels = _ceil(channels, channel_blocks)
 
-    slab_size = 0 if in_place else _ceil(block_channels * slab.channel + 2 * t.columns, 16) * 16
+    tap_offset, pitch = _tap_offsets(axes, slab), x[1] if in_place else slab.channel
+    slab_size = block_channels * slab.channel + 2 * t.columns
+    if last and not in_place:
+        pixel_pitch, pitch = pitch_of_pixels(block_channels, width.stride, dtype), 1
+        row = slab.row_length * pixel_pitch
+        slab_size = slab.table // 2 * row
+        tap_offset = offsets_of_taps(
+            axes, (slab.segment_rows * row, height.dilation * row, width.dilation * pixel_pitch)
+        )
+    row_offset = (np.arange(block_channels, dtype=np.int64)[:, None] * pitch + tap_offset).ravel()
+    slab_size = 0 if in_place else _ceil(slab_size, 16) * 16
     panel_size = _ceil((chunk or unit_rows * width.out) * t.gradient_vectors * t.lanes, 16) * 16
     tile_size = block_channels * taps * min(vectors, _ceil(vector_panels, out_blocks) * t.gradient_vectors) * t.lanes
     row_table = max(unit_rows, 4)
     table_bytes = _ceil((row_table + slab.table) * 8, 64) * 64
-    tap_offset = _tap_offsets(axes, slab)
-    pitch = x[1] if in_place else slab.channel
-    row_offset = (np.arange(block_channels, dtype=np.int64)[:, None] * pitch + tap_offset).ravel()
 
     parameters = np.zeros(GRADIENT_END, np.int64)
     _set_common(parameters, dtype, batch, axes, slab, x, dy, zeros, in_place)
+    if last and in_place:
+        parameters[PIXEL_STEP] = x[4]
+    elif last:
+        set_pixel_slab(parameters, dtype, slab.row_length, pixel_pitch, width.stride)
     parameters[[ROW_CHANNELS, CHANNELS, CHUNK, CHUNKS]] = rows, channels, chunk, chunks
     parameters[[SLAB_SIZE, PANEL_SIZE, TABLE_BYTES, TILE_SIZE]] = slab_size, panel_size, table_bytes, tile_size
     parameters[ROW_TABLE] = row_table
@@ -1700,6 +1783,8 @@ def plan_weight_gradient(
     parameters[[ROW_OFFSET, UNIT_ROWS, UNITS, SPLITS]] = address(row_offset), unit_rows, units, splits
     parameters[[CHANNEL_BLOCKS, OUT_BLOCKS]] = channel_blocks, out_blocks
     parameters[[VECTORS, VECTOR_PANELS]] = vectors, vector_panels
+    shape, steps = (batch, *(a.out for a in axes)), (dy[0], *dy[2:])
+    parameters[Y_PACKED] = vector_panels == 1 and dy[1] == 1 and dy[4] == vectors * t.lanes == rows and is_flat(shape, steps)
     operands = batch * groups * (rows * plane + channels * math.prod(a.size for a in axes))
     parameters[AHEAD] = operands * size >= AHEAD_BYTES
     scratch = (slab_size + panel_size + tile_size) * size + table_bytes
