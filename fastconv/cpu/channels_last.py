@@ -75,28 +75,32 @@ from .contraction import (
 )  # fmt: skip
 from .jit import helper as _jit
 
-# Parameters beyond those of `correlate`: output rows, and where in the image the first window begins, if it is read in
-# place.
-ROWS, FIRST, END = range(contraction.END, contraction.END + 3)
+# Parameters beyond those of `correlate`: output rows; where in the image the first window begins, if it is read in
+# place; and are sums stored from a tile, since there are no masks for a part of a vector?
+ROWS, FIRST, THROUGH_TILE, END = range(contraction.END, contraction.END + 4)
 
 # What a task reads of the image, for a block of the reduction, and the weights that all its pixels are multiplied with
 # before the next: both in L2.
 SOURCE_BYTES = 256 * 1024
 WEIGHT_BYTES = 256 * 1024
+# Elements after the packed weights that may be read, though not used: a vector, on tiles without masks.
+READ_BEYOND = 16
 # Tasks for each thread; but each weight that a task reads is used for so many pixels, where there are as many.
 _TASKS = 4
 _LEAST_PIXELS = 56
-# Moving an element through transposes, into panels or out of tiles, takes as long as so many of its products.
-_TRANSPOSE_COST = 12
+# Moving an element through transposes, into panels or out of tiles, takes as long as so many of its products: from the
+# times of a dozen layers with AVX-512, and with AVX2, which has no masks.
+_TRANSPOSE_COST, _TRANSPOSE_COST_WITHOUT_MASKS = 12, 55
 
 
 @_jit
-def _contract_row(
-    p, kernels, depth, weights, first_panel, last_panel, source, y, pixels, flags, bias
-):  # fmt: skip
-    """Add a block of the reduction to neighbouring pixels of an output row, for some panels of output channels."""
+def _contract_row(p, kernels, depth, weights, first_panel, last_panel, source, y, pixels, flags, bias, tile):
+    """Add a block of the reduction to neighbouring pixels of an output row, for some panels of output channels.
+
+    `tile` is room for the pixels of a tile, and for its bias: a part of a vector is stored from there without masks.
+    """
     simd.keep_apart()
-    lanes, most = simd.lanes(source), simd.tile_rows(source)
+    lanes, most, columns = simd.lanes(source), simd.tile_rows(source), simd.columns(source)
     step, offsets = p[PIXEL_STEP], simd.at(p, p[DEPTH_OFFSET])
     first_o = first_panel * p[ROW_CHANNELS] // p[PANELS]
     pieces = (pixels + most - 1) // most
@@ -106,11 +110,21 @@ def _contract_row(
         for panel in range(first_panel, last_panel):
             rows = (panel + 1) * p[ROW_CHANNELS] // p[PANELS] - o
             kernel = kernels[(rows + lanes - 1) // lanes * (most + 1) + end - begin]
+            place, pitch, of_rows = simd.offset(y, begin * p[Y_W] + o), p[Y_W], simd.offset(bias, o)
+            target = place
+            if p[THROUGH_TILE]:
+                target, pitch = tile, columns
+                if flags & simd.ADD:
+                    simd.copy_block(tile, columns, place, p[Y_W], end - begin, rows)
+                if flags & simd.BIAS:
+                    of_rows = simd.offset(tile, most * columns)
+                    simd.copy_span(of_rows, simd.offset(bias, o), rows)
             simd.contract_windows(
                 kernel, depth, offsets, simd.offset(weights, (o - first_o) * depth), rows,
-                simd.offset(source, begin * step), step, simd.offset(y, begin * p[Y_W] + o), p[Y_W], flags,
-                simd.offset(bias, o),
+                simd.offset(source, begin * step), step, target, pitch, flags, of_rows,
             )  # fmt: skip
+            if p[THROUGH_TILE]:
+                simd.copy_block(place, p[Y_W], tile, columns, end - begin, rows)
             o += rows
 
 
@@ -118,7 +132,7 @@ def _contract_row(
 def _correlate(task, worker, p, real):
     slab = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
     own_weights = simd.offset(slab, p[SLAB_SIZE])
-    block = simd.offset(own_weights, p[WEIGHT_SIZE])
+    tile = simd.offset(own_weights, p[WEIGHT_SIZE])
     table = simd.at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[TABLE_BYTES])
     rows_table = simd.offset(table, p[ROW_TABLE])
     kernels, out_d, out_h = simd.at(p, p[KERNELS]), p[OUT_D], p[OUT_H]
@@ -158,7 +172,7 @@ def _correlate(task, worker, p, real):
             if p[PACKING]:
                 weights = own_weights
                 contraction._pack_own(
-                    p, worker, simd.offset(rows_table, -OWN_FIELDS), weights, group, block, panel, panel_end, c,
+                    p, worker, simd.offset(rows_table, -OWN_FIELDS), weights, group, tile, panel, panel_end, c,
                     channels, np.int64(0), p[TAPS],
                 )  # fmt: skip
             for row in range(first, last):
@@ -172,7 +186,7 @@ def _correlate(task, worker, p, real):
                         slab, (segment * p[KERNEL_D] * p[SEGMENT_ROWS] + h * p[STRIDE_H]) * p[ROW_PITCH]
                     )
                 target = simd.offset(y, contraction._row_place(p, row) + first_pixel * p[Y_W])
-                _contract_row(p, kernels, depth, weights, panel, panel_end, source, target, pixels, flags, bias)
+                _contract_row(p, kernels, depth, weights, panel, panel_end, source, target, pixels, flags, bias, tile)
         reduced += depth
 
 
@@ -223,22 +237,21 @@ def cut_all(
     """
     t = simd.tile(dtype.itemsize * 8)
     rows, channels = blocks[0].rows, blocks[0].channels
-    if (x[1] != 1 and channels > 1) or (y[1] != 1 and rows > 1) or y[4] == 1 or (not t.masks and rows % t.lanes):
+    if (x[1] != 1 and channels > 1) or (y[1] != 1 and rows > 1) or y[4] == 1:
         return None
     if any(each.block_taps < each.taps for each in blocks):
         return None
     # the panels with the fewest vectors, of these the fewest panels
     candidates = _ceil(rows, t.columns), _ceil(rows, t.lanes)
     panels = min(candidates, key=lambda panels: (_vectors(rows, panels, t.lanes), panels))
-    if not t.masks and any((i * rows // panels) % t.lanes for i in range(panels)):
-        panels = rows // t.lanes
     lanes = _vectors(rows, panels, t.lanes) * t.lanes
+    transposed = _TRANSPOSE_COST if t.masks else _TRANSPOSE_COST_WITHOUT_MASKS
     here = otherwise = 0.0
     for each, of_axes in zip(blocks, axes, strict=True):
         pixels = math.prod(a.out for a in of_axes)
         moved = channels * math.prod(a.size for a in of_axes) / len(blocks) + rows * pixels
         here += lanes * channels * each.taps * pixels
-        otherwise += needed * rows * channels * each.taps * pixels + _TRANSPOSE_COST * moved
+        otherwise += needed * rows * channels * each.taps * pixels + transposed * moved
     return [replace(each, panels=panels) for each in blocks] if here <= otherwise else None
 
 
@@ -296,7 +309,8 @@ def plan_correlation(
     slab_size = 0 if in_place else _ceil(slab.channel, 16) * 16
     weight_size = _ceil(weight_panels * of_panel, 16) * 16 if packs else 0
     table_bytes = _ceil((OWN_FIELDS + (0 if in_place else slab.table)) * 8, 64) * 64
-    scratch = (slab_size + weight_size + t.lanes * t.lanes) * size + table_bytes
+    tile_size = max(t.lanes * t.lanes, (t.rows + 1) * t.columns)  # or a block of weights to be packed
+    scratch = (slab_size + weight_size + tile_size) * size + table_bytes
 
     channel, steps = 1, (slab.segment_rows * slab.row, height.dilation * slab.row, width.dilation * pitch)
     if in_place:
@@ -309,6 +323,8 @@ def plan_correlation(
     parameters[[ROW_CHANNELS, CHANNELS, PANELS]] = blocks.rows, blocks.channels, blocks.panels
     contraction.set_pixel_slab(parameters, dtype, slab.row_length, pitch, width.stride)
     parameters[[BLOCK_CHANNELS, ROWS]] = blocks.block_channels, rows
+    whole = all(i * blocks.rows // blocks.panels % t.lanes == 0 for i in range(blocks.panels + 1))
+    parameters[THROUGH_TILE] = not t.masks and not whole
     parameters[FIRST] = -sum(a.before * step for a, step in zip(axes, x[2:], strict=True))
     parameters[[PIXEL_TASKS, ROW_TASKS, CHUNK, CHUNKS]] = pixel_tasks, row_tasks, chunk, chunks
     parameters[[X_GROUP, Y_GROUP]] = group_steps or (blocks.channels * x[1], blocks.rows * y[1])

@@ -1720,7 +1720,8 @@ def plan_weight_gradient(
 ) -> Plan:  # fmt: skip
     """Plan dw[o, c, k] = sum over n, p of dy[n, o, p] * x[n, c, u(p, k)]; `rows` is output channels in a group.
 
-    `dw` has the strides of group, o and c.
+    `dw` has the strides of group, o and c. Where the channels of a pixel are neighbours in x, the slab has them so too:
+    the microkernel reads one element after the other, as far apart as they may be.
     """
     t = simd.tile(dtype.itemsize * 8)
     size = dtype.itemsize
@@ -1728,7 +1729,8 @@ def plan_weight_gradient(
     if in_place or last:
         batch, axes, x, dy = flatten(batch, axes, x, dy)
     depth, height, width = axes
-    in_place = in_place or (last and all(a.is_identity() for a in axes) and depth.out == height.out == 1 and not aliases(x[4], 1, dtype))
+    if last and all(a.is_identity() for a in axes) and depth.out == height.out == 1:
+        in_place = not aliases(x[4], 1, dtype)
     taps = math.prod(a.taps for a in axes)
     plane = depth.out * height.out * width.out
     pixels = batch * plane
@@ -1783,8 +1785,9 @@ def plan_weight_gradient(
     parameters[[ROW_OFFSET, UNIT_ROWS, UNITS, SPLITS]] = address(row_offset), unit_rows, units, splits
     parameters[[CHANNEL_BLOCKS, OUT_BLOCKS]] = channel_blocks, out_blocks
     parameters[[VECTORS, VECTOR_PANELS]] = vectors, vector_panels
-    shape, steps = (batch, *(a.out for a in axes)), (dy[0], *dy[2:])
-    parameters[Y_PACKED] = vector_panels == 1 and dy[1] == 1 and dy[4] == vectors * t.lanes == rows and is_flat(shape, steps)
+    # Is the gradient of the output a panel as it lies?
+    together = dy[1] == 1 and is_flat((batch, *(a.out for a in axes)), (dy[0], *dy[2:]))
+    parameters[Y_PACKED] = together and vector_panels == 1 and dy[4] == rows == vectors * t.lanes
     operands = batch * groups * (rows * plane + channels * math.prod(a.size for a in axes))
     parameters[AHEAD] = operands * size >= AHEAD_BYTES
     scratch = (slab_size + panel_size + tile_size) * size + table_bytes

@@ -327,7 +327,7 @@ def _contract_forward(
     weights: np.ndarray | contraction.Unpacked = unpacked
     stages = []
     if not plan.packs:
-        weights = tasks.workspace(blocks.packed_size, out.dtype)
+        weights = tasks.workspace(blocks.packed_size + channels_last.READ_BEYOND, out.dtype)
         stages.append(contraction.packing(unpacked, blocks.groups, weights))
     stages.append(contraction.correlation(plan, input, weights, out, bias, relu, False, waits=len(stages)))
     tasks.run_stages(out.dtype, stages)
@@ -338,7 +338,7 @@ def _packed_alone(
     blocks: contraction.Blocks, packing: contraction.Packing, weight: np.ndarray
 ) -> tuple[np.ndarray, bool]:
     """The packed weights, in memory of their own, and are they finite (known if the packing is one that looks)?"""
-    packed = np.empty(blocks.packed_size, weight.dtype)
+    packed = np.empty(blocks.packed_size + channels_last.READ_BEYOND, weight.dtype)
     unpacked = contraction.Unpacked(packing, weight)
     tasks.run_stages(weight.dtype, [contraction.packing(unpacked, blocks.groups, packed)])
     return packed, unpacked.finite()
@@ -795,7 +795,7 @@ def input_grad(
     phases = _input_grad_phases(
         geometry, out.dtype, weight.strides, grad_output.strides, out.strides, workers, accumulate
     )
-    memory = tasks.workspace(phases.packed_size, out.dtype)
+    memory = tasks.workspace(phases.packed_size + channels_last.READ_BEYOND, out.dtype)
     if phases.order:
         weight = _in_order(weight, phases.order)
     unpacked = [contraction.Unpacked(part.packing, weight) for part in phases.parts]

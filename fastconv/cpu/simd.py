@@ -620,7 +620,6 @@ def _contract_windows_function(module: ir.Module, element: ir.Type, t: Tile, pix
     zero = ir.Constant(vector, [0.0] * t.lanes)
     each = [(i, j) for i in range(pixels) for j in range(vectors)]
     b = ir.IRBuilder(function.append_basic_block("entry"))
-    # tiles without masks take rows that are whole vectors
     mask = _lane_mask(b, b.sub(rows, _i64((vectors - 1) * t.lanes)), t.lanes) if t.masks else None
 
     def load(pointer: ir.Value, j: int) -> ir.Value:
@@ -685,10 +684,10 @@ def contract_windows(typingctx, kernel, depth, offsets, w, rows, source, step, c
 
     C[i, j] = sum over k < depth of ``w[k * rows + j] * source[i * step + offsets[k]]``
 
-    for the pixels i of the kernel at the address `kernel`, and j < rows, which fill its vectors; on tiles without masks
-    `rows` is a multiple of the lanes. Pixel i is at ``c + i * pitch``. The sum is one chain of multiply-adds in the
-    order of k, so it has the bits that `contract` gives it. `flags` (ADD, BIAS, RELU) are those of `contract_packing`,
-    where `bias` has a number for each j. depth >= 1.
+    for the pixels i of the kernel at the address `kernel`, and j < rows, which are in its vectors. Pixel i is at
+    ``c + i * pitch``. The sum is one chain of multiply-adds in the order of k, so it has the bits that `contract` gives
+    it. `flags` (ADD, BIAS, RELU) are those of `contract_packing`, where `bias` has a number for each j. depth >= 1.
+    Tiles without masks read and write whole vectors, of weights, bias and C.
     """
     i, table = types.int64, types.CPointer(types.int64)
 
