@@ -30,6 +30,7 @@ MACHINERY = {
         "jit": "how kernels are compiled",
         "simd": "vector instructions",
         "small_planes": "the same sum without the products with zeros around small planes",
+        "channels_last": "the same sum of arrays whose channels are neighbours in memory",
         "tasks": "runs an operation as tasks on the threads",
         "threads": "the threading layer",
         "winograd": "convolution by Winograd's transforms; CUDA has the direct sum only",

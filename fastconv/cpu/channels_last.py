@@ -141,8 +141,8 @@ def _correlate(task, worker, p, real):
     part, rest = task % p[ROW_TASKS], task // p[ROW_TASKS]
     where, group = rest % p[PIXEL_TASKS], rest // p[PIXEL_TASKS]
     first_panel, last_panel = part * p[PANELS] // p[ROW_TASKS], (part + 1) * p[PANELS] // p[ROW_TASKS]
-    first, last, first_pixel, pixels = where * p[ROWS] // p[PIXEL_TASKS], np.int64(0), np.int64(0), p[OUT_W]
-    last = (where + 1) * p[ROWS] // p[PIXEL_TASKS]
+    first, last = where * p[ROWS] // p[PIXEL_TASKS], (where + 1) * p[ROWS] // p[PIXEL_TASKS]
+    first_pixel, pixels = np.int64(0), p[OUT_W]
     if p[CHUNKS]:
         first, first_pixel = where // p[CHUNKS], where % p[CHUNKS] * p[CHUNK]
         last, pixels = first + 1, min(p[CHUNK], p[OUT_W] - first_pixel)
@@ -312,9 +312,9 @@ def plan_correlation(
     tile_size = max(t.lanes * t.lanes, (t.rows + 1) * t.columns)  # or a block of weights to be packed
     scratch = (slab_size + weight_size + tile_size) * size + table_bytes
 
-    channel, steps = 1, (slab.segment_rows * slab.row, height.dilation * slab.row, width.dilation * pitch)
+    channel, steps = 1, [slab.segment_rows * slab.row, height.dilation * slab.row, width.dilation * pitch]
     if in_place:
-        channel, steps = x[1], tuple(a.dilation * step for a, step in zip(axes, x[2:], strict=True))
+        channel, steps = x[1], [a.dilation * step for a, step in zip(axes, x[2:], strict=True)]
     offsets = np.arange(blocks.block_channels, dtype=np.int64)[:, None] * channel
     offsets = (offsets + contraction.offsets_of_taps(axes, steps)).ravel()
 

@@ -20,7 +20,9 @@ its pixels come from few pieces of memory: the arithmetic hides the copying, whi
 is the only one, it reads the slab and writes no panel: two thirds of the time where there are 3 or 4 rows of weights.
 There is no im2col of the image: slab and panels stay in the cache of the core.
 
-Where many products are with zeros around a small plane, `small_planes` computes the same sums without these.
+Where many products are with zeros around a small plane, `small_planes` computes the same sums without these. Where the
+channels of a pixel are neighbours in memory, `channels_last` computes them without the transposes it would take to have
+pixels along the vectors; the weight gradient reads such an image element by element, as far apart as they lie.
 
 The reduction is cut into blocks whose size depends only on the number of channels and taps, and each block is one chain
 of multiply-adds: an output element has the same bits for any split into tasks, any number of threads and any batch.
@@ -1342,7 +1344,7 @@ def _tap_offsets(axes: tuple[Axis, ...], slab: _Slab) -> np.ndarray:
     ).ravel()
 
 
-def offsets_of_taps(axes: tuple[Axis, ...], steps: tuple[int, ...]) -> np.ndarray:
+def offsets_of_taps(axes: tuple[Axis, ...], steps: Sequence[int]) -> np.ndarray:
     """`_tap_offsets` where taps that are neighbours in a dimension are as far apart as `steps` says."""
     i, j, k = np.meshgrid(*(np.arange(a.taps, dtype=np.int64) for a in axes), indexing="ij")
     return (i * steps[0] + j * steps[1] + k * steps[2]).ravel()
@@ -1762,7 +1764,7 @@ def plan_weight_gradient(
         row = slab.row_length * pixel_pitch
         slab_size = slab.table // 2 * row
         tap_offset = offsets_of_taps(
-            axes, (slab.segment_rows * row, height.dilation * row, width.dilation * pixel_pitch)
+            axes, [slab.segment_rows * row, height.dilation * row, width.dilation * pixel_pitch]
         )
     row_offset = (np.arange(block_channels, dtype=np.int64)[:, None] * pitch + tap_offset).ravel()
     slab_size = 0 if in_place else _ceil(slab_size, 16) * 16
