@@ -19,6 +19,7 @@ from fastconv import cpu, cuda_kernels
 MACHINERY = {
     cpu: {
         "__init__": "says what the folder is",
+        "channels_last": "the same sum of arrays whose channels are neighbours in memory",
         "compiler": "Numba's compiler, as the CPU kernels use it",
         "contraction": "the register-blocked sum of products that all passes of a convolution are made of",
         "depthwise": "the kernels of convolution for one input channel a group",
@@ -30,7 +31,6 @@ MACHINERY = {
         "jit": "how kernels are compiled",
         "simd": "vector instructions",
         "small_planes": "the same sum without the products with zeros around small planes",
-        "channels_last": "the same sum of arrays whose channels are neighbours in memory",
         "tasks": "runs an operation as tasks on the threads",
         "threads": "the threading layer",
         "winograd": "convolution by Winograd's transforms; CUDA has the direct sum only",
