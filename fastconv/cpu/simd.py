@@ -703,17 +703,18 @@ def _outer_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, vec
     pointer, table = element.as_pointer(), _I64.as_pointer()
     function, new = _internal(
         module, f"fastconv_outer_{element}_{rows}x{vectors * t.lanes}",
-        [_I64, table, _I64, _I64, pointer, table, pointer, pointer, pointer, _I64, _I64],
+        [_I64, table, _I64, _I64, pointer, table, pointer, pointer, _I64, pointer, _I64, _I64],
     )  # fmt: skip
     if not new:
         return function
-    runs, run_offset, length, step, a, row_offset, panel, c, ahead, ahead_step, ahead_block = function.args
+    runs, run_offset, length, step, a, row_offset, panel, c, pitch, ahead, ahead_step, ahead_block = function.args
     for p in (a, panel, c):
         p.add_attribute("noalias")
     vector = ir.VectorType(element, t.lanes)
     columns = vectors * t.lanes
     b = ir.IRBuilder(function.append_basic_block("entry"))
-    places = [b.gep(c, [_i64(i * columns + j * t.lanes)]) for i in range(rows) for j in range(vectors)]
+    c_rows = [b.gep(c, [b.mul(_i64(i), pitch)]) for i in range(rows)]
+    places = [b.gep(c_row, [_i64(j * t.lanes)]) for c_row in c_rows for j in range(vectors)]
     starts = [b.gep(a, [b.load(b.gep(row_offset, [_i64(i)]))]) for i in range(rows)]
     outer = _Loop(b, "runs", runs, [_load(b, p, vector) for p in places])
     offset = b.load(b.gep(run_offset, [outer.k]))
@@ -742,13 +743,14 @@ def _outer_function(module: ir.Module, element: ir.Type, t: Tile, rows: int, vec
 
 @intrinsic
 def accumulate_outer(
-    typingctx, rows, vectors, runs, run_offset, length, step, a, row_offset, panel, c, ahead, ahead_step, ahead_block
+    typingctx, rows, vectors, runs, run_offset, length, step, a, row_offset, panel, c, pitch, ahead, ahead_step,
+    ahead_block,
 ):  # fmt: skip
     """The microkernel of the weight gradient: C[i, j] += sum over runs r and k < length of A_i[r, k] * B[r, k, j].
 
     Row i of A is read in place, A_i[r, k] = a[row_offset[i] + run_offset[r] + k * step]: a run is a row of output
     pixels, and the taps of the kernel are the same rows at other offsets, so nothing is packed. B is packed as
-    [r][k][columns], C as [rows][columns], columns = vectors * lanes. 1 <= rows <= gradient_rows,
+    [r][k][columns], columns = vectors * lanes; row i of C is at ``c + i * pitch``. 1 <= rows <= gradient_rows,
     1 <= vectors <= gradient_vectors, runs >= 1, length >= 1. The sum runs over r, then k, in one chain.
 
     With each pixel, the number n of all, one cache line that is read afterwards is asked for: that of
@@ -756,12 +758,12 @@ def accumulate_outer(
     """
     i = types.int64
     table = types.CPointer(types.int64)
-    signature = types.void(i, i, i, table, i, i, a, table, a, a, a, i, i)
+    signature = types.void(i, i, i, table, i, i, a, table, a, a, i, a, i, i)
 
     def codegen(context, builder, sig, args):
         element, t = _element(sig.args[6]), _tile_of(sig.args[6])
         pointer, table_type = element.as_pointer(), _I64.as_pointer()
-        arguments = [_I64, table_type, _I64, _I64, pointer, table_type, pointer, pointer, pointer, _I64, _I64]
+        arguments = [_I64, table_type, _I64, _I64, pointer, table_type, pointer, pointer, _I64, pointer, _I64, _I64]
         function, new = _internal(builder.module, f"fastconv_outer_{element}", [_I64, *arguments])
         if new:
             b = ir.IRBuilder(function.append_basic_block("entry"))

@@ -202,7 +202,7 @@ def _gradient(task, worker, p, real):
                     simd.accumulate_outer(
                         rows, vectors, 1, row_offset, (last_row - first_row) * width, p[U_ROW],
                         simd.offset(u, xi * p[U_PITCH] + c), row_offset,
-                        simd.offset(v, xi * (p[V_PITCH] * row + lanes)), products,
+                        simd.offset(v, xi * (p[V_PITCH] * row + lanes)), products, row,
                         simd.offset(products, rows * row), lanes, lanes * lanes,  # the next ones are asked for
                     )  # fmt: skip
 
