@@ -237,7 +237,9 @@ def cut_all(
     """
     t = simd.tile(dtype.itemsize * 8)
     rows, channels = blocks[0].rows, blocks[0].channels
-    if (x[1] != 1 and channels > 1) or (y[1] != 1 and rows > 1) or y[4] == 1:
+    if (x[1] != 1 and channels > 1) or (y[1] != 1 and rows > 1):
+        return None
+    if y[4] == 1:  # pixels of one channel are neighbours: `correlate` stores them without a transpose
         return None
     if any(each.block_taps < each.taps for each in blocks):
         return None
@@ -259,7 +261,7 @@ def plan_correlation(
     dtype: np.dtype, batch: int, blocks: Blocks, axes: tuple[Axis, ...], x: Strides, y: Strides, zeros: bool,
     workers: int, packed: bool, group_steps: tuple[int, int] | None = None,
 ) -> Plan:  # fmt: skip
-    """`contraction.plan_correlation` for `blocks` of `cut`."""
+    """`contraction.plan_correlation` for `blocks` of `cut_all`."""
     t = simd.tile(dtype.itemsize * 8)
     size = dtype.itemsize
     batch, axes, x, y = contraction.flatten(batch, axes, x, y)
