@@ -169,6 +169,21 @@ def test_some_channels_of_wider_pixels(rng) -> None:
         assert (array[..., -3:] == 77).all()
 
 
+@pytest.mark.parametrize("vectors", [1, 2])
+@pytest.mark.parametrize("which", [np.s_[:, ::2], np.s_[::2, :]], ids=["rows", "samples"])
+def test_every_second_row_of_one_pixel(which, vectors: int, rng) -> None:
+    """The pixels of the output's gradient are further apart than its channels, and not by the step between columns."""
+    channels = vectors * simd.tile(32).lanes
+    height = 4 if which[1].step else 1
+    case = Case("column", "", (3, 5, height + 2, 3), (channels, 5, 3, 3))
+    x, w, _, dy, _ = operands = arrays(case, integers, rng, np.float32)
+    larger = np.full((6, 2 * height, 1, channels), 77, np.float32)
+    view = larger[which][:3, :height]
+    view[...] = last_(dy)
+    dw = fc.conv2d_weight_grad(last_(x), w.shape, view, layout="NHWC", algorithm="direct")
+    np.testing.assert_array_equal(dw, exact(case, operands)["weight"])
+
+
 @pytest.mark.parametrize("case", CASES[:8], ids=str)
 def test_reversed_pixels(case: Case, rng) -> None:
     """Rows and columns from the last to the first, so that steps in memory are negative."""

@@ -1298,10 +1298,14 @@ def is_flat(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return all(outer == n * inner for (_, outer), (n, inner) in itertools.pairwise(real))
 
 
+def _pixel_step(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """How far apart neighbouring pixels are. Axes of one pixel, whose stride may be any, have no say; of a pixel: 1."""
+    return next((step for n, step in zip(reversed(shape), reversed(strides), strict=True) if n > 1), 1)
+
+
 def are_consecutive(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Are the pixels of a plane neighbours in memory? Axes of one pixel, whose stride may be any, have no say."""
-    inner = next((step for n, step in zip(reversed(shape), reversed(strides), strict=True) if n > 1), 1)
-    return inner == 1 and is_flat(shape, strides)
+    """Are the pixels of a plane neighbours in memory?"""
+    return _pixel_step(shape, strides) == 1 and is_flat(shape, strides)
 
 
 def can_stay_in_place(axes: tuple[Axis, ...], x: Strides) -> bool:
@@ -1324,10 +1328,7 @@ def flatten(
         steps = [(each[0], *each[2:])[-len(shape) :] for each in (x, y)]
         if all(is_flat(shape, each) for each in steps):
             size = math.prod(shape)
-            from_, to = [
-                next((step for n, step in zip(reversed(shape), reversed(each), strict=True) if n > 1), 1)
-                for each in steps
-            ]
+            from_, to = [_pixel_step(shape, each) for each in steps]
             one = Axis(1, 1, 1, 1, axes[0].source, 0, 1)
             row = Axis(size, 1, 1, 1, axes[0].source, 0, size)
             return samples, (one, one, row), (x[0], x[1], 0, 0, from_), (y[0], y[1], 0, 0, to)
@@ -1801,8 +1802,9 @@ def plan_weight_gradient(
     parameters[[CHANNEL_BLOCKS, OUT_BLOCKS, BY_TAP]] = channel_blocks, out_blocks, block_channels if by_tap else 0
     parameters[[VECTORS, VECTOR_PANELS]] = vectors, vector_panels
     # Is the gradient of the output a panel as it lies?
-    together = dy[1] == 1 and is_flat((batch, *(a.out for a in axes)), (dy[0], *dy[2:]))
-    parameters[Y_PACKED] = together and vector_panels == 1 and dy[4] == rows == vectors * t.lanes
+    out, steps = (batch, *(a.out for a in axes)), (dy[0], *dy[2:])
+    together = dy[1] == 1 and is_flat(out, steps) and _pixel_step(out, steps) == rows
+    parameters[Y_PACKED] = together and vector_panels == 1 and rows == vectors * t.lanes
     operands = batch * groups * (rows * plane + channels * math.prod(a.size for a in axes))
     parameters[AHEAD] = operands * size >= AHEAD_BYTES
     scratch = (slab_size + panel_size + tile_size) * size + table_bytes
