@@ -33,7 +33,7 @@ test-slow: $(VENV)/.installed-test
 
 # FASTCONV_TEST_GPU=1 takes CUDA's own compiler in the place of the simulator; to compile needs no GPU.
 test-cuda: $(VENV_CUDA)/.installed-cuda
-	FASTCONV_TEST_GPU=1 $(VENV_CUDA)/bin/python -m pytest -m "codegen and not slow" tests/test_cuda_*codegen.py $(ARGS)
+	FASTCONV_TEST_GPU=1 $(VENV_CUDA)/bin/python -m pytest -m "codegen and not slow" tests/cuda/test_cuda_*codegen.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check

@@ -376,7 +376,7 @@ def arguments_of(name: str) -> np.ndarray:
     return np.concatenate([rng.uniform(-25, 25, n), rng.uniform(-1, 1, n)])
 
 
-# Beyond, results are 0, 1, -1, infinite or nan, which `tests/test_elementary.py` compares with those of NumPy.
+# Beyond, results are 0, 1, -1, infinite or nan, which `tests/cpu/test_elementary.py` compares with those of NumPy.
 FLOAT32_RANGE = {"exp": (-128, 128), "log": (0, np.inf), "tanh": (-32, 32)}
 
 

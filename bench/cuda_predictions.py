@@ -26,7 +26,7 @@ from . import cases
 from .cases import Case, ConvolutionCase, CrossEntropyCase
 
 PAGE = Path(__file__).parent.parent / "docs" / "cuda-predictions.md"
-TESTS = Path(__file__).parent.parent / "tests"
+TESTS = Path(__file__).parent.parent / "tests" / "support"
 
 # The H200: what a copy reaches, read and written; the rest from NVIDIA's data sheet and the CUDA programming guide.
 COPY = 4.3e12  # bytes per second

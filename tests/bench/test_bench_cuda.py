@@ -21,7 +21,7 @@ from fastconv.bench import cuda_predictions as predictions
 from fastconv.cuda_kernels import implicit_gemm, softmax_rows, tiles
 from helpers import output_of, run_python
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GROUPED = cases.ConvolutionCase("test", "grouped", 2, 4, (6, 5), 6, (3, 2), (2, 1), (1, 0), (1, 2), 2)
 DEPTHWISE = cases.ConvolutionCase("test", "depthwise", 2, 3, (9,), 3, (4,), (1,), (2,), (2,), 3)
 VOLUME = cases.ConvolutionCase("test", "volume", 1, 2, (4, 5, 3), 3, (2, 3, 1), (1, 2, 1), (1, 1, 0), (1, 1, 1), 1)

@@ -9,6 +9,7 @@ import threading
 
 import numpy as np
 import pytest
+from test_implicit_gemm import GROUPED, OPERATIONS, ORDINARY, SMALL, operands, reference, run  # noqa: F401
 
 import fastconv as fc
 from block_simulator import SCHEDULES
@@ -16,7 +17,6 @@ from fastconv.cuda_kernels import _cuda, convolution, implicit_gemm, tiles
 from helpers import DTYPES, integers, normal
 from shapes import Case
 from simulation import simulated
-from test_implicit_gemm import GROUPED, OPERATIONS, ORDINARY, SMALL, operands, reference, run  # noqa: F401
 from tolerance import assert_accurate, assert_same_bits, expect
 
 pytestmark = pytest.mark.skipif(

@@ -7,11 +7,10 @@ that no other test sees it.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 
-from helpers import output_of, run_python
+from helpers import SUPPORT, output_of, run_python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is protected by way of Linux' libc")
 
@@ -107,18 +106,18 @@ LOSSES = """
     [("float32", "direct"), ("float64", "direct"), ("float32", "winograd"), ("float32", "fft")],
 )
 def test_convolutions_stay_within_their_arrays(dtype, algorithm):
-    process = run_python(GUARDED + CONVOLUTIONS, str(Path(__file__).parent), dtype, algorithm, timeout=600)
+    process = run_python(GUARDED + CONVOLUTIONS, SUPPORT, dtype, algorithm, timeout=600)
     assert int(output_of(process)) > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_losses_stay_within_their_arrays(dtype):
-    assert int(output_of(run_python(GUARDED + LOSSES, str(Path(__file__).parent), dtype, timeout=600))) > 0
+    assert int(output_of(run_python(GUARDED + LOSSES, SUPPORT, dtype, timeout=600))) > 0
 
 
 def test_a_read_beyond_the_end_is_found():
     process = run_python(
         GUARDED + "    np.lib.stride_tricks.as_strided(guarded(np.ones(5, np.float32), True), (6,)).sum()",
-        str(Path(__file__).parent),
+        SUPPORT,
     )
     assert process.returncode < 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastconv.cpu import simd
-from helpers import output_of, run_python
+from helpers import SUPPORT, output_of, run_python
 
 SSE = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+cmov,+popcnt"
 PROCESSORS = {
@@ -52,7 +52,7 @@ CODE = """
 def test_every_case(name: str, dtype: str, tmp_path: Path) -> None:
     cpu, features, lanes = PROCESSORS[name]
     process = run_python(
-        CODE, str(Path(__file__).parent), dtype, timeout=600, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features,
+        CODE, SUPPORT, dtype, timeout=600, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features,
         NUMBA_CACHE_DIR=str(tmp_path),
     )  # fmt: skip
     assert int(output_of(process)) == lanes

@@ -5,8 +5,6 @@ The cases of `shapes.CASES` run on these kernels too, in test_convolution.py; he
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -14,7 +12,18 @@ import fastconv as fc
 import oracle
 from fastconv.cpu import convolution, depthwise, depthwise_channels, depthwise_planes, simd
 from fastconv.geometry import PADDING_MODES, ConvGeometry
-from helpers import LAYOUTS, VIEWS, channels_first, channels_last, functions, integers, normal, output_of, run_python
+from helpers import (
+    LAYOUTS,
+    SUPPORT,
+    VIEWS,
+    channels_first,
+    channels_last,
+    functions,
+    integers,
+    normal,
+    output_of,
+    run_python,
+)
 from shapes import Case
 from tolerance import assert_accurate, assert_same_bits, expect
 
@@ -397,7 +406,7 @@ def test_other_vectors(name, features, dtype, lanes, tmp_path):
         print(simd.tile(8 * x.itemsize).lanes)
     """
     process = run_python(
-        code, str(Path(__file__).parent), dtype, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
+        code, SUPPORT, dtype, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
         NUMBA_CACHE_DIR=str(tmp_path),
     )  # fmt: skip
     assert output_of(process) == str(lanes)

@@ -16,7 +16,7 @@ import pytest
 
 import fastconv as fc
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def python(code: str, cwd: Path, **environment: str) -> str:

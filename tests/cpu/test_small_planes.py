@@ -9,7 +9,18 @@ import pytest
 import fastconv as fc
 import oracle
 from fastconv.cpu import contraction, convolution, simd, small_planes
-from helpers import LAYOUTS, channels_last, functions, integers, normal, output_of, reversed_, run_python, strided
+from helpers import (
+    LAYOUTS,
+    SUPPORT,
+    channels_last,
+    functions,
+    integers,
+    normal,
+    output_of,
+    reversed_,
+    run_python,
+    strided,
+)
 from shapes import Case
 from tolerance import assert_same_bits
 
@@ -243,7 +254,7 @@ def test_other_tiles(name: str, features: str, tmp_path: Path) -> None:
         print(simd.tile(32).lanes)
     """
     process = run_python(
-        code, str(Path(__file__).parent), timeout=300, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
+        code, SUPPORT, timeout=300, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
         NUMBA_CACHE_DIR=str(tmp_path),
     )  # fmt: skip
     assert int(output_of(process)) == 8
@@ -272,5 +283,5 @@ GUARDED = """
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is protected by way of Linux' libc")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_nothing_is_read_or_written_outside_the_arrays(dtype: str) -> None:
-    process = run_python(GUARDED, str(Path(__file__).parent), dtype, timeout=600)
+    process = run_python(GUARDED, SUPPORT, dtype, timeout=600)
     assert int(output_of(process)) == 12 * len(CASES)

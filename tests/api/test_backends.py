@@ -7,9 +7,9 @@ import threading
 
 import numpy as np
 import pytest
+from conftest import ON_GPU
 
 import fastconv as fc
-from conftest import ON_GPU
 from fastconv.backends import _chosen
 from fastconv.cpu import convolution as on_cpu
 from fastconv.cuda_kernels import convolution as on_cuda

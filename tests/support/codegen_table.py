@@ -2,7 +2,7 @@
 
     rm -f docs/cuda-codegen.csv
     FASTCONV_CODEGEN_RECORD=docs/cuda-codegen.csv make test-cuda ARGS='-m codegen'
-    .venv-cuda/bin/python tests/codegen_table.py
+    .venv-cuda/bin/python tests/support/codegen_table.py
 
 The gate appends a row for each kernel that it compiles (`codegen.record`), in as many runs as one likes; this script
 keeps the last of each kernel and architecture, sorts the file and makes the page of it.
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from codegen import COLUMNS
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 TABLE, PAGE = DOCS / "cuda-codegen.csv", DOCS / "cuda-codegen.md"
 
 Row = dict[str, str]
@@ -30,7 +30,7 @@ the figures that differ between architectures, and for sm_90 what the machine co
 
     rm -f docs/cuda-codegen.csv
     FASTCONV_CODEGEN_RECORD=docs/cuda-codegen.csv make test-cuda ARGS='-m codegen'
-    .venv-cuda/bin/python tests/codegen_table.py
+    .venv-cuda/bin/python tests/support/codegen_table.py
 
 - *registers*: of a thread; *shared*: static bytes of a block, without the 1024 that sm_90 and later reserve. No kernel
   asks for dynamic shared memory, so that 48 KiB, which every GPU has without being asked, are the limit.

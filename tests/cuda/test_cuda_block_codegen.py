@@ -10,13 +10,7 @@ import re
 from typing import NamedTuple
 
 import pytest
-
-import codegen
-import codegen_table
 import test_cuda_codegen
-from fastconv.cuda_kernels import _cuda, channel_sums, depthwise, implicit_gemm, softmax_rows, tiles
-from fastconv.cuda_kernels._cuda import cuda
-from fastconv.cuda_kernels.jit import ELEMENTS, BlockKernel
 from test_cuda_codegen import (  # noqa: F401
     compiler,
     device_array,
@@ -25,6 +19,12 @@ from test_cuda_codegen import (  # noqa: F401
     parameters,
     scratch,
 )
+
+import codegen
+import codegen_table
+from fastconv.cuda_kernels import _cuda, channel_sums, depthwise, implicit_gemm, softmax_rows, tiles
+from fastconv.cuda_kernels._cuda import cuda
+from fastconv.cuda_kernels.jit import ELEMENTS, BlockKernel
 
 pytestmark = pytest.mark.codegen
 

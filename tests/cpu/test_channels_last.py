@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_bounds import GUARDED
 
 import fastconv as fc
 import oracle
 from fastconv.cpu import channels_last, contraction, convolution, simd
-from helpers import LAYOUTS, channels_first, functions, integers, normal, output_of, run_python
+from helpers import LAYOUTS, SUPPORT, channels_first, functions, integers, normal, output_of, run_python
 from helpers import channels_last as last_
 from shapes import Case
-from test_bounds import GUARDED
 from tolerance import assert_same_bits
 
 # Output channels are whole vectors, a part of one, whole ones and a part of one; in one panel and in several.
@@ -272,7 +272,7 @@ def test_other_tiles(name: str, features: str, tmp_path: Path) -> None:
     print(len(t.CASES))
     """
     process = run_python(
-        code, str(Path(__file__).parent), timeout=600, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
+        code, SUPPORT, timeout=600, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
         NUMBA_CACHE_DIR=str(tmp_path),
     )  # fmt: skip
     assert int(output_of(process)) == len(CASES)

@@ -19,20 +19,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-
 import test_cuda_depthwise as depthwise_tests
 import test_implicit_gemm as product_tests
 import test_softmax_rows as row_tests
+from test_cuda_channel_sums import run as run_sums  # noqa: F401
+from test_cuda_depthwise import run as run_depthwise  # noqa: F401
+from test_cuda_depthwise import threads  # noqa: F401
+from test_implicit_gemm import run as run_product  # noqa: F401
+
 from block_simulator import SCHEDULES, SimulationError
 from fastconv import reference
 from fastconv.cuda_kernels import _cuda, channel_sums, depthwise, implicit_gemm, softmax_rows, tiles
 from helpers import integers
 from shapes import Case
 from simulation import device, simulated
-from test_cuda_channel_sums import run as run_sums  # noqa: F401
-from test_cuda_depthwise import run as run_depthwise  # noqa: F401
-from test_cuda_depthwise import threads  # noqa: F401
-from test_implicit_gemm import run as run_product  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not _cuda.SIMULATOR, reason="kernels of the block simulator, on arrays of the host")
 

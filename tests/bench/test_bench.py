@@ -483,7 +483,7 @@ def test_a_side_is_waited_for_until_its_threads_sleep(tmp_path, monkeypatch):
 
 def test_every_operation_has_its_suite():
     folder = Path(report.FOLDER)
-    operations = {path.stem for path in (folder.parent / "tests").glob("test_*.py")}
+    operations = {path.stem for path in (folder.parent / "tests").glob("*/test_*.py")}
     suites = {path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py")}
     assert suites == {"convolution", "softmax_cross_entropy"}
     assert {f"test_{name}" for name in suites} <= operations

@@ -9,7 +9,7 @@ import pytest
 
 import fastconv as fc
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -26,4 +26,4 @@ def test_readme_examples(block, tmp_path):
 def test_links_of_the_readme_lead_somewhere():
     links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", README)
     assert links
-    assert [link for link in links if not (Path(__file__).parents[1] / link).exists()] == []
+    assert [link for link in links if not (Path(__file__).parents[2] / link).exists()] == []
