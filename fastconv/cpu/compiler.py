@@ -19,6 +19,8 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase
 from numba.core.compiler_machinery import PassManager
 
+from .records import RecordPointer
+
 # Of the passes of Numba's own compiler, those that change anything in such functions, in the same order
 _PASSES = {
     untyped_passes.TranslateByteCode: "analyzing bytecode",
@@ -34,7 +36,7 @@ _PASSES = {
     typed_passes.NoPythonBackend: "nopython mode backend",
 }
 
-_SCALARS = (types.Integer, types.Float, types.Boolean, types.CPointer)
+_SCALARS = (types.Integer, types.Float, types.Boolean, types.CPointer, RecordPointer)
 _signatures: dict[Any, Any] = {}  # what `_Typing` has found out: by function and types of its arguments
 
 

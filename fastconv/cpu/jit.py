@@ -45,7 +45,7 @@ def output_of(real: Any, ndim: int) -> types.Array:
 def _fingerprint() -> str:
     """A name for the source of all kernels together."""
     digest = hashlib.sha256(numba.__version__.encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

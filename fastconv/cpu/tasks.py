@@ -31,6 +31,29 @@ from numba.extending import intrinsic
 from . import simd, threads
 from .compiler import BodyCompiler
 from .jit import REAL, compiled, kernel
+from .records import Integer, Record, RecordPointer
+
+
+class Header(Record):
+    """What every body's parameters begin with, filled by `run_stages`."""
+
+    counter: Integer
+    from_front: Integer
+    from_back: Integer
+    done: Integer
+    scratch: Integer
+    scratch_bytes: Integer
+    body: Integer
+    tasks: Integer
+    waits: Integer
+    next: Integer
+
+
+class Parameters(Record):
+    """Those of a body: a subclass names the rest."""
+
+    header: Header
+
 
 # Parameters that every body shares, filled by `run_stages`. The others begin at FIRST.
 HEADER = ("counter", "from_front", "from_back", "done", "scratch", "scratch_bytes", "body", "tasks", "waits", "next")
@@ -83,7 +106,7 @@ def ask(typingctx, body, arguments):
         first = builder.bitcast(memory, i64.as_pointer())
         for n, kind in enumerate(kinds):
             value = builder.extract_value(args[1], n)
-            if isinstance(kind, types.CPointer):
+            if isinstance(kind, types.CPointer | RecordPointer):
                 value = builder.ptrtoint(value, i64)
             else:
                 value = context.cast(builder, value, kind, types.int64)
@@ -170,15 +193,18 @@ class Body:
     pointer whose only use is its type, the floating-point type of the operation.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None], record: type[Record] | None = None) -> None:
         self.__doc__ = function.__doc__
         self.function = function
+        self.record = record
 
     @functools.cache  # noqa: B019 - bodies live as long as the module
     def address(self, dtype: np.dtype, *literals: int) -> int:
         """Address of the function for a floating-point type; or of one for which the first arguments are literals."""
         first = [*map(types.literal, literals), types.int64, types.int64][:2]
-        signature = types.void(*first, types.CPointer(types.int64), types.CPointer(REAL[dtype]))
+        real = REAL[dtype]
+        parameters = types.CPointer(types.int64) if self.record is None else RecordPointer(self.record, real)
+        signature = types.void(*first, parameters, types.CPointer(real))
         self._compiled = getattr(self, "_compiled", [])  # the function must outlive its address
         self._compiled.append(compiled(numba.cfunc, signature, self.function, pipeline_class=BodyCompiler))
         return self._compiled[-1].address
@@ -187,6 +213,11 @@ class Body:
         """Call the function here and now, compiled for this task and worker alone."""
         function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2)
         function(self.address(dtype, task, worker))(task, worker, address(parameters), None)
+
+
+def body(record: type[Record]) -> Callable[[Callable[..., None]], Body]:
+    """Make a `Body` of a function whose parameters are such a record."""
+    return lambda function: Body(function, record)
 
 
 # Where an array object has the address of its data: the first field after the header of every Python object
@@ -254,7 +285,11 @@ def run_stages(dtype: np.dtype, stages: Sequence[Stage]) -> None:
     place = _scratch(scratch * many)
     following = 0
     for body, tasks, parameters, _, _, waits in reversed(stages):
-        parameters[:FIRST] = 0, 0, 0, 0, place, scratch, body.address(dtype), tasks, waits, following
+        header = 0, 0, 0, 0, place, scratch, body.address(dtype), tasks, waits, following
+        if body.record is None:
+            parameters[:FIRST] = header
+        else:
+            parameters["header"] = header
         following = address(parameters)
     drive: Any = _drive.compiled(None, many > 1)
     if many <= 1:

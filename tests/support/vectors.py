@@ -1,0 +1,41 @@
+"""How the vector kernels are tested: each run from Python beside its sibling in plain loops, on numbers that are exact.
+
+Small whole numbers have exact sums in any order, so the two must agree to the last bit. Arrays have guards around what
+a kernel may write: whatever lies beyond must stay as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fastconv.cpu.vector.tile import Tile, tile
+
+DTYPES = [np.dtype(np.float32), np.dtype(np.float64)]
+
+
+def tile_for(dtype: np.dtype) -> Tile:
+    return tile(dtype.itemsize * 8)
+
+
+def whole_numbers(rng: np.random.Generator, size: int, dtype: np.dtype) -> np.ndarray:
+    return rng.integers(-4, 5, size).astype(dtype)
+
+
+def agree(kernel: Any, dtype: np.dtype, arguments: Sequence[Any], variant: Any = None) -> Any:
+    """Run `kernel` and its plain sibling on copies of the same arguments; all arrays must be the same after it.
+
+    The sibling is given the tile too (``tile=``), and the variant where there is one. Returns what the kernel returned,
+    which must be what the sibling returned.
+    """
+    first, second = ([a.copy() if isinstance(a, np.ndarray) else a for a in arguments] for _ in range(2))
+    options = {} if variant is None else {"variant": variant}
+    result = kernel.run(dtype, first, variant)
+    expected = kernel.reference(*second, tile=tile_for(dtype), **options)
+    for name, one, other in zip(kernel.kernel.names, first, second, strict=True):
+        if isinstance(one, np.ndarray):
+            np.testing.assert_array_equal(one, other, err_msg=f"{kernel.kernel.name}, {variant}: {name}")
+    assert result == expected, kernel.kernel.name
+    return result
