@@ -20,6 +20,11 @@ def tile_for(dtype: np.dtype) -> Tile:
     return tile(dtype.itemsize * 8)
 
 
+def memory(rng: np.random.Generator, size: int, dtype: np.dtype) -> np.ndarray:
+    """Numbers all of which differ, so that one that is in the wrong place is seen."""
+    return rng.permutation(size).astype(dtype)
+
+
 def whole_numbers(rng: np.random.Generator, size: int, dtype: np.dtype) -> np.ndarray:
     return rng.integers(-4, 5, size).astype(dtype)
 
@@ -36,8 +41,8 @@ def agree(
     """
     first, second = ([a.copy() if isinstance(a, np.ndarray) else a for a in arguments] for _ in range(2))
     options = {} if variant is None else {"variant": variant}
+    expected = kernel.reference(*second, tile=tile_for(dtype), **options)  # first: it checks its indices
     result = kernel.run(dtype, first, variant)
-    expected = kernel.reference(*second, tile=tile_for(dtype), **options)
     for name, one, other in zip(kernel.kernel.names, first, second, strict=True):
         if isinstance(one, np.ndarray):
             _assert_same(one, other, relative, f"{kernel.kernel.name}, {variant}: {name}")
