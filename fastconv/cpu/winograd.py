@@ -56,17 +56,33 @@ from .contraction import (
     Y,
 )  # fmt: skip
 from .jit import helper as _jit
+from .records import Integer, Integers, Reals
+from .vector import tile as machine
+from .vector.memory import at, offset, pointer_address
+from .vector.winograd import transform_input, transform_output, transform_weight
 
 # Parameters beyond those of `correlate`, whose pixels are the tiles here.
 (
     TILE, POINTS, IMAGE_H, IMAGE_W, BLOCK, ROW_GROUP, U_PITCH, U_SIZE, M_SIZE, V_SLACK, FLAGS, WINOGRAD_END,
 ) = range(contraction.END, contraction.END + 12)  # fmt: skip
 
-# Those of transforming weights.
-(
-    FROM, TO, FROM_END, V_ROW_STEP, V_CHANNEL_STEP, V_OFFSETS, V_CONTIGUOUS, V_ROWS, V_CHANNELS, V_PANELS, V_TILE,
-    V_BACKWARDS, WEIGHTS_END,
-) = range(tasks.FIRST, tasks.FIRST + 13)  # fmt: skip
+
+class Weights(tasks.Parameters):
+    """Parameters of transforming weights."""
+
+    w: Reals
+    w_end: Integer  # the address behind the last element
+    row_step: Integer
+    channel_step: Integer
+    tap_offset: Integers
+    contiguous: Integer  # are the taps of a kernel neighbours in memory?
+    backwards: Integer  # are they taken from the last to the first?
+    v: Reals
+    rows: Integer
+    channels: Integer
+    panels: Integer
+    m: Integer
+
 
 # Channels added in one chain: the sums here are larger than the results, and round accordingly. 16 to 24 give the
 # least error from 64 to 512 channels; 24 costs 3 % over 32.
@@ -162,10 +178,7 @@ def _winograd(task, worker, p, real):
                     )  # fmt: skip
                     target = simd.offset(u, q * points * p[U_PITCH] + (c + k) * columns)
                     for lane in range(0, columns, lanes):
-                        simd.winograd_input(
-                            m, simd.offset(target, lane), p[U_PITCH], simd.offset(inputs, lane), columns, bias, 0,
-                            inputs,
-                        )  # fmt: skip
+                        transform_input(m, offset(target, lane), p[U_PITCH], offset(inputs, lane), columns)
         # some panels of output channels at a time: M[panel][xi][row][tile], and out
         simd.fill_zero(suspect, panels * columns)
         for group in range(first_panel, last_panel, p[ROW_GROUP]):
@@ -195,7 +208,7 @@ def _winograd(task, worker, p, real):
                     place = simd.offset(products, (i - group) * points * simd.tile_rows(real) * columns)
                     for row in range(rows):
                         for vector in range(vectors):
-                            simd.winograd_output(
+                            transform_output(
                                 m, simd.offset(outputs, vector * lanes * m), columns * m,
                                 simd.offset(place, row * columns + vector * lanes), rows * columns,
                                 simd.offset(bias, o + row), p[RELU], simd.offset(suspect, q * columns + vector * lanes),
@@ -206,38 +219,36 @@ def _winograd(task, worker, p, real):
                 flags[tile // out_w // out_h] = 1
 
 
-@tasks.Body
+@tasks.body(Weights)
 def _transform_weights(task, worker, p, real):
     """Task = one panel of output channels: V[xi][channel][row] = (G w G^T)[xi]."""
-    w, v, offsets = simd.at(real, p[FROM]), simd.at(real, p[TO]), simd.at(p, p[V_OFFSETS])
-    lanes = simd.lanes(real)
-    m = p[V_TILE]
-    points, channels = (m + 2) * (m + 2), p[V_CHANNELS]
-    o = task * p[V_ROWS] // p[V_PANELS]
-    rows = (task + 1) * p[V_ROWS] // p[V_PANELS] - o
-    w = simd.offset(w, o * p[V_ROW_STEP])
-    v = simd.offset(v, points * (o * channels + task * _SLACK))
+    offsets, step, m, channels = p.tap_offset, p.row_step, p.m, p.channels
+    lanes = machine.lanes(real)
+    points = (m + 2) * (m + 2)
+    o = task * p.rows // p.panels
+    rows = (task + 1) * p.rows // p.panels - o
+    w = offset(p.w, o * step)
+    v = offset(p.v, points * (o * channels + task * _SLACK))
     pitch = rows * channels + _SLACK
-    kernels = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])  # [tap][row]
-    flipped = p[V_CONTIGUOUS] and p[V_BACKWARDS]
-    step, end = p[V_ROW_STEP], simd.at(real, p[FROM_END])
+    kernels = at(real, p.header.scratch + worker * p.header.scratch_bytes)  # [tap][row]
+    flipped = p.contiguous and p.backwards
     for c in range(channels):
         first = (rows - 1) // lanes * lanes
         while first >= 0:  # the last rows first: what they write too much is at the beginning of the next channel
             count = min(lanes, rows - first)
-            source = simd.offset(w, c * p[V_CHANNEL_STEP] + first * step)
+            source = offset(w, c * p.channel_step + first * step)
             taken = 0
-            last = simd.offset(source, (count - 1) * step + lanes)
-            if p[V_CONTIGUOUS] and step >= 0 and simd.address_of(last) <= simd.address_of(end):
-                simd.transpose(kernels, lanes, source, step, count, 4 * p[V_CHANNEL_STEP])
+            last = offset(source, (count - 1) * step + lanes)
+            if p.contiguous and step >= 0 and pointer_address(last) <= p.w_end:
+                simd.transpose(kernels, lanes, source, step, count, 4 * p.channel_step)
                 taken = min(9, lanes)
             for tap in range(taken, 9):
-                at = tap if p[V_CONTIGUOUS] else offsets[tap]
+                place = tap if p.contiguous else offsets[tap]
                 for k in range(lanes):
-                    kernels[tap * lanes + k] = source[min(k, count - 1) * step + at]
-            simd.winograd_weight(
-                m, simd.offset(v, c * rows + first), pitch, simd.offset(kernels, 8 * lanes if flipped else 0),
-                -lanes if flipped else lanes, w, 0, kernels,
+                    kernels[tap * lanes + k] = source[min(k, count - 1) * step + place]
+            transform_weight(
+                m, offset(v, c * rows + first), pitch, offset(kernels, 8 * lanes if flipped else 0),
+                -lanes if flipped else lanes,
             )  # fmt: skip
             first -= lanes
 
@@ -353,14 +364,13 @@ def transform_weights(
     points = (m + 2) ** 2
     size = points * (rows * channels + panels * _SLACK)
     v = np.empty(size, dtype) if keep else tasks.workspace(size, dtype)
-    end = np.lib.array_utils.byte_bounds(weight)[1]
-    parameters = np.zeros(WEIGHTS_END, np.int64)
-    parameters[FROM:] = (
-        contraction.address(weight), contraction.address(v), end, row_step, channel_step, contraction.address(offsets),
-        contiguous, rows, channels, panels, m, operation == "input_grad",
-    )  # fmt: skip
+    p = Weights.zeros()
+    p.w, p.w_end, p.v = tasks.address(weight), np.lib.array_utils.byte_bounds(weight)[1], tasks.address(v)
+    p.row_step, p.channel_step, p.tap_offset = row_step, channel_step, tasks.address(offsets)
+    p.contiguous, p.backwards = contiguous, operation == "input_grad"
+    p.rows, p.channels, p.panels, p.m = rows, channels, panels, m
     scratch = max(9, t.lanes) * t.lanes * dtype.itemsize
-    tasks.run(_transform_weights, dtype, panels, parameters, scratch, 16 * v.size)
+    tasks.run(_transform_weights, dtype, panels, p, scratch, 16 * v.size)
     return v
 
 

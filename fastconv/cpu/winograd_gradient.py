@@ -57,6 +57,7 @@ from .contraction import (
     Y,
 )  # fmt: skip
 from .jit import helper as _jit
+from .vector.winograd import transform_output_gradient, transform_pixels, transform_weight_gradient
 from .winograd import tile_axis, tile_size
 
 # Parameters beyond those of the direct weight gradient: the tiles of a sample, down and across; the outputs of a tile;
@@ -137,9 +138,9 @@ def _transform(p, d, source, channels, target, tile_pitch, xi_pitch, pixels, fir
                 for j in range(width):
                     tile, pitch = simd.offset(pixels, (i * pixel_width + j) * m * lanes), pixel_width * lanes
                     if span == m:
-                        simd.winograd_output_gradient(m, place, xi_pitch, tile, pitch, tile, 0, tile)
+                        transform_output_gradient(m, place, xi_pitch, tile, pitch)
                     else:
-                        simd.winograd_pixels(m, place, xi_pitch, tile, pitch, tile, 0, tile)
+                        transform_pixels(m, place, xi_pitch, tile, pitch)
                     place = simd.offset(place, tile_pitch)
             row += rows
 
@@ -214,9 +215,9 @@ def _gradient(task, worker, p, real):
         kernels = simd.offset(u, (first - first_vector) * lanes * channels * 9)
         for c in range(channels):
             for vector in range(0, row, lanes):
-                simd.winograd_weight_gradient(
+                transform_weight_gradient(
                     m, simd.offset(kernels, c * 9 * row + vector), row, simd.offset(part, c * row + vector),
-                    p[M_PITCH] * row + lanes, u, 0, suspect,
+                    p[M_PITCH] * row + lanes, suspect,
                 )  # fmt: skip
     for lane in range(lanes):
         if suspect[lane] != 0:

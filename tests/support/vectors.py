@@ -29,8 +29,12 @@ def whole_numbers(rng: np.random.Generator, size: int, dtype: np.dtype) -> np.nd
     return rng.integers(-4, 5, size).astype(dtype)
 
 
-def agree(kernel: Any, dtype: np.dtype, arguments: Sequence[Any], variant: Any = None) -> Any:
+def agree(
+    kernel: Any, dtype: np.dtype, arguments: Sequence[Any], variant: Any = None, relative: float = 0.0
+) -> Any:  # fmt: skip
     """Run `kernel` and its plain sibling on copies of the same arguments; all arrays must be the same after it.
+
+    A kernel that rounds may differ by `relative` times the largest number of an array.
 
     The sibling is given the tile too (``tile=``), and the variant where there is one. Returns what the kernel returned,
     which must be what the sibling returned.
@@ -41,6 +45,15 @@ def agree(kernel: Any, dtype: np.dtype, arguments: Sequence[Any], variant: Any =
     result = kernel.run(dtype, first, variant)
     for name, one, other in zip(kernel.kernel.names, first, second, strict=True):
         if isinstance(one, np.ndarray):
-            np.testing.assert_array_equal(one, other, err_msg=f"{kernel.kernel.name}, {variant}: {name}")
-    assert result == expected, kernel.kernel.name
+            _assert_same(one, other, relative, f"{kernel.kernel.name}, {variant}: {name}")
+    if result is not None or expected is not None:
+        _assert_same(np.asarray(result), np.asarray(expected), relative, f"{kernel.kernel.name}: result")
     return result
+
+
+def _assert_same(one: np.ndarray, other: np.ndarray, relative: float, what: str) -> None:
+    if relative == 0.0:
+        np.testing.assert_array_equal(one, other, err_msg=what)
+    else:
+        largest = np.abs(other[np.isfinite(other)]).max(initial=0.0)
+        np.testing.assert_allclose(one, other, rtol=0, atol=relative * largest, err_msg=what)
