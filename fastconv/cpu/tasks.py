@@ -49,10 +49,17 @@ class Header(Record):
     next: Integer
 
 
+_NO_HEADER = (0,) * len(Header.fields)
+
+
 class Parameters(Record):
     """Those of a body: a subclass names the rest."""
 
     header: Header
+
+    @classmethod
+    def of(cls, **values: Any) -> np.ndarray:
+        return super().of(header=_NO_HEADER, **values)
 
 
 # Parameters that every body shares, filled by `run_stages`. The others begin at FIRST.
@@ -92,7 +99,7 @@ def call(typingctx, body, task, worker, parameters):
 
 
 @intrinsic
-def ask(typingctx, body, arguments):
+def call_with(typingctx, body, arguments):
     """Call the compiled body at address `body` with the integers and pointers of the tuple as its parameters.
 
     A part of a body that not every call needs, or that several bodies have, is compiled once, when it is first needed,
@@ -117,6 +124,9 @@ def ask(typingctx, body, arguments):
         return context.get_dummy_value()
 
     return types.void(types.int64, arguments), codegen
+
+
+ask = call_with  # its name before
 
 
 @intrinsic
@@ -226,9 +236,12 @@ _DATA = object.__basicsize__
 _integer_at = ctypes.c_ssize_t.from_address
 
 
-def address(array: np.ndarray) -> int:
+def data_address(array: np.ndarray) -> int:
     """Address of the first element. (`__array_interface__` and `ctypes.data` say the same, but take 1 us to do so.)"""
     return _integer_at(id(array) + _DATA).value
+
+
+address = data_address  # its name before
 
 
 def _scratch(size: int) -> int:

@@ -4,7 +4,7 @@
 
 summed over channels inside the brackets, which makes (m + 2)^2 matrix products (output channels x channels x tiles),
 one for each element xi of the transformed tile (Lavin and Gray 2016). All of it is fused for a block of tiles that
-stays in L2: the inputs of the block go through the slab and the panels of `contraction` as if this were a kernel of
+stays in L2: the inputs of the block go through the slab and the panels of `implicit_gemm` as if this were a kernel of
 m + 2 taps and stride m, each panel row of tiles is transformed into U[xi][channel][tile], the microkernel multiplies it
 with the transformed weights V[xi][channel][row], and the result goes through the output transform straight into the
 output.
@@ -22,49 +22,36 @@ from dataclasses import replace
 import numpy as np
 
 from ..geometry import ConvGeometry
-from . import contraction, simd, tasks
-from .contraction import (
-    BIAS,
-    BLOCK_CHANNELS,
-    CHANNEL_PITCH,
-    CHANNELS,
-    CHUNK,
-    CHUNKS,
-    FILL,
-    KERNELS,
-    OUT_H,
-    OUT_W,
-    PADDED,
-    PANEL_SIZE,
-    PANELS,
-    PIXEL_TASKS,
-    PIXELS,
-    RELU,
-    ROW_CHANNELS,
-    ROW_TASKS,
-    SLAB_SIZE,
-    STRIDE_W,
-    TABLE_BYTES,
-    TAP_OFFSET,
-    X_C,
-    Y_H,
-    Y_N,
-    Y_O,
-    Y_W,
-    W,
-    X,
-    Y,
-)  # fmt: skip
-from .jit import helper as _jit
+from . import tasks
+from .implicit_gemm.blocks import SLAB_BYTES, Axis, Blocks, slab_shape
+from .implicit_gemm.panels import find_runs
+from .implicit_gemm.parameters import Correlation
+from .implicit_gemm.plan import Plan, microkernels, plan_correlation
+from .implicit_gemm.slab import find_rows
+from .jit import helper
 from .records import Integer, Integers, Reals
+from .vector import move
 from .vector import tile as machine
-from .vector.memory import at, offset, pointer_address
+from .vector.gemm import ADD, contract_packed, pack_panel, run_stride, run_table_stride
+from .vector.memory import at, fill_zero, integers_at, offset, pointer_address
+from .vector.tile import tile
 from .vector.winograd import transform_input, transform_output, transform_weight
 
-# Parameters beyond those of `correlate`, whose pixels are the tiles here.
-(
-    TILE, POINTS, IMAGE_H, IMAGE_W, BLOCK, ROW_GROUP, U_PITCH, U_SIZE, M_SIZE, V_SLACK, FLAGS, WINOGRAD_END,
-) = range(contraction.END, contraction.END + 12)  # fmt: skip
+
+class Tiles(Correlation):
+    """Parameters beyond those of the direct sum, whose pixels are the tiles here."""
+
+    m: Integer  # outputs of a tile in each dimension
+    points: Integer
+    image_h: Integer
+    image_w: Integer
+    block: Integer  # panels of tiles that are transformed before they are multiplied
+    row_group: Integer  # panels of output channels whose products are transformed together
+    u_pitch: Integer  # from point to point of the transformed inputs
+    u_elements: Integer  # parts of the scratch memory
+    m_elements: Integer
+    v_slack: Integer
+    suspects: Integers  # of each sample: has it to be computed again?
 
 
 class Weights(tasks.Parameters):
@@ -92,128 +79,128 @@ _U_BYTES = 1024 * 1024  # transformed inputs of a block of tiles, if more than o
 _M_BYTES = 192 * 1024
 
 
-@_jit
+@helper
 def _store_tiles(p, y, outputs, tile, end, m):
     """Put the outputs [row of the tile][tile, column of the tile] of tiles tile .. end where they belong in a plane."""
-    out_h, out_w = p[OUT_H], p[OUT_W]
-    pitch = simd.columns(outputs) * m
+    out_h, out_w = p.out.h, p.out.w
+    pitch = machine.columns(outputs) * m
     column = 0
     while tile < end:
         row = tile // out_w
         count = min(end - tile, (row + 1) * out_w - tile)
         n, h, w = row // out_h, row % out_h * m, (tile - row * out_w) * m
-        length = min(p[IMAGE_W] - w, count * m)
-        for i in range(min(m, p[IMAGE_H] - h)):
-            target = simd.offset(y, n * p[Y_N] + (h + i) * p[Y_H] + w * p[Y_W])
-            source = simd.offset(outputs, i * pitch + column * m)
-            if p[Y_W] == 1:
-                simd.copy_span(target, source, length)
+        length = min(p.image_w - w, count * m)
+        for i in range(min(m, p.image_h - h)):
+            target = offset(y, n * p.output.n + (h + i) * p.output.h + w * p.output.w)
+            source = offset(outputs, i * pitch + column * m)
+            if p.output.w == 1:
+                move.copy_span(target, source, length)
             else:
                 for k in range(length):
-                    target[k * p[Y_W]] = source[k]
+                    target[k * p.output.w] = source[k]
         column += count
         tile += count
 
 
-@tasks.Body
+@tasks.body(Tiles)
 def _winograd(task, worker, p, real):
     """Task = a range of tiles and a range of output channels."""
-    slab = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    u = simd.offset(slab, p[SLAB_SIZE])
-    products = simd.offset(u, p[U_SIZE])
-    inputs = simd.offset(products, p[M_SIZE])
-    columns, lanes = simd.columns(real), simd.lanes(real)
-    m, points = p[TILE], p[POINTS]
-    outputs = simd.offset(inputs, points * columns)
-    suspect = simd.offset(outputs, m * m * columns)
-    tables = simd.at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[TABLE_BYTES])
-    table_pitch = columns // lanes * simd.piece_table_stride(real)
-    tables_end = simd.offset(tables, p[BLOCK] * table_pitch)
-    rows_table = simd.offset(tables_end, 4)
-    tap_offset = simd.at(p, p[TAP_OFFSET])
-    x, y, v = simd.at(real, p[X]), simd.at(real, p[Y]), simd.at(real, p[W])
-    bias, flags = simd.at(real, p[BIAS]), simd.at(p, p[FLAGS])
-    kernels = simd.at(p, p[KERNELS])
-    out_h, out_w = p[OUT_H], p[OUT_W]
-    depth, row_channels, row_panels = p[CHANNELS], p[ROW_CHANNELS], p[PANELS]
+    slab = at(real, p.header.scratch + worker * p.header.scratch_bytes)
+    u = offset(slab, p.slab.elements)
+    products = offset(u, p.u_elements)
+    inputs = offset(products, p.m_elements)
+    columns, lanes = machine.columns(real), machine.lanes(real)
+    m, points = p.m, p.points
+    outputs = offset(inputs, points * columns)
+    suspect = offset(outputs, m * m * columns)
+    tables = integers_at(p.header.scratch + (worker + 1) * p.header.scratch_bytes - p.table_bytes)
+    table_pitch = columns // lanes * run_table_stride(real)
+    tables_end = offset(tables, p.block * table_pitch)
+    rows_table = offset(tables_end, 4)
+    tap_offset = p.tap_offset
+    x, y, v = p.operands.x, p.operands.y, p.operands.w
+    bias, flags = p.operands.bias, p.suspects
+    kernels = p.kernels
+    out_h, out_w = p.out.h, p.out.w
+    depth, row_channels, row_panels = p.channels, p.row_channels, p.row_panels
 
-    part, block = task % p[ROW_TASKS], task // p[ROW_TASKS]
-    first_panel, last_panel = part * p[PANELS] // p[ROW_TASKS], (part + 1) * p[PANELS] // p[ROW_TASKS]
-    if p[CHUNKS]:
-        row, chunk = block // p[CHUNKS], block % p[CHUNKS]
-        first_column = chunk * p[CHUNK]
+    part, block = task % p.row_tasks, task // p.row_tasks
+    first_panel, last_panel = part * p.row_panels // p.row_tasks, (part + 1) * p.row_panels // p.row_tasks
+    if p.chunks:
+        row, chunk = block // p.chunks, block % p.chunks
+        first_column = chunk * p.chunk
         first = row * out_w + first_column
-        last = min(first + p[CHUNK], (row + 1) * out_w)
+        last = min(first + p.chunk, (row + 1) * out_w)
     else:
-        all_panels = (p[PIXELS] + columns - 1) // columns
+        all_panels = (p.pixels + columns - 1) // columns
         first_column = 0
-        first = block * all_panels // p[PIXEL_TASKS] * columns
-        last = min((block + 1) * all_panels // p[PIXEL_TASKS] * columns, p[PIXELS])
-    if p[PADDED]:
-        simd.fill_zero(slab, p[SLAB_SIZE])
+        first = block * all_panels // p.pixel_tasks * columns
+        last = min((block + 1) * all_panels // p.pixel_tasks * columns, p.pixels)
+    if p.padded:
+        fill_zero(slab, p.slab.elements)
 
-    for start in range(first, last, p[BLOCK] * columns):
-        stop = min(start + p[BLOCK] * columns, last)
+    for start in range(first, last, p.block * columns):
+        stop = min(start + p.block * columns, last)
         first_row, last_row = start // out_w, (stop - 1) // out_w + 1
         panels = (stop - start + columns - 1) // columns
         for q in range(panels):
             tile = start + q * columns
-            table = simd.offset(tables, q * table_pitch)
-            contraction._find_pieces(p, table, tile, min(tile + columns, stop), first_row, first_column, real)
-        listed = contraction._find_rows(p, rows_table, first_row, last_row)
+            table = offset(tables, q * table_pitch)
+            find_runs(p, table, tile, min(tile + columns, stop), first_row, first_column, real)
+        listed = find_rows(p, rows_table, first_row, last_row)
         # U[panel][xi][channel][tile]
-        if start != first and p[PADDED]:
-            simd.fill_zero(slab, p[SLAB_SIZE])
-        for c in range(0, p[CHANNELS], p[BLOCK_CHANNELS]):
-            channels = min(p[BLOCK_CHANNELS], p[CHANNELS] - c)
-            tasks.ask(p[FILL], (
-                p, slab, simd.offset(x, c * p[X_C]), channels, rows_table, listed, first_column * p[STRIDE_W],
+        if start != first and p.padded:
+            fill_zero(slab, p.slab.elements)
+        for c in range(0, p.channels, p.block_channels):
+            channels = min(p.block_channels, p.channels - c)
+            tasks.call_with(p.slab.fill, (
+                p, slab, offset(x, c * p.input.c), channels, rows_table, listed, first_column * p.slab.width.stride,
                 tables_end,
             ))  # fmt: skip
             for k in range(channels):
                 for q in range(panels):
-                    simd.pack_panel(
-                        inputs, simd.offset(slab, k * p[CHANNEL_PITCH]), 1, 0, points, tap_offset,
-                        simd.offset(tables, q * table_pitch), 0,
+                    pack_panel(
+                        inputs, offset(slab, k * p.slab.channel_pitch), 1, 0, points, tap_offset,
+                        offset(tables, q * table_pitch), 0,
                     )  # fmt: skip
-                    target = simd.offset(u, q * points * p[U_PITCH] + (c + k) * columns)
+                    target = offset(u, q * points * p.u_pitch + (c + k) * columns)
                     for lane in range(0, columns, lanes):
-                        transform_input(m, offset(target, lane), p[U_PITCH], offset(inputs, lane), columns)
+                        transform_input(m, offset(target, lane), p.u_pitch, offset(inputs, lane), columns)
         # some panels of output channels at a time: M[panel][xi][row][tile], and out
-        simd.fill_zero(suspect, panels * columns)
-        for group in range(first_panel, last_panel, p[ROW_GROUP]):
-            group_end = min(group + p[ROW_GROUP], last_panel)
+        fill_zero(suspect, panels * columns)
+        for group in range(first_panel, last_panel, p.row_group):
+            group_end = min(group + p.row_group, last_panel)
             for q in range(panels):
                 tile = start + q * columns
                 end = min(tile + columns, stop)
                 vectors = (end - tile + lanes - 1) // lanes
                 for xi in range(points):
-                    panel = simd.offset(u, (q * points + xi) * p[U_PITCH])
+                    panel = offset(u, (q * points + xi) * p.u_pitch)
                     for i in range(group, group_end):
                         o = i * row_channels // row_panels
                         rows = (i + 1) * row_channels // row_panels - o
-                        a = simd.offset(v, points * (o * depth + i * p[V_SLACK]))
-                        a = simd.offset(a, xi * (rows * depth + p[V_SLACK]))
-                        place = simd.offset(
-                            products, ((i - group) * points * simd.tile_rows(real) + xi * rows) * columns
+                        a = offset(v, points * (o * depth + i * p.v_slack))
+                        a = offset(a, xi * (rows * depth + p.v_slack))
+                        place = offset(
+                            products, ((i - group) * points * machine.tile_rows(real) + xi * rows) * columns
                         )
                         for c in range(0, depth, CHAIN):
-                            simd.contract(
-                                kernels, rows, vectors, min(CHAIN, depth - c), simd.offset(a, c * rows),
-                                simd.offset(panel, c * columns), place, simd.ADD if c else 0,
+                            contract_packed(
+                                kernels[rows * (columns // lanes + 1) + vectors], min(CHAIN, depth - c),
+                                offset(a, c * rows), offset(panel, c * columns), place, ADD if c else 0,
                             )  # fmt: skip
                 for i in range(group, group_end):
                     o = i * row_channels // row_panels
                     rows = (i + 1) * row_channels // row_panels - o
-                    place = simd.offset(products, (i - group) * points * simd.tile_rows(real) * columns)
+                    place = offset(products, (i - group) * points * machine.tile_rows(real) * columns)
                     for row in range(rows):
                         for vector in range(vectors):
                             transform_output(
-                                m, simd.offset(outputs, vector * lanes * m), columns * m,
-                                simd.offset(place, row * columns + vector * lanes), rows * columns,
-                                simd.offset(bias, o + row), p[RELU], simd.offset(suspect, q * columns + vector * lanes),
+                                m, offset(outputs, vector * lanes * m), columns * m,
+                                offset(place, row * columns + vector * lanes), rows * columns,
+                                offset(bias, o + row), p.operands.relu, offset(suspect, q * columns + vector * lanes),
                             )  # fmt: skip
-                        _store_tiles(p, simd.offset(y, (o + row) * p[Y_O]), outputs, tile, end, m)
+                        _store_tiles(p, offset(y, (o + row) * p.output.c), outputs, tile, end, m)
         for tile in range(start, stop):
             if suspect[tile - start] != 0:
                 flags[tile // out_w // out_h] = 1
@@ -240,7 +227,7 @@ def _transform_weights(task, worker, p, real):
             taken = 0
             last = offset(source, (count - 1) * step + lanes)
             if p.contiguous and step >= 0 and pointer_address(last) <= p.w_end:
-                simd.transpose(kernels, lanes, source, step, count, 4 * p.channel_step)
+                move.transpose(kernels, lanes, source, step, count, 4 * p.channel_step)
                 taken = min(9, lanes)
             for tap in range(taken, 9):
                 place = tap if p.contiguous else offsets[tap]
@@ -283,21 +270,21 @@ def tile_size(geometry: ConvGeometry, operation: str) -> int:
     return 2 if cost(2) <= cost(4) else 4
 
 
-def tile_axis(out: int, m: int, source: np.ndarray, before: int, size: int) -> contraction.Axis:
+def tile_axis(out: int, m: int, source: np.ndarray, before: int, size: int) -> Axis:
     """Tiles of m outputs as the outputs of a correlation with kernels of m + 2 taps and stride m."""
     tiles = -(-out // m)
     needed = tiles * m + 2
     padded = np.full(max(needed, len(source)), -1, np.int64)
     padded[: len(source)] = source
-    return contraction.Axis(tiles, m + 2, m, 1, padded[:needed].copy(), before, size)
+    return Axis(tiles, m + 2, m, 1, padded[:needed].copy(), before, size)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
     geometry: ConvGeometry, operation: str, dtype: np.dtype, x: tuple[int, ...], y: tuple[int, ...], workers: int
-) -> tuple[contraction.Plan, int]:
+) -> tuple[Plan, int]:
     """The plan, and the outputs of a tile in each dimension."""
-    t = simd.tile(dtype.itemsize * 8)
+    t = tile(dtype.itemsize * 8)
     m = tile_size(geometry, operation)
     points = (m + 2) ** 2
     if operation == "forward":
@@ -316,39 +303,38 @@ def _plan(
             p = np.arange(image[i] + 2, dtype=np.int64) - before
             table = np.where((p >= 0) & (p < geometry.output_size[i]), p, -1)
             source.append(tile_axis(image[i], m, table, before, geometry.output_size[i]))
-    one = contraction.Axis(1, 1, 1, 1, np.zeros(1, np.int64), 0, 1)
+    one = Axis(1, 1, 1, 1, np.zeros(1, np.int64), 0, 1)
     axes = (one, *source)
     u_pitch = channels * t.columns + 16
     block = max(1, _U_BYTES // (points * u_pitch * dtype.itemsize))
     block = min(block, -(-geometry.batch * axes[1].out * axes[2].out // t.columns))
-    slab = contraction._slab_shape(axes, block * t.columns, 1, t.columns)
-    block_channels = max(1, min(channels, contraction.SLAB_BYTES // (slab.channel * dtype.itemsize)))
-    blocks = contraction.Blocks(1, rows, channels, points, block_channels, points, -(-rows // t.rows))
+    slab = slab_shape(axes, block * t.columns, 1, t.columns)
+    block_channels = max(1, min(channels, SLAB_BYTES // (slab.channel * dtype.itemsize)))
+    blocks = Blocks(1, rows, channels, points, block_channels, points, -(-rows // t.rows))
     zeros = operation == "input_grad" or geometry.padding_mode == "zeros"
-    plan = contraction.plan_correlation(dtype, geometry.batch, blocks, axes, x, y, zeros, False, workers, block)
+    plan = plan_correlation(dtype, geometry.batch, blocks, axes, x, y, zeros, False, workers, block)
 
     row_group = max(1, min(blocks.panels, _M_BYTES // (points * t.rows * t.columns * dtype.itemsize)))
     u_size = block * points * u_pitch
     m_size = row_group * points * t.rows * t.columns
-    slab = contraction._slab_shape(axes, block * t.columns, geometry.batch, t.columns)
-    table_bytes = -(-(block * t.vectors * simd.piece_stride(t) + 4 + slab.table) * 8 // 64) * 64
-    parameters = np.zeros(WINOGRAD_END, np.int64)
-    parameters[: contraction.END] = plan.parameters
-    parameters[PANEL_SIZE] = 0
-    parameters[KERNELS] = contraction.microkernels(dtype, rows, blocks.panels, False)
-    parameters[TABLE_BYTES] = table_bytes
-    parameters[TILE:FLAGS] = (
-        m, points, image[1], image[2], block, row_group, u_pitch, u_size, m_size, _SLACK,
-    )  # fmt: skip
-    elements = int(parameters[SLAB_SIZE]) + u_size + m_size + (points + m * m + block) * t.columns
-    return replace(plan, parameters=parameters, scratch=elements * dtype.itemsize + table_bytes), m
+    slab = slab_shape(axes, block * t.columns, geometry.batch, t.columns)
+    table_bytes = -(-(block * t.vectors * run_stride(t.lanes) + 4 + slab.table) * 8 // 64) * 64
+    p = Tiles.zeros()
+    for name in plan.parameters.dtype.names:
+        p[name] = plan.parameters[name]
+    p.panel_elements, p.table_bytes = 0, table_bytes
+    p.kernels = microkernels(dtype, rows, blocks.panels, False)
+    p.m, p.points, p.image_h, p.image_w, p.block, p.row_group = m, points, image[1], image[2], block, row_group
+    p.u_pitch, p.u_elements, p.m_elements, p.v_slack = u_pitch, u_size, m_size, _SLACK
+    elements = int(p.slab.elements) + u_size + m_size + (points + m * m + block) * t.columns
+    return replace(plan, parameters=np.asarray(p), scratch=elements * dtype.itemsize + table_bytes), m
 
 
 def transform_weights(
     weight: np.ndarray, dtype: np.dtype, operation: str, m: int, strides: tuple[int, ...], keep: bool = False
 ) -> np.ndarray:
     """V for the forward pass or the input gradient, [panel of rows][xi][channel][row]; in a workspace unless `keep`."""
-    t = simd.tile(dtype.itemsize * 8)
+    t = tile(dtype.itemsize * 8)
     out_step, in_step, _, *steps = strides
     offsets = (np.arange(3)[:, None] * steps[0] + np.arange(3) * steps[1]).ravel().astype(np.int64)
     contiguous = np.array_equal(offsets, np.arange(9))
@@ -365,8 +351,8 @@ def transform_weights(
     size = points * (rows * channels + panels * _SLACK)
     v = np.empty(size, dtype) if keep else tasks.workspace(size, dtype)
     p = Weights.zeros()
-    p.w, p.w_end, p.v = tasks.address(weight), np.lib.array_utils.byte_bounds(weight)[1], tasks.address(v)
-    p.row_step, p.channel_step, p.tap_offset = row_step, channel_step, tasks.address(offsets)
+    p.w, p.w_end, p.v = tasks.data_address(weight), np.lib.array_utils.byte_bounds(weight)[1], tasks.data_address(v)
+    p.row_step, p.channel_step, p.tap_offset = row_step, channel_step, tasks.data_address(offsets)
     p.contiguous, p.backwards = contiguous, operation == "input_grad"
     p.rows, p.channels, p.panels, p.m = rows, channels, panels, m
     scratch = max(9, t.lanes) * t.lanes * dtype.itemsize
@@ -384,9 +370,10 @@ def run(
         bias = np.zeros(out.shape[1], out.dtype)
     flags = np.zeros(geometry.batch, np.int64)
     parameters = plan.parameters.copy()
-    parameters[X : RELU + 1] = (
-        contraction.address(input), contraction.address(v), contraction.address(out), contraction.address(bias), relu
+    parameters["operands"] = (
+        tasks.data_address(input), tasks.data_address(v), tasks.data_address(out), tasks.data_address(bias), True, relu,
+        False,
     )  # fmt: skip
-    parameters[FLAGS] = contraction.address(flags)
+    parameters["suspects"] = tasks.data_address(flags)
     tasks.run(_winograd, out.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
     return flags != 0
