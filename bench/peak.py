@@ -12,7 +12,11 @@ import time
 
 import numpy as np
 
-from fastconv.cpu import contraction, simd, tasks, threads
+from fastconv.cpu import tasks, threads
+from fastconv.cpu.records import Integer, Reals
+from fastconv.cpu.vector import gemm
+from fastconv.cpu.vector.memory import at, offset
+from fastconv.cpu.vector.tile import tile as tile_of
 
 # Half of the smallest L1 data cache in use (32 KiB), so that both panels and the tile of results stay.
 PANEL_BYTES = 16 * 1024
@@ -21,30 +25,38 @@ REPEATS = 200
 # Four times the largest L3 of a desktop; a server with more shows its cache, not its memory.
 COPY_BYTES = 256 << 20
 
-KERNELS, ROWS, VECTORS, DEPTH, COLUMNS = range(tasks.FIRST, tasks.FIRST + 5)
-SOURCE, TARGET, LENGTH = range(tasks.FIRST, tasks.FIRST + 3)
+
+class Products(tasks.Parameters):
+    kernel: Integer  # address of the microkernel
+    rows: Integer
+    columns: Integer
+    depth: Integer
 
 
-@tasks.Body
+class Copy(tasks.Parameters):
+    source: Reals
+    target: Reals
+    length: Integer  # of a task
+
+
+@tasks.body(Products)
 def _contract_panels(task, worker, p, real):
-    kernels, rows, vectors, depth, columns = simd.at(p, p[KERNELS]), p[ROWS], p[VECTORS], p[DEPTH], p[COLUMNS]
-    a = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    panel = simd.offset(a, depth * rows)
-    c = simd.offset(panel, depth * columns)
+    kernel, rows, columns, depth = p.kernel, p.rows, p.columns, p.depth
+    a = at(real, p.header.scratch + worker * p.header.scratch_bytes)
+    panel = offset(a, depth * rows)
+    c = offset(panel, depth * columns)
     for k in range(depth * rows):  # not zeros: on them a processor may draw less power and clock higher
         a[k] = 0.5 + 0.001 * k
     for k in range(depth * columns):
         panel[k] = 1.5 - 0.001 * k
     for _ in range(REPEATS):
-        simd.contract(kernels, rows, vectors, depth, a, panel, c, 0)
+        gemm.contract_packed(kernel, depth, a, panel, c, 0)
 
 
-@tasks.Body
+@tasks.body(Copy)
 def _copy(task, worker, p, real):
-    begin = task * p[LENGTH]
-    source = simd.offset(simd.at(real, p[SOURCE]), begin)
-    target = simd.offset(simd.at(real, p[TARGET]), begin)
-    for i in range(p[LENGTH]):
+    source, target = offset(p.source, task * p.length), offset(p.target, task * p.length)
+    for i in range(p.length):
         target[i] = source[i]
 
 
@@ -57,17 +69,18 @@ def microkernel_rate(dtype: np.dtype | type = np.float32, seconds: float = 0.1) 
     True
     """
     dtype = np.dtype(dtype)
-    tile = simd.tile(8 * dtype.itemsize)
+    tile = tile_of(8 * dtype.itemsize)
     depth = PANEL_BYTES // (dtype.itemsize * (tile.rows + tile.columns))
     scratch = dtype.itemsize * (depth * (tile.rows + tile.columns) + tile.rows * tile.columns)
     flops = 2 * REPEATS * depth * tile.rows * tile.columns
     workers = threads.get_num_threads()
-    kernels = contraction.microkernels(dtype, tile.rows, 1, output=False)
+    p = Products.zeros()
+    p.kernel = gemm.contract_packed.address(dtype, gemm.Rows(tile.rows, tile.vectors))
+    p.rows, p.columns, p.depth = tile.rows, tile.columns, depth
 
     def run(count: int) -> float:
-        parameters = np.array([0] * tasks.FIRST + [kernels, tile.rows, tile.vectors, depth, tile.columns], np.int64)
         begin = time.perf_counter()
-        tasks.run(_contract_panels, dtype, count, parameters, scratch, count * flops)
+        tasks.run(_contract_panels, dtype, count, np.asarray(p), scratch, count * flops)
         return count * flops / (time.perf_counter() - begin)
 
     count = 16 * workers
@@ -82,10 +95,10 @@ def copy_rate(seconds: float = 0.1) -> float:
     length = 1 << 16
 
     def run() -> float:
-        addresses = [a.__array_interface__["data"][0] for a in (values, target)]
-        parameters = np.array([0] * tasks.FIRST + [*addresses, length], np.int64)
+        p = Copy.zeros()
+        p.source, p.target, p.length = tasks.data_address(values), tasks.data_address(target), length
         begin = time.perf_counter()
-        tasks.run(_copy, values.dtype, values.size // length, parameters, 64, values.size)
+        tasks.run(_copy, values.dtype, values.size // length, np.asarray(p), 64, values.size)
         return 2 * values.nbytes / (time.perf_counter() - begin)
 
     run()

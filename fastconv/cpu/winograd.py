@@ -153,7 +153,7 @@ def _winograd(task, worker, p, real):
             fill_zero(slab, p.slab.elements)
         for c in range(0, p.channels, p.block_channels):
             channels = min(p.block_channels, p.channels - c)
-            tasks.call_with(p.slab.fill, (
+            tasks.call_with(p.slab.fill_body, (
                 p, slab, offset(x, c * p.input.c), channels, rows_table, listed, first_column * p.slab.width.stride,
                 tables_end,
             ))  # fmt: skip
@@ -319,9 +319,7 @@ def _plan(
     m_size = row_group * points * t.rows * t.columns
     slab = slab_shape(axes, block * t.columns, geometry.batch, t.columns)
     table_bytes = -(-(block * t.vectors * run_stride(t.lanes) + 4 + slab.table) * 8 // 64) * 64
-    p = Tiles.zeros()
-    for name in plan.parameters.dtype.names:
-        p[name] = plan.parameters[name]
+    p = Tiles.beginning_with(plan.parameters)
     p.panel_elements, p.table_bytes = 0, table_bytes
     p.kernels = microkernels(dtype, rows, blocks.panels, False)
     p.m, p.points, p.image_h, p.image_w, p.block, p.row_group = m, points, image[1], image[2], block, row_group
