@@ -126,45 +126,6 @@ def test_peers_agree_with_the_reference(name, case, which, tmp_path):
         checks.check(case, which, problem.operands, prepared.fetch(prepared.call()), tmp_path)
 
 
-class Clock:
-    """Stands in for `time` in the worker: a call takes as long as it says."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def perf_counter(self):
-        return self.now
-
-    def calls(self, *seconds):
-        self.called = []
-
-        def take(at):
-            self.called.append(at)
-            self.now += seconds[at]
-
-        return [(lambda at=at: take(at), None) for at in range(len(seconds))]
-
-
-def test_samples_take_turns(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(worker, "time", clock)
-    calls = clock.calls(0.0005, 0.002)
-    first, second = worker.sample(calls, 0.1)
-    assert first == pytest.approx([0.0005] * len(first))  # of one call, though a sample is of two
-    assert second == pytest.approx([0.002] * len(second))
-    assert len(first) == len(second) == 67  # of 3 ms each, until 0.2 s have passed
-    assert clock.called[:10] == [0, 0, 1, 1, 0, 0, 1, 1, 0, 0]  # two warm-ups each, then turns that turn
-
-
-def test_a_call_that_is_longer_than_its_samples_should_be_is_not_repeated(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(worker, "time", clock)
-    assert worker.sample(clock.calls(5.0), 0.1) == [[5.0]]
-    assert len(clock.called) == 2
-    clock.now = 0.0
-    assert worker.sample(clock.calls(0.09), 0.1) == [pytest.approx([0.09] * worker.LEAST_SAMPLES)]
-
-
 # Results
 
 
