@@ -114,6 +114,12 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
     return [dataclasses.replace(row, ratio=row.cost / ours) if ours and row.cost is not None else row for row in rows]
 
 
+def note_of(error: BaseException) -> str:
+    """What a row says of an error in the place of figures: its type and the first line of its message."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
+
+
 def read(path: Path) -> list[Row]:
     """The rows of a results file. Raises ResultsError, OSError."""
     with path.open(newline="", encoding="utf-8") as file:

@@ -16,7 +16,7 @@ import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
-from . import timing
+from . import results, timing
 
 
 def pin(threads: int) -> None:
@@ -157,8 +157,7 @@ def main() -> None:
             answer = worker.answer(json.loads(line))
         except Exception as error:  # whatever a peer raises is reported, and the next one has its turn
             traceback.print_exc()
-            said = str(error).strip().splitlines() or [""]
-            answer = {"failed": f"{type(error).__name__}: {said[0]}"[:300]}
+            answer = {"failed": results.note_of(error)}
         print(json.dumps(answer), file=output, flush=True)
 
 

@@ -396,10 +396,10 @@ def test_machine_code_of_the_measured_peak():
     """Nothing but multiply-adds in the loop of what the benchmarks of a GPU take for its peak."""
     from numba import types
 
-    from fastconv.bench import cuda as bench
+    from fastconv.bench.cuda import clock
 
     real = types.float32
-    kernel = cuda.jit(bench.multiply_add_kernel(cuda, "float32"))
+    kernel = cuda.jit(clock.multiply_add_kernel(cuda, "float32"))
     _, cubin = codegen.compile_for_launch(kernel, (types.Array(real, 1, "C"), real, real), (9, 0))
     code = codegen.inspect_code(cubin)
     assert code.complaints(registers=64, float64=False) == []
