@@ -2,7 +2,7 @@
 
 Every kernel is first checked on small odd shapes: against fastconv.reference, and the matrix products in every tile
 against sums in float64. Then the layers of shapes/, at the batch of a GPU, are checked and timed beside torch (cuDNN),
-CuPy and Liger-Kernel, whichever are installed, and the rows go to results/<gpu>.csv like those of the CPU. Needs
+CuPy and Liger-Kernel, whichever are installed, and the rows go to measured/<gpu>.csv like those of the CPU. Needs
 numba-cuda and one of torch and CuPy; nothing has to be installed of fastconv itself.
 
 Nothing ends the run before its time but the machine: an error is told and counted, and the next job begins. Jobs run in

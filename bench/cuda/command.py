@@ -89,8 +89,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--budget", type=float, default=BUDGET, metavar="SECONDS",
                       help="after which nothing more is begun; the rest is named (default: %(default)g)")  # fmt: skip
-    made.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results", metavar="FOLDER",
-                      help="where <gpu>.csv and <gpu>.json are written (default: bench/results)")  # fmt: skip
+    made.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "measured", metavar="FOLDER",
+                      help="where <gpu>.csv and <gpu>.json are written (default: bench/measured)")  # fmt: skip
     made.add_argument("--dtype", type=_words, default=list(DTYPES), metavar="NAME,...",
                       help=f"of {', '.join(DTYPES)} (default: all)")  # fmt: skip
     made.add_argument("--only", metavar="REGEX", help="the layers of which 'network name' matches")
