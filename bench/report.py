@@ -63,15 +63,23 @@ def short_section(folder: Path = RESULTS, page: Path = README) -> str:
             values = ratios([row for row in here if row.which == which], theirs).values()
             cells.append(f"{geometric_mean(values):.2f}" if values else "n/a")
         lines.append([network, len({row.case for row in here}), *cells])
+    slower, total = _slower(rows)
+    others = dict.fromkeys(row.peer.removesuffix(" channels-last") for row in rows if not row.is_fastconv)
     compared = [row for row in rows if row.peer == "fastconv" or row.peer in theirs]
     parts = [
         "Times as fast as PyTorch in the better of its two layouts (above 1 fastconv is faster), geometric mean over "
         f"the layers of each network.\n{_where(machine, *key)}; {_versions(compared)}; {_dates(compared)}.",
         tables.table(["network", "layers", *(PASSES[which] for which in passes)], lines),
+        f"Of these {total} cases (a layer and a pass) {len(slower)} are slower than the fastest of {_listed(others)}.",
     ]
     if picture.exists():
         parts.append(f"![Rate of each layer under the measured peak of the machine]({_link(picture, page)})")
     return "\n\n".join(parts) + "\n"
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _link(path: Path, page: Path) -> str:
@@ -290,19 +298,23 @@ def _spread(values: Sequence[float]) -> str:
     return f"{geometric_mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def _losses(rows: list[Row]) -> list[str]:
-    """The layers on which the fastest peer is faster than fastconv, the worst first."""
+def _slower(rows: list[Row]) -> tuple[list[Row], int]:
+    """The rows of the fastest peer where it is faster than fastconv, the worst first; and the number of all cases."""
     slower = []
     for pair in dict.fromkeys(row.pair for row in rows):
         peers = [r for r in rows if r.pair == pair and not r.is_fastconv and r.ratio is not None]
         fastest = min(peers, key=lambda r: r.ratio or math.inf, default=None)
         if fastest is not None and fastest.ratio is not None and fastest.ratio < 1:
             slower.append(fastest)
-    total = len({row.pair for row in rows})
+    return sorted(slower, key=lambda row: row.ratio or 0), len({row.pair for row in rows})
+
+
+def _losses(rows: list[Row]) -> list[str]:
+    """The layers on which the fastest peer is faster than fastconv."""
+    slower, total = _slower(rows)
     lines = [f"Where fastconv loses to the fastest of its peers: {len(slower)} of {total} cases."]
     if not slower:
         return lines
-    slower.sort(key=lambda row: row.ratio or 0)
     if len(slower) > MOST_LOSSES:
         lines[0] += f" The {MOST_LOSSES} worst:"
     worst = [(f"{r.network} {r.case}", r.which, r.peer, f"{r.ratio:.2f}") for r in slower[:MOST_LOSSES]]

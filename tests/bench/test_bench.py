@@ -267,6 +267,7 @@ def test_the_short_section_has_the_better_layout_of_torch_and_one_picture(tmp_pa
     assert "| network | layers | forward |" in text
     assert "| resnet50 | 2 | 0.87 |" in text  # of 1.5 and 0.5
     assert "float32, 2 threads; fastconv 1.0, torch 1.0, torch channels-last 1.0; 2000-01-01." in text
+    assert "Of these 2 cases (a layer and a pass) 1 are slower than the fastest of torch and onnxruntime." in text
     assert text.count("![") == 1
     assert "](../example-roofline-cpu-float32-2threads.svg)" in text
 
