@@ -1,7 +1,7 @@
 """What softmax cross-entropy does and how fast, as the tables of docs/cross-entropy.md.
 
     python -m bench.cross_entropy                         # prints every table
-    python -m bench.cross_entropy truth --write           # makes one, and puts it into docs/cross-entropy.md
+    python -m bench.cross_entropy truth --write           # makes one, and puts it into its page of docs/
 
 The tables: `speed` (fastconv, PyTorch and a copy of the array by turns in one process), `options` (the time of each
 option by that of none), `memory`, `truth` (every combination of options against PyTorch in float64) and `functions`
@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's threads must not spin while another one is measured
-
 import numba
 import numpy as np
 
@@ -31,8 +29,6 @@ from fastconv.cpu import elementary
 from . import results, tables, timing
 
 DOCS = Path(__file__).parents[1] / "docs"
-DOCUMENT = DOCS / "cross-entropy.md"
-PAGES = {"truth": DOCS / "figures" / "cross-entropy-truth.md"}  # of the tables that are too long to stand in the text
 THREADS = 2
 SHAPES = ((4096, 10), (1024, 1000), (256, 32000), (64, 128256), (4, 21, 256, 256), (8, 1000, 7, 7))
 LINEAR = (2048, 1024, 32000)  # rows, features, classes
@@ -400,16 +396,27 @@ def functions() -> str:
 TABLES = {"speed": speed, "options": options, "memory": memory, "truth": truth, "functions": functions}
 
 
+def page(name: str) -> Path:
+    """Where the table stands: in the text, unless it is too long for that."""
+    return DOCS / ("figures/cross-entropy-truth.md" if name == "truth" else "cross-entropy.md")
+
+
+def command(name: str) -> str:
+    return f"python -m bench.cross_entropy {name} --write"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cross_entropy", description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", default=list(TABLES), choices=list(TABLES))
     parser.add_argument("--write", action="store_true", help="put the tables into the pages of docs/")
     chosen = parser.parse_args()
+    # PyTorch's threads must not spin while another call is measured; it is imported by the tables that need it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for name in chosen.tables:
         text = TABLES[name]()
         print(text, flush=True)
         if chosen.write:
-            tables.write(PAGES.get(name, DOCUMENT), f"python -m bench.cross_entropy {name} --write", text)
+            tables.write(page(name), command(name), text)
 
 
 if __name__ == "__main__":

@@ -151,6 +151,14 @@ def picture(algorithm: str, rows: list[Row]) -> Path:
     return path
 
 
+def page(algorithm: str) -> Path:
+    return FIGURES / f"crossover-{algorithm}.md"
+
+
+def command(algorithm: str) -> str:
+    return f"python -m bench.crossover {algorithm} --write"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.crossover", description=__doc__.splitlines()[0])
     parser.add_argument("algorithm", choices=["fft", "winograd"])
@@ -168,8 +176,7 @@ def main() -> None:
         print(rows[-1].line, flush=True)
     if options.write:
         table = "\n".join([*head, *(row.line for row in rows)])
-        page = FIGURES / f"crossover-{options.algorithm}.md"
-        tables.write(page, f"python -m bench.crossover {options.algorithm} --write", table)
+        tables.write(page(options.algorithm), command(options.algorithm), table)
         picture(options.algorithm, rows)
 
 

@@ -12,7 +12,23 @@ import numpy as np
 import pytest
 
 from fastconv import reference
-from fastconv.bench import cases, checks, command, first_call, peak, peers, plots, report, results, run, tables, worker
+from fastconv.bench import (
+    accuracy,
+    cases,
+    checks,
+    command,
+    cross_entropy,
+    crossover,
+    first_call,
+    peak,
+    peers,
+    plots,
+    report,
+    results,
+    run,
+    tables,
+    worker,
+)
 
 HEADER = "name,batch,in_channels,size,out_channels,kernel,stride,padding,dilation,groups,count\n"
 SMALL = [
@@ -250,12 +266,6 @@ def test_the_pages_are_those_of_the_results(page, made):
     assert tables.replaced(text, report.COMMAND, made()) == text, "run `make bench-report`"
 
 
-def test_the_links_of_the_page_lead_somewhere():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", report.PAGE.read_text())
-    assert len(links) > 10
-    assert [link for link in links if not (report.PAGE.parent / link).exists()] == []
-
-
 def test_the_short_section_has_the_better_layout_of_torch_and_one_picture(tmp_path):
     few = [row("fastconv", 1.0, case="x", dtype="float64"), row("torch", 9.0, case="x", dtype="float64")]
     results.write(tmp_path / "example.csv", [*example(), *few])
@@ -285,6 +295,21 @@ def test_rows_of_another_folder_make_a_page_there(tmp_path, capsys, monkeypatch)
     assert "## mine: cpu, float32, 2 threads" in text
     assert report.main([str(tmp_path / "nowhere")]) == 1
     assert "nowhere does not exist" in capsys.readouterr().err
+
+
+PAGES_OF_COMMANDS = [
+    (accuracy.DOCUMENT, accuracy.COMMAND),
+    *((crossover.page(name), crossover.command(name)) for name in ("fft", "winograd")),
+    *((cross_entropy.page(name), cross_entropy.command(name)) for name in cross_entropy.TABLES),
+]
+
+
+@pytest.mark.parametrize(("page", "written_by"), PAGES_OF_COMMANDS, ids=[name for _, name in PAGES_OF_COMMANDS])
+def test_the_pages_have_a_table_where_a_command_puts_one(page, written_by):
+    text = page.read_text(encoding="utf-8")
+    assert "\nnew\n" in tables.replaced(text, written_by, "new")
+    _, _, rest = text.partition(tables.begin(written_by))
+    assert "\n| --- |" in rest.partition(tables.END)[0]
 
 
 # The command, and what becomes of failures
