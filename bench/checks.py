@@ -24,8 +24,8 @@ import numpy as np
 from .cases import Case, ConvolutionCase, CrossEntropyCase
 
 # How far a result may be off, in units of eps * sqrt(number of terms) * norm of the terms. Plain summation in any order
-# takes about 0.3 (tests/support/tolerance.py); peers may use Winograd's transforms or an FFT, which take several times as
-# much.
+# takes about 0.3 (tests/support/tolerance.py); peers may use Winograd's transforms or an FFT, which take several times
+# as much.
 ALLOWANCE = 16.0
 
 # Elements that are in float64 at a time.

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_bounds import GUARDED
 
 import fastconv as fc
 import oracle
@@ -257,8 +256,10 @@ SSE = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+cmov,+popcnt"
 )
 def test_other_tiles(name: str, features: str, tmp_path: Path) -> None:
     """Without masks a part of a vector goes through a tile; nothing outside the arrays is read or written."""
-    code = GUARDED + """
+    code = """
+    import numpy as np
     import test_channels_last as t
+    from guarded import guarded
     from fastconv.cpu import channels_last
     channels_last._TRANSPOSE_COST_WITHOUT_MASKS = 1e9
     t.last_ = lambda array: guarded(np.ascontiguousarray(np.moveaxis(array, 1, -1)), t.at_end)
@@ -272,7 +273,7 @@ def test_other_tiles(name: str, features: str, tmp_path: Path) -> None:
     print(len(t.CASES))
     """
     process = run_python(
-        code, SUPPORT, timeout=600, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
+        code, path=[SUPPORT, str(Path(__file__).parent)], timeout=600, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
         NUMBA_CACHE_DIR=str(tmp_path),
     )  # fmt: skip
     assert int(output_of(process)) == len(CASES)

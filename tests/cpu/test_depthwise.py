@@ -5,6 +5,8 @@ The cases of `shapes.CASES` run on these kernels too, in test_convolution.py; he
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -383,7 +385,6 @@ def test_other_vectors(name, features, dtype, lanes, tmp_path):
     """With the vectors of older processors, on whole numbers. Few cases, since each compiles functions of its own."""
     code = """
         import sys
-        sys.path.insert(0, sys.argv[1])
         import numpy as np
         import oracle, test_depthwise
         from fastconv.arguments import LAYOUTS
@@ -392,7 +393,7 @@ def test_other_vectors(name, features, dtype, lanes, tmp_path):
         for name in ("width_13", "stride2_3x3_13x70", "multiplier_3", "1d_k4", "channels_13", "channels_stride2_5x5"):
             case = test_depthwise.BY_NAME[name]
             f, plain = functions(case.ndim), case.plain_options
-            x, w, dy = (integers(rng, s, sys.argv[2]) for s in (case.input, case.weight, case.output))
+            x, w, dy = (integers(rng, s, sys.argv[1]) for s in (case.input, case.weight, case.output))
             y, dw = f.conv(x, w, **case.options), f.weight_grad(x, w.shape, dy, **case.options)
             dx = f.input_grad(x.shape, w, dy, **case.options)
             np.testing.assert_array_equal(y, oracle.convolution(x, w, **plain), case.name)
@@ -406,7 +407,7 @@ def test_other_vectors(name, features, dtype, lanes, tmp_path):
         print(simd.tile(8 * x.itemsize).lanes)
     """
     process = run_python(
-        code, SUPPORT, dtype, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
+        code, dtype, path=[SUPPORT, str(Path(__file__).parent)], NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
         NUMBA_CACHE_DIR=str(tmp_path),
     )  # fmt: skip
     assert output_of(process) == str(lanes)

@@ -18,7 +18,6 @@ PROCESSORS = {
 
 CODE = """
     import sys
-    sys.path.insert(0, sys.argv[1])
     import numpy as np
     import oracle
     from fastconv.cpu import simd
@@ -29,7 +28,7 @@ CODE = """
     rng = np.random.default_rng(0)
     for case in CASES:
         f, plain = functions(case.ndim), case.plain_options
-        x, w, dy = (integers(rng, s, sys.argv[2]) for s in (case.input, case.weight, case.output))
+        x, w, dy = (integers(rng, s, sys.argv[1]) for s in (case.input, case.weight, case.output))
         y = oracle.convolution(x, w, **plain)
         dw = oracle.weight_grad(x, dy, weight_shape=w.shape, **plain)
         dx = oracle.input_grad(w, dy, input_shape=x.shape, **plain)
@@ -52,7 +51,7 @@ CODE = """
 def test_every_case(name: str, dtype: str, tmp_path: Path) -> None:
     cpu, features, lanes = PROCESSORS[name]
     process = run_python(
-        CODE, SUPPORT, dtype, timeout=600, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features,
+        CODE, dtype, path=[SUPPORT], timeout=600, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features,
         NUMBA_CACHE_DIR=str(tmp_path),
     )  # fmt: skip
     assert int(output_of(process)) == lanes
