@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -282,9 +285,43 @@ def test_slope_of_a_power_law():
     assert report.slope([1, 2, 4, 8], [5, 20, 80, 320]) == pytest.approx(2)
 
 
-def test_the_section_of_the_readme_is_that_of_the_results():
+def in_git(folder, copies):
+    """A copy of the files of `folder` as git would commit them; as they are where they are not in git."""
+
+    def git(*arguments, **options):
+        return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=True, **options).stdout
+
+    try:
+        names = git("ls-files", "-z")
+        git("checkout-index", "-z", "--stdin", f"--prefix={copies}/", input=names)
+        return copies / git("rev-parse", "--show-prefix").decode().strip() if names else folder
+    except (OSError, subprocess.CalledProcessError):
+        return folder
+
+
+def test_the_section_of_the_readme_is_that_of_the_results(tmp_path):
+    """Of those in git: who has measured something since may leave the README as it is."""
     text = report.README.read_text()
-    assert report.with_section(text, report.section()) == text, "run `make bench-report`"
+    assert report.with_section(text, report.section(in_git(report.RESULTS, tmp_path))) == text, (
+        "run `make bench-report` and stage bench/results/"
+    )
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_rows_that_are_not_in_git_are_left_out(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)  # such as those that git sets for its hooks
+    folder = tmp_path / "clone" / "results"
+    folder.mkdir(parents=True)
+    (folder / "a.csv").write_text("in git")
+    for arguments in (["init", "--quiet", ".."], ["add", "."]):
+        subprocess.run(["git", *arguments], cwd=folder, check=True)
+    (folder / "a.csv").write_text("in git, and measured since")
+    (folder / "b.csv").write_text("measured since")
+    copy = in_git(folder, tmp_path / "copies")
+    assert {path.name: path.read_text() for path in copy.iterdir()} == {"a.csv": "in git"}
+    shutil.rmtree(tmp_path / "clone" / ".git")
+    assert in_git(folder, tmp_path / "copies") == folder
 
 
 def test_a_changed_section_is_seen():
