@@ -21,6 +21,7 @@ from helpers import (
     run_python,
     strided,
 )
+from processors import PROCESSORS, needs_x86, run_on
 from shapes import Case
 from tolerance import assert_same_bits
 
@@ -222,14 +223,9 @@ def test_what_is_left_to_the_other_product() -> None:
     assert not goes(axis(7, 2, 4), axis(7))  # output rows that see nothing
 
 
-AVX = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+cmov,+popcnt,+avx"
-
-
-@pytest.mark.skipif(simd._features()[0] != "x86_64", reason="names of x86 processors")
-@pytest.mark.parametrize(
-    ("name", "features"), [("haswell", f"{AVX},+avx2,+fma"), ("sandybridge", AVX)], ids=["avx2", "avx"]
-)
-def test_other_tiles(name: str, features: str, tmp_path: Path) -> None:
+@needs_x86
+@pytest.mark.parametrize("processor", ["avx2", "avx"])
+def test_other_tiles(processor: str) -> None:
     """With 16 registers and half as long vectors, with and without multiply-adds."""
     code = """
         import numpy as np
@@ -251,11 +247,8 @@ def test_other_tiles(name: str, features: str, tmp_path: Path) -> None:
         assert planned
         print(simd.tile(32).lanes)
     """
-    process = run_python(
-        code, path=[SUPPORT, str(Path(__file__).parent)], timeout=300, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
-        NUMBA_CACHE_DIR=str(tmp_path),
-    )  # fmt: skip
-    assert int(output_of(process)) == 8
+    process = run_on(processor, code, path=[str(Path(__file__).parent)])
+    assert int(output_of(process)) == PROCESSORS[processor].lanes(4)
 
 
 GUARDED = """
