@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_bounds import GUARDED
 
 import fastconv as fc
 import oracle
 from fastconv.cpu import channels_last, contraction, convolution, simd
-from helpers import LAYOUTS, SUPPORT, channels_first, functions, integers, normal, output_of, run_python
+from helpers import LAYOUTS, channels_first, functions, integers, normal, output_of
 from helpers import channels_last as last_
+from processors import needs_x86, run_on
 from shapes import Case
 from tolerance import assert_same_bits
 
@@ -247,18 +247,15 @@ def test_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not goes(64, 3, 3, y=(56 * 56 * 64, 56 * 56, 0, 56, 1))
 
 
-SSE = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+cmov,+popcnt"
-
-
-@pytest.mark.skipif(simd._features()[0] != "x86_64", reason="names of x86 processors")
+@needs_x86
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is protected by way of Linux' libc")
-@pytest.mark.parametrize(
-    ("name", "features"), [("haswell", f"{SSE},+avx,+avx2,+fma"), ("nehalem", SSE)], ids=["avx2", "sse"]
-)
-def test_other_tiles(name: str, features: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processor", ["avx2", "sse"])
+def test_other_tiles(processor: str) -> None:
     """Without masks a part of a vector goes through a tile; nothing outside the arrays is read or written."""
-    code = GUARDED + """
+    code = """
+    import numpy as np
     import test_channels_last as t
+    from guarded import guarded
     from fastconv.cpu import channels_last
     channels_last._TRANSPOSE_COST_WITHOUT_MASKS = 1e9
     t.last_ = lambda array: guarded(np.ascontiguousarray(np.moveaxis(array, 1, -1)), t.at_end)
@@ -271,8 +268,5 @@ def test_other_tiles(name: str, features: str, tmp_path: Path) -> None:
                 np.testing.assert_array_equal(result, expected[name], str(case) + " " + name)
     print(len(t.CASES))
     """
-    process = run_python(
-        code, SUPPORT, timeout=600, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
-        NUMBA_CACHE_DIR=str(tmp_path),
-    )  # fmt: skip
+    process = run_on(processor, code, path=[str(Path(__file__).parent)])
     assert int(output_of(process)) == len(CASES)

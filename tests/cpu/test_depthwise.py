@@ -5,6 +5,8 @@ The cases of `shapes.CASES` run on these kernels too, in test_convolution.py; he
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -14,7 +16,6 @@ from fastconv.cpu import convolution, depthwise, depthwise_channels, depthwise_p
 from fastconv.geometry import PADDING_MODES, ConvGeometry
 from helpers import (
     LAYOUTS,
-    SUPPORT,
     VIEWS,
     channels_first,
     channels_last,
@@ -22,8 +23,8 @@ from helpers import (
     integers,
     normal,
     output_of,
-    run_python,
 )
+from processors import PROCESSORS, needs_x86, run_on
 from shapes import Case
 from tolerance import assert_accurate, assert_same_bits, expect
 
@@ -370,20 +371,12 @@ def test_blocks_of_filter_rows():
             assert len(cut) <= -(-taps // 7) + 2, (stride, taps)
 
 
-SSE = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+cmov,+popcnt"
-
-
-@pytest.mark.skipif(simd._features()[0] != "x86_64", reason="names of x86 processors")
-@pytest.mark.parametrize(
-    ("name", "features", "dtype", "lanes"),
-    [("haswell", f"{SSE},+avx,+avx2,+fma", "float32", 8), ("nehalem", SSE, "float64", 2)],
-    ids=["avx2", "sse"],
-)
-def test_other_vectors(name, features, dtype, lanes, tmp_path):
+@needs_x86
+@pytest.mark.parametrize(("processor", "dtype"), [("avx2", "float32"), ("sse", "float64")])
+def test_other_vectors(processor, dtype):
     """With the vectors of older processors, on whole numbers. Few cases, since each compiles functions of its own."""
     code = """
         import sys
-        sys.path.insert(0, sys.argv[1])
         import numpy as np
         import oracle, test_depthwise
         from fastconv.arguments import LAYOUTS
@@ -392,7 +385,7 @@ def test_other_vectors(name, features, dtype, lanes, tmp_path):
         for name in ("width_13", "stride2_3x3_13x70", "multiplier_3", "1d_k4", "channels_13", "channels_stride2_5x5"):
             case = test_depthwise.BY_NAME[name]
             f, plain = functions(case.ndim), case.plain_options
-            x, w, dy = (integers(rng, s, sys.argv[2]) for s in (case.input, case.weight, case.output))
+            x, w, dy = (integers(rng, s, sys.argv[1]) for s in (case.input, case.weight, case.output))
             y, dw = f.conv(x, w, **case.options), f.weight_grad(x, w.shape, dy, **case.options)
             dx = f.input_grad(x.shape, w, dy, **case.options)
             np.testing.assert_array_equal(y, oracle.convolution(x, w, **plain), case.name)
@@ -405,11 +398,8 @@ def test_other_vectors(name, features, dtype, lanes, tmp_path):
         from fastconv.cpu import simd
         print(simd.tile(8 * x.itemsize).lanes)
     """
-    process = run_python(
-        code, SUPPORT, dtype, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
-        NUMBA_CACHE_DIR=str(tmp_path),
-    )  # fmt: skip
-    assert output_of(process) == str(lanes)
+    process = run_on(processor, code, dtype, path=[str(Path(__file__).parent)])
+    assert int(output_of(process)) == PROCESSORS[processor].lanes(np.dtype(dtype).itemsize)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
