@@ -13,18 +13,15 @@ thread steps by the size of the grid, and all indices are 64-bit: arrays may hav
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numba import types
 
 from ..geometry import ConvGeometry
+from ..packed import PackedWeights
 from . import channel_sums, depthwise, implicit_gemm
 from ._cuda import DeviceArray, cuda, current_device, has_engine, launch, upload
 from .jit import array_of, device_function, kernel
-
-if TYPE_CHECKING:
-    from ..prepared import PackedWeights
 
 __all__ = ["bias_grad", "forward", "input_grad", "weight_grad"]
 

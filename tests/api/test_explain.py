@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 import fastconv as fc
-from fastconv import algorithms
+from fastconv.cpu.problem import OPERATIONS
 from shapes import CASES
 
 PLANE = (1, 1, 512, 512), (1, 1, 63, 63)
 
 
-@pytest.mark.parametrize("op", algorithms.OPERATIONS)
+@pytest.mark.parametrize("op", OPERATIONS)
 def test_every_case(op):
     """Shapes, flops and bytes are those of the convolution, in one to three dimensions."""
     for case in CASES:
