@@ -46,10 +46,10 @@ WINOGRAD_SAVES = 1.6
 
 def why_not(algorithm: str, operation: str, geometry: ConvGeometry, dtype: np.dtype, backend: str) -> str | None:
     """Why `algorithm` does not apply to `operation` on this shape and backend; None if it does."""
-    if algorithm in ("auto", "direct"):
+    if algorithm in ("auto", "direct", "loops"):
         return None
     if backend != "cpu":
-        return f"the {backend} backend has the direct algorithm only"
+        return f"the {backend} backend has the direct algorithm and the loops only"
     from .cpu import fft, winograd  # which import Numba
 
     if algorithm == "winograd":
@@ -169,7 +169,11 @@ def expected_error(algorithm: str, operation: str, geometry: ConvGeometry, dtype
         if operation == "weight_grad":
             added = geometry.batch * math.prod(tiling.count)
         return eps * math.sqrt(0.3 * math.log2(math.prod(tiling.tile)) + added / 50)
-    if operation == "weight_grad":
+    if algorithm == "loops":
+        # one chain; that of the weight gradient is one of rows, and of images, whose sums are chains
+        positions = (geometry.batch, math.prod(geometry.output_size[:2]), geometry.output_size[2])
+        chain = sum(positions) if operation == "weight_grad" else terms
+    elif operation == "weight_grad":
         # split over tasks, the fewer the more channels there are; not where channels are the lanes of depthwise vectors
         chain = terms if geometry.in_channels_per_group == 1 else terms / 4
     elif geometry.in_channels_per_group == 1 or terms <= LONGEST_CHAIN:

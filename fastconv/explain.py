@@ -13,7 +13,7 @@ from .geometry import ConvGeometry
 
 __all__ = ["Explanation", "explain"]
 
-_ALL = ("direct", "winograd", "fft")
+_ALL = ("direct", "winograd", "fft", "loops")
 # rms of rounding the result to these, relative to the rms result: half a unit in the last place at most
 _ROUNDING = {"float16": 0.2 * 2.0**-10, "bfloat16": 0.2 * 2.0**-7}
 _SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
@@ -28,7 +28,7 @@ class Explanation:
     weight_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     dtype: str
-    algorithm: str  # "direct", "winograd" or "fft"
+    algorithm: str  # "direct", "winograd", "fft" or "loops"
     reason: str  # why this one
     others: dict[str, str]  # why not, for each of the others
     workspace: int  # bytes of memory beside the operands and the result, about, on the number of threads set now
@@ -53,7 +53,7 @@ class Explanation:
     __repr__ = __str__
 
     def _saving(self) -> str:
-        return "" if self.algorithm == "direct" else f", {self.direct_flops / 1e9:.4g} by the definition"
+        return "" if self.algorithm in ("direct", "loops") else f", {self.direct_flops / 1e9:.4g} by the definition"
 
 
 def _readable_bytes(n: int) -> str:
@@ -155,7 +155,7 @@ def _reason(chosen: str, asked: str, op: str, geometry: ConvGeometry) -> str:
 
 def _against(other: str, chosen: str, op: str, geometry: ConvGeometry, dtype: np.dtype) -> str:
     """Why not this one."""
-    if other == "direct":
+    if other in ("direct", "loops"):
         return f"applies always, but {algorithms.fastest(op, geometry, dtype, 'cpu')} is faster"
     reason = algorithms.why_not(other, op, geometry, dtype, "cpu")
     return reason or algorithms.why_slower(other, op, geometry) or f"would be faster than {chosen}"
@@ -170,6 +170,8 @@ def _workspace(algorithm: str, op: str, geometry: ConvGeometry, dtype: np.dtype)
     """What the call takes: exact for the FFT and for Winograd's weight gradient, else packed weights and blocks."""
     from .cpu import contraction, fft, threads, winograd, winograd_gradient
 
+    if algorithm == "loops":
+        return 0
     if algorithm == "fft":
         return fft.workspace(op, geometry, dtype)
     weights = geometry.out_channels * geometry.in_channels_per_group * math.prod(geometry.kernel_size) * dtype.itemsize
