@@ -10,10 +10,10 @@ from .geometry import ConvGeometry
 
 def why_not(algorithm: str, operation: str, geometry: ConvGeometry, dtype: np.dtype, backend: str) -> str | None:
     """Why `algorithm` does not apply to `operation` on this shape and backend; None if it does."""
-    if algorithm in ("auto", "direct"):
+    if algorithm in ("auto", "direct", "loops"):
         return None
     if backend != "cpu":
-        return f"the {backend} backend has the direct algorithm only"
+        return f"the {backend} backend has the direct algorithm and the loops only"
     from .cpu import methods  # which imports Numba
 
     return methods.why_not(algorithm, methods.problem_of(operation, geometry, dtype, algorithm))

@@ -211,7 +211,7 @@ def conv1d(
     groups : int, a divisor of C and O
     padding_mode : "zeros", "reflect", "replicate" or "circular"
     activation : None or "relu", applied after the bias in the same pass
-    algorithm : "auto" (by the shape: see `explain`), "direct", "winograd" or "fft"
+    algorithm : "auto" (by the shape: see `explain`), "direct", "winograd", "fft" or "loops" (the plain loops)
     out : array of the result's shape and dtype that overlaps no input; it is filled and returned
     backend : "auto" (where the arrays live), "cpu" or "cuda"
 
@@ -356,7 +356,7 @@ def conv2d(
     groups : int, a divisor of C and O
     padding_mode : "zeros", "reflect", "replicate" or "circular"
     activation : None or "relu", applied after the bias in the same pass
-    algorithm : "auto" (by the shape: see `explain`), "direct", "winograd" or "fft"
+    algorithm : "auto" (by the shape: see `explain`), "direct", "winograd", "fft" or "loops" (the plain loops)
     out : array of the result's shape and dtype that overlaps no input; it is filled and returned
     backend : "auto" (where the arrays live), "cpu" or "cuda"
 
@@ -501,7 +501,7 @@ def conv3d(
     groups : int, a divisor of C and O
     padding_mode : "zeros", "reflect", "replicate" or "circular"
     activation : None or "relu", applied after the bias in the same pass
-    algorithm : "auto" (by the shape: see `explain`), "direct", "winograd" or "fft"
+    algorithm : "auto" (by the shape: see `explain`), "direct", "winograd", "fft" or "loops" (the plain loops)
     out : array of the result's shape and dtype that overlaps no input; it is filled and returned
     backend : "auto" (where the arrays live), "cpu" or "cuda"
 

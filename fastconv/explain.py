@@ -57,7 +57,7 @@ class Explanation:
     __repr__ = __str__
 
     def _saving(self) -> str:
-        return "" if self.algorithm == "direct" else f", {self.direct_flops / 1e9:.4g} by the definition"
+        return "" if self.algorithm in ("direct", "loops") else f", {self.direct_flops / 1e9:.4g} by the definition"
 
 
 def _readable_bytes(n: int) -> str:

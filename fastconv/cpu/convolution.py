@@ -8,11 +8,10 @@ computes them is chosen in `methods`.
 from __future__ import annotations
 
 import numpy as np
-from numba import prange, types
 
 from ..geometry import ConvGeometry
 from ..packed import PackedWeights
-from .jit import array_of, kernel, output_of
+from . import loops
 from .methods import Problem, run
 from .reals import (
     bias_grad_through_float32,
@@ -85,19 +84,4 @@ def input_grad(
 @on_reals(bias_grad_through_float32)
 def bias_grad(grad_output: np.ndarray, accumulate: bool, out: np.ndarray) -> None:
     """out (+)= grad_output summed over everything but its channels."""
-    bias_grad_kernel[out.dtype](grad_output, accumulate, out)
-
-
-@kernel(lambda real: types.void(array_of(real, 5), types.boolean, output_of(real, 1)))
-def bias_grad_kernel(dy, accumulate, db):
-    batch, channels, out_d, out_h, out_w = dy.shape
-    for o in prange(channels):
-        total = 0.0  # float64: the sum may run over millions of elements
-        for n in range(batch):
-            for d in range(out_d):
-                for h in range(out_h):
-                    for v in range(out_w):
-                        total += dy[n, o, d, h, v]
-        if accumulate:
-            total += db[o]
-        db[o] = total
+    loops.bias_grad_kernel[out.dtype](grad_output, accumulate, out)

@@ -38,7 +38,7 @@ __all__ = [
 METHODS["forward"] = (
     WINOGRAD, FFT,
     DepthwisePlanes("forward"), DepthwiseChannels("forward"), DepthwiseRows("forward"), Grouped("forward"),
-    SMALL_PLANES, CHANNELS_LAST, IMPLICIT_GEMM,
+    SMALL_PLANES, CHANNELS_LAST, IMPLICIT_GEMM, LOOPS,
 )  # fmt: skip
 METHODS["input_grad"] = (
     WINOGRAD, PADDED_BY_FFT, FFT, PADDED,
@@ -50,7 +50,7 @@ METHODS["weight_grad"] = (
     WINOGRAD, FFT,
     DepthwisePlanes("weight_grad"), DepthwiseChannels("weight_grad"), DepthwiseRows("weight_grad"),
     Grouped("weight_grad"), GroupedByChannel(),
-    IMPLICIT_GEMM,
+    IMPLICIT_GEMM, LOOPS,
 )  # fmt: skip
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...packed import PackedWeights
 from .. import loops
-from ..problem import Method, Operands, Plan, Problem, Redo
+from ..problem import Method, Operands, Plan, Problem, Redo, epsilon, terms_of_sum
 
 
 class Loops(Method):
@@ -19,6 +20,13 @@ class Loops(Method):
 
     def cannot(self, problem: Problem) -> str | None:
         return None
+
+    def error(self, problem: Problem) -> float:
+        """Of one chain; that of the weight gradient is one of rows, and of images, whose sums are chains."""
+        geometry, chain = problem.geometry, terms_of_sum(problem)
+        if problem.operation == "weight_grad":
+            chain = geometry.batch + math.prod(geometry.output_size[:2]) + geometry.output_size[2]
+        return epsilon(problem) * math.sqrt(max(chain, 1) / 50)
 
     def plan(self, problem: Problem) -> Plan:
         return LoopsPlan(self, problem)
@@ -33,16 +41,18 @@ class LoopsPlan(Plan):
 
     @property
     def workspace(self) -> int:
-        """A bias of zeros, where there is none."""
-        geometry = self.problem.geometry
-        channels = geometry.in_channels if self.problem.operation == "input_grad" else geometry.out_channels
-        return channels * self.problem.dtype.itemsize
+        return 0
 
     def run(
         self, operands: Operands, bias: np.ndarray | None, relu: bool, packed: PackedWeights | None, out: np.ndarray
     ) -> Redo:
-        array, weight = operands
-        loops.input_grad(self.problem.geometry, weight, array, bias, relu, self.problem.add, out)
+        (array, other), geometry, add = operands, self.problem.geometry, self.problem.add
+        if self.problem.operation == "forward":
+            loops.forward(geometry, array, other, bias, relu, out)
+        elif self.problem.operation == "weight_grad":
+            loops.weight_grad(geometry, array, other, add, out)
+        else:
+            loops.input_grad(geometry, other, array, bias, relu, add, out)
         return None
 
 
