@@ -74,6 +74,15 @@ def test_forced():
     assert e.others["fft"] == "would be faster than direct"
 
 
+@pytest.fixture
+def two_threads():
+    """The choice between methods of the direct sum may depend on how many there are."""
+    before = fc.get_num_threads()
+    fc.set_num_threads(2)
+    yield
+    fc.set_num_threads(before)
+
+
 # (shapes, options, pass, layout) and the method, with vectors that have masks
 METHODS_OF = [
     (((8, 64, 7, 7), (64, 64, 3, 3)), {"padding": 1}, "forward", "NCHW", "small_planes"),
@@ -89,6 +98,7 @@ METHODS_OF = [
 
 @pytest.mark.skipif(not simd.tile(32).masks, reason="which method runs is another choice on another tile")
 @pytest.mark.parametrize(("shapes", "options", "op", "layout", "expected"), METHODS_OF)
+@pytest.mark.usefixtures("two_threads")
 def test_method_and_layout(shapes, options, op, layout, expected, monkeypatch):
     """What is planned for a call with such arrays is what is said."""
     input, weight = shapes

@@ -98,7 +98,7 @@ class DepthwisePlanes(_OneChannel):
             problem.dtype, lines, *_ends(problem), problem.geometry.padding_mode == "zeros",
             weight_gradient=problem.operation == "weight_grad",
         ):  # fmt: skip
-            return "it takes rows of neighbouring pixels with zeros around, square filters, and vectors with masks"
+            return "it takes neighbouring pixels with zeros around, square filters, and vectors with masks"
         return None
 
     def slower(self, problem: Problem) -> str | None:
@@ -133,7 +133,7 @@ class DepthwisePlanesByTwo(_OneChannel):
         if _filters(problem) != (1, 1) or problem.add:
             return "it writes the sum over one filter, and adds it to nothing"
         if not depthwise_planes.applies_by_two(problem.dtype, lines, *_ends(problem)):
-            return "it takes rows of neighbouring pixels, square filters of stride 2, and vectors with masks"
+            return "it takes neighbouring pixels, square filters of stride 2, and vectors with masks"
         return None
 
     def plan(self, problem: Problem) -> Plan:
