@@ -45,7 +45,7 @@ class Explanation:
             f"  algorithm  {self.algorithm}: {self.reason}",
             *(f"  not {name:<8} {reason}" for name, reason in self.others.items()),
             f"  method     {self.method}" + (f" of {', '.join(self.parts)}" if self.parts else ""),
-            *(f"    not {name}: {reason}" for name, reason in self.other_methods.items()),
+            *(f"    not {name}: {reason}" for name, reason in self.other_methods.items() if name not in self.others),
             f"  arithmetic {self.flops / 1e9:.4g} GFLOP" + self._saving(),
             f"  memory     {_readable_bytes(self.bytes)} of operands and result, "
             f"{self.flops / self.bytes:.3g} FLOP for each byte",
