@@ -11,9 +11,10 @@ from ...packed import PackedWeights
 from .. import depthwise, depthwise_channels, depthwise_planes, phases
 from ..problem import ANY_VALUES, FINITE_GROUPS, FINITE_WEIGHTS, Method, Operands, Plan, Problem, Redo, Strides
 from .products import axes_of
-from .table import plan_of
+from .table import asked_in_turn, plan_of
 
 
+@asked_in_turn
 def lines_of(problem: Problem) -> depthwise.Lines:
     """The dimensions of a pass, as the modules of depthwise kernels have them."""
     if problem.operation == "input_grad":

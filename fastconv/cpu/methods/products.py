@@ -17,7 +17,7 @@ from ...geometry import ConvGeometry
 from ...packed import PackedWeights
 from .. import channels_last, contraction, small_planes, tasks
 from ..problem import FINITE_WEIGHTS, Method, Operands, Plan, Problem, Redo, Strides
-from .table import allowed, asked_for
+from .table import allowed, asked_for, asked_in_turn
 
 Axes = tuple[contraction.Axis, ...]
 
@@ -66,6 +66,7 @@ def workers_of_product(problem: Problem) -> int:
     return problem.workers if contraction.work(problem.geometry.flops) >= tasks.SERIAL_FLOPS else 1
 
 
+@asked_in_turn
 def forward_product(problem: Problem) -> Products:
     """The forward pass. The reduction is (input channel, tap)."""
     geometry, dtype = problem.geometry, problem.dtype

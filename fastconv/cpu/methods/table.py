@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -61,9 +62,22 @@ def plan_of(problem: Problem) -> Plan:
     return choose(problem).plan(problem)
 
 
+_Answer = TypeVar("_Answer")
+_asked_in_turn: list[Callable[[], None]] = []
+
+
+def asked_in_turn(question: Callable[[Problem], _Answer]) -> Callable[[Problem], _Answer]:
+    """Answer once what methods of the table ask one after the other, of a problem that is being planned."""
+    answered = functools.lru_cache(maxsize=4)(question)
+    _asked_in_turn.append(answered.cache_clear)
+    return answered
+
+
 def forget_plans() -> None:
     """Make all plans anew, after a change to what they depend on."""
     plan_of.cache_clear()
+    for forget in _asked_in_turn:
+        forget()
 
 
 @contextlib.contextmanager
