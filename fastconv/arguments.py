@@ -21,7 +21,7 @@ from .geometry import PADDING_MODES, ConvGeometry, output_size
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 _COMMON = (np.dtype(np.float32), np.dtype(np.float64))  # asked first: the name of a dtype takes 1 us
 LAYOUTS = {1: ("NCL", "NLC"), 2: ("NCHW", "NHWC"), 3: ("NCDHW", "NDHWC")}
-ALGORITHMS = ("auto", "direct", "winograd", "fft")
+ALGORITHMS = ("auto", "direct", "winograd", "fft", "loops")
 ACTIVATIONS = (None, "relu")
 PADDING_WORDS = ("valid", "same", "full")
 

@@ -12,7 +12,7 @@ import pytest
 
 import fastconv as fc
 import oracle
-from fastconv.cpu import convolution, depthwise, depthwise_channels, depthwise_planes, simd
+from fastconv.cpu import depthwise, depthwise_channels, depthwise_planes, methods, simd
 from fastconv.geometry import PADDING_MODES, ConvGeometry
 from helpers import (
     LAYOUTS,
@@ -145,19 +145,11 @@ BY_NAME |= {case.name: case for case in PLANE_CASES}
 ALL_CASES = [*CASES, *CHANNEL_CASES, *PLANE_CASES]
 
 
-def forget_plans():
-    for passes in ("forward", "input_grad", "weight_grad"):
-        getattr(convolution, f"_depthwise_{passes}_plan").cache_clear()
-
-
 @pytest.fixture
-def no_masks(monkeypatch):
+def no_masks():
     """As where vectors have no masks: the kernels that planes are not read in place by."""
-    for applies in ("applies", "applies_by_two"):
-        monkeypatch.setattr(depthwise_planes, applies, lambda *_, **__: False)
-    forget_plans()
-    yield
-    forget_plans()
+    with methods.only("depthwise_channels", "depthwise"):
+        yield
 
 
 def bodies(monkeypatch, cases):
@@ -234,9 +226,9 @@ def asks_ahead(monkeypatch):
     for module in (depthwise_channels, depthwise_planes):
         monkeypatch.setattr(module, "AHEAD_BYTES", 0)
     monkeypatch.setattr(depthwise_channels, "IN_PLACE_BYTES", 0)
-    forget_plans()
+    methods.forget_plans()
     yield
-    forget_plans()
+    methods.forget_plans()
 
 
 @pytest.mark.parametrize("case", [*CHANNEL_CASES, *PLANE_CASES], ids=str)
@@ -349,15 +341,10 @@ def plans_of(shape, kernel, stride, dtype):
         shape[0], shape[1], shape[1], shape[1], shape[2:], kernel, (1, 1, stride), one, (0, 0, 0), (0, 0, 0), "zeros"
     )
     assert depthwise.applies(geometry)
-    steps = [
-        tuple(dtype.itemsize * int(np.prod(s[n + 1 :])) for n in range(5))
-        for s in (shape, (*shape[:2], *geometry.output_size))
+    return [
+        methods.plan_of(methods.problem_of(operation, geometry, dtype, "direct", workers=2)).plan
+        for operation in methods.OPERATIONS
     ]
-    return (
-        convolution._depthwise_forward_plan(geometry, dtype, *steps, 2),
-        convolution._depthwise_input_grad_plan(geometry, dtype, *steps[::-1], False, 2),
-        convolution._depthwise_weight_grad_plan(geometry, dtype, *steps),
-    )
 
 
 def test_blocks_of_filter_rows():
@@ -420,7 +407,6 @@ def test_groups_of_few_channels(groups, size, kernel, options, per_group, dtype,
     channels = groups * per_group
     case = Case("", "", (3, channels, *size), (channels, per_group, kernel, kernel), groups=groups, **options)
     x, w, b, dy = (integers(rng, shape, dtype) for shape in (case.input, case.weight, case.weight[:1], case.output))
-    convolution._small_groups_plan.cache_clear()
     y = oracle.convolution(x, w, b, **case.plain_options)
     last = {**case.options, "layout": "NHWC"}
     np.testing.assert_array_equal(fc.conv2d(channels_last(x), w, b, **last), channels_last(y))
@@ -485,12 +471,13 @@ def test_who_computes_groups_of_few_channels():
 
     def has_plan(groups, per_group, out_per_group, last=True):
         g = geometry(groups, per_group, out_per_group)
-        axes = (0, 4, 1, 2, 3)
-        x, y = (
-            np.empty((2, 1, 9, 9, n), np.float32).transpose(axes) if last else np.empty((2, n, 1, 9, 9), np.float32)
-            for n in (g.in_channels, g.out_channels)
-        )
-        return convolution._small_groups_plan(g, x.dtype, x.strides, y.strides, True, 2) is not None
+        problem = methods.problem_of("forward", g, np.dtype(np.float32), "direct", workers=2)
+        if last:
+            x, y = (
+                np.empty((2, 1, 9, 9, n), np.float32).transpose(0, 4, 1, 2, 3) for n in (g.in_channels, g.out_channels)
+            )
+            problem = problem._replace(input=x.strides, output=y.strides)
+        return methods.choose(problem).name == "grouped"
 
     t = simd.tile(32)
     for n in (2, 4, 8):

@@ -8,7 +8,7 @@ import pytest
 
 import fastconv as fc
 import oracle
-from fastconv.cpu import contraction, convolution, simd, small_planes
+from fastconv.cpu import contraction, methods, simd, small_planes
 from helpers import (
     LAYOUTS,
     SUPPORT,
@@ -58,27 +58,6 @@ def two_threads():
     fc.set_num_threads(before)
 
 
-@pytest.fixture
-def with_zeros(monkeypatch: pytest.MonkeyPatch):
-    """A context in which no product is left out."""
-    plans = convolution._forward_plan, convolution._input_grad_phases
-
-    def clear() -> None:
-        for plan in plans:
-            plan.cache_clear()
-
-    class WithZeros:
-        def __enter__(self) -> None:
-            clear()
-            monkeypatch.setattr(small_planes, "cut_all", lambda *arguments: None)
-
-        def __exit__(self, *_: object) -> None:
-            clear()
-            monkeypatch.undo()
-
-    return WithZeros()
-
-
 def _results(case: Case, operands, last: bool) -> dict[str, np.ndarray]:
     """Forward and input gradient, in every way that their products may end."""
     x, w, b, dy, start = operands
@@ -111,8 +90,7 @@ def test_these_cases_go_that_way(case: Case, monkeypatch: pytest.MonkeyPatch, rn
         return plan(*arguments, **options)
 
     monkeypatch.setattr(small_planes, "plan_correlation", planning)
-    convolution._forward_plan.cache_clear()
-    convolution._input_grad_phases.cache_clear()
+    methods.forget_plans()
     x, w, _, dy, _ = _operands(case, normal, rng, np.float32)
     f = functions(case.ndim)
     f.conv(x, w, **case.options)
@@ -125,10 +103,10 @@ def test_these_cases_go_that_way(case: Case, monkeypatch: pytest.MonkeyPatch, rn
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_bits_are_those_of_all_products(case: Case, dtype, last: bool, with_zeros, rng) -> None:
+def test_the_bits_are_those_of_all_products(case: Case, dtype, last: bool, rng) -> None:
     operands = _operands(case, normal, rng, dtype)
     results = _results(case, operands, last)
-    with with_zeros:
+    with methods.only("implicit_gemm"):
         expected = _results(case, operands, last)
     for name, result in results.items():
         assert_same_bits(result, expected[name])
