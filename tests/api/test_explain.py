@@ -27,8 +27,8 @@ def test_every_case(op):
         assert e.bytes == 4 * sum(int(np.prod(shape)) for shape in sizes)
         assert e.workspace > 0
         assert 0 < e.error < 1e-5
-        assert {e.algorithm, *e.others} == {"direct", "winograd", "fft"}
-        assert len(e.others) == 2
+        assert {e.algorithm, *e.others} == {"direct", "winograd", "fft", "loops"}
+        assert len(e.others) == 3
         assert e.reason
         assert all(e.others.values())
 
@@ -52,7 +52,7 @@ def test_text():
     first, *lines = text.splitlines()
     assert first == "forward of (1, 1, 512, 512) with (1, 1, 63, 63) -> (1, 1, 512, 512), float32"
     assert [line.split()[0] for line in lines] == [
-        "algorithm", "not", "not", "arithmetic", "memory", "workspace", "error",
+        "algorithm", "not", "not", "not", "arithmetic", "memory", "workspace", "error",
     ]  # fmt: skip
     assert lines[0].startswith("  algorithm  fft: about ")
     assert max(map(len, lines)) <= 120
@@ -65,6 +65,17 @@ def test_forced():
     e = fc.explain(*PLANE, algorithm="direct")
     assert e.algorithm == "direct"
     assert e.others["fft"] == "would be faster than direct"
+
+
+@pytest.mark.parametrize("op", algorithms.OPERATIONS)
+def test_loops(op):
+    e = fc.explain(*PLANE, op=op)
+    assert e.others["loops"] == "applies always, but fft is faster"
+    e = fc.explain(*PLANE, op=op, algorithm="loops")
+    assert (e.algorithm, e.reason, e.workspace) == ("loops", "asked for", 0)
+    assert e.flops == e.direct_flops
+    assert "by the definition" not in str(e)
+    assert e.others["fft"] == "would be faster than loops"
 
 
 @pytest.mark.parametrize("dtype", ["float32", np.float64, np.dtype("f2"), "bfloat16", ml_dtypes.bfloat16], ids=str)
