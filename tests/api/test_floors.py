@@ -61,6 +61,7 @@ MACHINERY = {
         "implicit_gemm": "the faster kernels of convolution, as matrix products",
         "intrinsics": "instructions that Numba has no name for",
         "jit": "how kernels are compiled",
+        "lender": "NumPy functions that numba-cuda names and NumPy has no more",
         "softmax_rows": "the faster kernels of softmax_cross_entropy, for rows of classes",
         "tiles": "matrix products in registers and shared memory",
     },

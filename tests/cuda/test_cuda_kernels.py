@@ -114,7 +114,8 @@ CALLS = {
 def test_with_check_a_bad_label_is_an_error_at_once_and_nothing_is_written(name, waits, rng):
     logits = rng.standard_normal((5, 5)).astype(np.float32)
     z, t = on_device(logits, np.array([0, 4, -100, 5, -1], np.int16))
-    with pytest.raises(ValueError, match=r"cross_entropy\w*: target\[3\] is 5, but logits have C=5 classes"):
+    source = "weight has" if name == "linear" else "logits have"
+    with pytest.raises(ValueError, match=rf"cross_entropy\w*: target\[3\] is 5, but {source} C=5 classes"):
         CALLS[name](z, t, check=True)
     np.testing.assert_array_equal(z.copy_to_host(), logits)
     assert waits == [np.int16, np.int64]  # the labels, and what calls before have met
@@ -164,8 +165,21 @@ def test_positions_are_counted_through_the_chunks(waits, monkeypatch):
     fc.linear_cross_entropy(hidden, weight, cuda.to_device(labels))
     with pytest.raises(ValueError, match=LATER.format(3 * 9 + 7)):
         fc.softmax(np.zeros((1, 2)), backend="cuda")
-    with pytest.raises(ValueError, match=r"target\[3, 7\] is 4, but logits have C=4"):
+    with pytest.raises(ValueError, match=r"target\[3, 7\] is 4, but weight has C=4"):
         fc.linear_cross_entropy(hidden, weight, cuda.to_device(labels), check=True)
+
+
+@pytest.mark.parametrize("label", [2, np.int64(2)])
+def test_an_integer_label_goes_where_the_logits_are(label, waits, rng):
+    """It is judged on the host, which waits for nothing."""
+    logits = rng.standard_normal(5).astype(np.float32)
+    z, t = on_device(logits, 2)
+    loss = fc.softmax_cross_entropy(z, label)
+    assert type(loss) is type(z)
+    with pytest.raises(ValueError, match="target is 7, but logits have C=5 classes"):
+        fc.softmax_cross_entropy(z, type(label)(7))
+    assert waits == []
+    np.testing.assert_array_equal(loss.copy_to_host(), fc.softmax_cross_entropy(z, t).copy_to_host())
 
 
 def test_check_reads_labels_of_any_strides(waits, rng):
