@@ -148,9 +148,6 @@ def test_cuda_is_direct(algorithm):
     assert algorithms.why_not("auto", "forward", large, SINGLE, "cuda") is None
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("operation", methods.OPERATIONS)
-=======
 def test_loops_in_every_function(backend, rng):
     """On whole numbers they give what the direct sum gives, for every function that takes an algorithm."""
     x, w, b = integers(rng, (2, 4, 5, 4), "float32"), integers(rng, (6, 2, 3, 2), "float32"), integers(rng, (6,))
@@ -186,20 +183,14 @@ def test_loops_of_a_prepared_convolution_and_of_jitted_code(rng):
     assert not np.array_equal(fc.conv2d(x, w, padding=1), expected), "it was not the loops that ran"
 
 
-@pytest.mark.parametrize("operation", algorithms.OPERATIONS)
->>>>>>> loops
+@pytest.mark.parametrize("operation", methods.OPERATIONS)
 def test_the_choice_always_applies(operation):
     for case in CASES:
         options = {name: value for name, value in case.options.items() if name != "algorithm"}
         shape = geometry(case.input, case.weight, **options)
-<<<<<<< HEAD
         algorithm = chosen(operation, shape).algorithm
+        assert algorithm != "loops"  # the last resort, and what the others are tested by
         assert algorithms.why_not(algorithm, operation, shape, SINGLE, "cpu") is None
-=======
-        chosen = algorithms.fastest(operation, shape, SINGLE, "cpu")
-        assert chosen != "loops"  # the last resort, and what the others are tested by
-        assert algorithms.why_not(chosen, operation, shape, SINGLE, "cpu") is None
->>>>>>> loops
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,34 +261,20 @@ def test_fft_against_the_direct_sum(operation, layer, offset, rng):
 
 def test_expected_error_scales_with_the_precision():
     shape = geometry((1, 32, 40, 40), (32, 32, 7, 7), padding=3)
-<<<<<<< HEAD
-    for algorithm, operation in itertools.product(("direct", "fft"), methods.OPERATIONS):
+    for algorithm, operation in itertools.product(("direct", "fft", "loops"), methods.OPERATIONS):
         single, double = (expected_error(algorithm, operation, shape, np.dtype(d)) for d in ("f4", "f8"))
-=======
-    for algorithm, operation in itertools.product(("direct", "fft", "loops"), algorithms.OPERATIONS):
-        single, double = (algorithms.expected_error(algorithm, operation, shape, np.dtype(d)) for d in ("f4", "f8"))
->>>>>>> loops
         assert single / double == pytest.approx(2.0**29)
 
 
 def test_cost_is_that_of_one_sample():
     one = geometry((1, 32, 128, 128), (32, 32, 15, 15), padding=7)
     eight = dataclasses.replace(one, batch=8)
-<<<<<<< HEAD
     assert transforms.direct_nanoseconds(one) == transforms.direct_nanoseconds(eight)
 
     def flops(algorithm, shape):
         problem = methods.problem_of("forward", shape, SINGLE, algorithm)
         return methods.choose(problem).flops(problem)
 
-    for algorithm in ("direct", "fft"):
+    for algorithm in ("direct", "fft", "loops"):
         assert flops(algorithm, eight) == pytest.approx(8 * flops(algorithm, one), rel=1e-9)
     assert flops("fft", one) < flops("direct", one) / 5
-=======
-    assert algorithms.direct_nanoseconds(one) == algorithms.direct_nanoseconds(eight)
-    for algorithm in ("direct", "fft", "loops"):
-        assert algorithms.flops(algorithm, "forward", eight) == pytest.approx(
-            8 * algorithms.flops(algorithm, "forward", one), rel=1e-9
-        )
-    assert algorithms.flops("fft", "forward", one) < algorithms.flops("direct", "forward", one) / 5
->>>>>>> loops

@@ -59,12 +59,8 @@ def test_text():
     others = len(ALGORITHMS) - 2
     other_methods = sum(method.name not in ALGORITHMS for method in METHODS["forward"])  # the others are said before
     assert [line.split()[0] for line in lines] == [
-<<<<<<< HEAD
         "algorithm", *["not"] * others, "method", *["not"] * other_methods, "arithmetic", "memory", "workspace",
         "error",
-=======
-        "algorithm", "not", "not", "not", "arithmetic", "memory", "workspace", "error",
->>>>>>> loops
     ]  # fmt: skip
     assert lines[0].startswith("  algorithm  fft: about ")
     assert max(map(len, lines)) <= 120
@@ -79,7 +75,6 @@ def test_forced():
     assert e.others["fft"] == "would be faster than direct"
 
 
-<<<<<<< HEAD
 @pytest.fixture
 def two_threads():
     """The choice between methods of the direct sum may depend on how many there are."""
@@ -141,8 +136,9 @@ def test_padding_mode_and_layout_are_judged():
 def test_empty_batch():
     e = fc.explain((0, 3, 8, 8), (4, 3, 3, 3))
     assert (e.output_shape, e.workspace, e.direct_flops) == ((0, 4, 6, 6), 0, 0)
-=======
-@pytest.mark.parametrize("op", algorithms.OPERATIONS)
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
 def test_loops(op):
     e = fc.explain(*PLANE, op=op)
     assert e.others["loops"] == "applies always, but fft is faster"
@@ -151,7 +147,6 @@ def test_loops(op):
     assert e.flops == e.direct_flops
     assert "by the definition" not in str(e)
     assert e.others["fft"] == "would be faster than loops"
->>>>>>> loops
 
 
 @pytest.mark.parametrize("dtype", ["float32", np.float64, np.dtype("f2"), "bfloat16", ml_dtypes.bfloat16], ids=str)

@@ -46,6 +46,7 @@ MACHINERY = {
         "phases": "what of an input gradient is computed together",
         "problem": "what a method of convolution is asked and answers",
         "reals": "arrays of any floating-point type as float32 or float64",
+        "records": "parameters with names, as Python and compiled code see them",
         "simd": "vector instructions",
         "small_planes": "the same sum without the products with zeros around small planes",
         "tasks": "runs an operation as tasks on the threads",
