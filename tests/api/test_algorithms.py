@@ -7,12 +7,13 @@ import itertools
 
 import numpy as np
 import pytest
+from numba import njit
 
 import fastconv as fc
 from fastconv import algorithms, arguments
 from fastconv.cpu import convolution, methods
 from fastconv.cpu.methods import transforms
-from helpers import LAYOUTS, functions, normal
+from helpers import LAYOUTS, functions, integers, normal
 from shapes import CASES
 
 SINGLE = np.dtype(np.float32)
@@ -147,12 +148,48 @@ def test_cuda_is_direct(algorithm):
     assert algorithms.why_not("auto", "forward", large, SINGLE, "cuda") is None
 
 
+def test_loops_in_every_function(backend, rng):
+    """On whole numbers they give what the direct sum gives, for every function that takes an algorithm."""
+    x, w, b = integers(rng, (2, 4, 5, 4), "float32"), integers(rng, (6, 2, 3, 2), "float32"), integers(rng, (6,))
+    b, dy = b.astype(np.float32), integers(rng, (2, 6, 3, 3), "float32")
+    calls = {
+        "conv": lambda **o: fc.conv2d(x, w, b, activation="relu", **o),
+        "1d": lambda **o: fc.conv1d(x[:, :, 0], w[:, :, 0], b, **o),
+        "3d": lambda **o: fc.conv3d(x[:, :, None], w[:, :, None], b, padding_mode="circular", padding=1, **o),
+        "weight": lambda **o: fc.conv2d_weight_grad(x, w.shape, dy, **o),
+        "input": lambda **o: fc.conv2d_input_grad(x.shape, w, dy, **o),
+        "backward": lambda **o: fc.conv2d_backward(x, w, dy, **o),
+        "transpose": lambda **o: fc.conv_transpose2d(dy, w, b[:4], stride=2, **o),
+    }
+    for name, call in calls.items():
+        options = {"groups": 2, "backend": backend}
+        result, expected = call(algorithm="loops", **options), call(algorithm="direct", **options)
+        for one, other in zip(*(r if isinstance(r, tuple) else (r,) for r in (result, expected)), strict=True):
+            np.testing.assert_array_equal(one, other, name)
+
+
+def test_loops_of_a_prepared_convolution_and_of_jitted_code(rng):
+    x, w = normal(rng, (2, 3, 9, 8), "float32"), normal(rng, (4, 3, 3, 3), "float32")
+    expected = fc.conv2d(x, w, padding=1, algorithm="loops")
+    op = fc.Conv2d(w, padding=1, algorithm="loops")
+    for _ in range(2):
+        np.testing.assert_array_equal(op(x), expected)
+
+    @njit
+    def caller(x, w):
+        return fc.conv2d(x, w, padding=1, algorithm="loops")
+
+    np.testing.assert_array_equal(caller(x, w), expected)
+    assert not np.array_equal(fc.conv2d(x, w, padding=1), expected), "it was not the loops that ran"
+
+
 @pytest.mark.parametrize("operation", methods.OPERATIONS)
 def test_the_choice_always_applies(operation):
     for case in CASES:
         options = {name: value for name, value in case.options.items() if name != "algorithm"}
         shape = geometry(case.input, case.weight, **options)
         algorithm = chosen(operation, shape).algorithm
+        assert algorithm != "loops"  # the last resort, and what the others are tested by
         assert algorithms.why_not(algorithm, operation, shape, SINGLE, "cpu") is None
 
 
@@ -196,7 +233,7 @@ def errors(operation, shape, weight, options, dtype, offset, rng):
     exact = run("direct", lambda a: a.astype(np.float64))
     unit = np.sqrt(np.mean(exact**2))
     result = {}
-    for algorithm in ("direct", "winograd", "fft"):
+    for algorithm in ("direct", "winograd", "fft", "loops"):
         if algorithms.why_not(algorithm, operation, found, SINGLE, "cpu") is None:
             error = run(algorithm) - exact
             expected = expected_error(algorithm, operation, found, np.dtype(dtype))
@@ -224,7 +261,7 @@ def test_fft_against_the_direct_sum(operation, layer, offset, rng):
 
 def test_expected_error_scales_with_the_precision():
     shape = geometry((1, 32, 40, 40), (32, 32, 7, 7), padding=3)
-    for algorithm, operation in itertools.product(("direct", "fft"), methods.OPERATIONS):
+    for algorithm, operation in itertools.product(("direct", "fft", "loops"), methods.OPERATIONS):
         single, double = (expected_error(algorithm, operation, shape, np.dtype(d)) for d in ("f4", "f8"))
         assert single / double == pytest.approx(2.0**29)
 
@@ -238,6 +275,6 @@ def test_cost_is_that_of_one_sample():
         problem = methods.problem_of("forward", shape, SINGLE, algorithm)
         return methods.choose(problem).flops(problem)
 
-    for algorithm in ("direct", "fft"):
+    for algorithm in ("direct", "fft", "loops"):
         assert flops(algorithm, eight) == pytest.approx(8 * flops(algorithm, one), rel=1e-9)
     assert flops("fft", one) < flops("direct", one) / 5

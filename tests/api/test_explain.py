@@ -29,8 +29,8 @@ def test_every_case(op):
         assert e.bytes == 4 * sum(int(np.prod(shape)) for shape in sizes)
         assert e.workspace > 0
         assert 0 < e.error < 1e-5
-        assert {e.algorithm, *e.others} == set(ALGORITHMS) - {"auto"}
-        assert e.algorithm not in e.others
+        assert {e.algorithm, *e.others} == {"direct", "winograd", "fft", "loops"}
+        assert len(e.others) == 3
         assert e.reason
         assert all(e.others.values())
         assert {e.method, *e.other_methods} == {method.name for method in METHODS[op]}
@@ -136,6 +136,17 @@ def test_padding_mode_and_layout_are_judged():
 def test_empty_batch():
     e = fc.explain((0, 3, 8, 8), (4, 3, 3, 3))
     assert (e.output_shape, e.workspace, e.direct_flops) == ((0, 4, 6, 6), 0, 0)
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_loops(op):
+    e = fc.explain(*PLANE, op=op)
+    assert e.others["loops"] == "applies always, but fft is faster"
+    e = fc.explain(*PLANE, op=op, algorithm="loops")
+    assert (e.algorithm, e.reason, e.workspace) == ("loops", "asked for", 0)
+    assert e.flops == e.direct_flops
+    assert "by the definition" not in str(e)
+    assert e.others["fft"] == "would be faster than loops"
 
 
 @pytest.mark.parametrize("dtype", ["float32", np.float64, np.dtype("f2"), "bfloat16", ml_dtypes.bfloat16], ids=str)

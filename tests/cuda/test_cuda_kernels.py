@@ -268,6 +268,23 @@ def test_tables_are_copied_once_for_a_geometry(monkeypatch):
     assert uploads == [3]
 
 
+@pytest.mark.parametrize("algorithm", ["loops", "direct"])
+def test_loops_skip_the_faster_kernels(algorithm, monkeypatch, rng):
+    """Where the device has what those need, they are asked for every algorithm but the loops."""
+    asked = []
+    monkeypatch.setattr(convolution, "has_engine", lambda: True)
+    for module in (convolution.depthwise, convolution.implicit_gemm):
+        for name in ("forward", "weight_grad", "input_grad"):
+            monkeypatch.setattr(module, name, lambda *_: asked.append(1))
+    x, w = rng.standard_normal((1, 2, 4, 4)), rng.standard_normal((3, 2, 2, 2))
+    options = {"algorithm": algorithm, "backend": "cuda"}
+    y = fc.conv2d(x, w, **options)
+    np.testing.assert_allclose(y, fc.conv2d(x, w), rtol=1e-12, atol=1e-12)
+    fc.conv2d_weight_grad(x, w.shape, y, **options)
+    fc.conv2d_input_grad(x.shape, w, y, **options)
+    assert len(asked) == (0 if algorithm == "loops" else 6)
+
+
 def test_indices_do_not_wrap_around():
     shape = (3, 5, 1 << 12, 1 << 13, 1 << 14)
     for place in [(2, 4, 4095, 8191, 16383), (1, 0, 7, 0, 1), (0, 0, 0, 0, 0)]:
