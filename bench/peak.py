@@ -8,7 +8,7 @@ so it is measured in the same minute as each layer.
 from __future__ import annotations
 
 import functools
-import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from fastconv.cpu.records import Integer, Reals
 from fastconv.cpu.vector import gemm
 from fastconv.cpu.vector.memory import at, offset
 from fastconv.cpu.vector.tile import tile as tile_of
+
+from . import timing
 
 # Half of the smallest L1 data cache in use (32 KiB), so that both panels and the tile of results stay.
 PANEL_BYTES = 16 * 1024
@@ -78,15 +80,14 @@ def microkernel_rate(dtype: np.dtype | type = np.float32, seconds: float = 0.1) 
     p.kernel = gemm.contract_packed.address(dtype, gemm.Rows(tile.rows, tile.vectors))
     p.rows, p.columns, p.depth = tile.rows, tile.columns, depth
 
-    def run(count: int) -> float:
-        begin = time.perf_counter()
-        tasks.run(_contract_panels, dtype, count, np.asarray(p), scratch, count * flops)
-        return count * flops / (time.perf_counter() - begin)
+    def run(count: int) -> list[float]:
+        work = count * flops
+        return [timing.seconds_of(lambda: tasks.run(_contract_panels, dtype, count, np.asarray(p), scratch, work))]
 
     count = 16 * workers
     run(count)  # compiles, and wakes the threads
-    count = max(count, int(0.01 * run(count) / flops))
-    return _best(lambda: run(count), seconds) / 1e9
+    count = max(count, int(0.01 * count / run(count)[0]))
+    return count * flops / _best(lambda: run(count), seconds) / 1e9
 
 
 def copy_rate(seconds: float = 0.1) -> float:
@@ -94,15 +95,14 @@ def copy_rate(seconds: float = 0.1) -> float:
     values, target = _copy_arrays()
     length = 1 << 16
 
-    def run() -> float:
+    def run() -> list[float]:
         p = Copy.zeros()
         p.source, p.target, p.length = tasks.data_address(values), tasks.data_address(target), length
-        begin = time.perf_counter()
-        tasks.run(_copy, values.dtype, values.size // length, np.asarray(p), 64, values.size)
-        return 2 * values.nbytes / (time.perf_counter() - begin)
+        count = values.size // length
+        return [timing.seconds_of(lambda: tasks.run(_copy, values.dtype, count, np.asarray(p), 64, values.size))]
 
     run()
-    return _best(run, seconds) / 1e9
+    return 2 * values.nbytes / _best(run, seconds) / 1e9
 
 
 @functools.cache
@@ -112,13 +112,9 @@ def _copy_arrays() -> tuple[np.ndarray, np.ndarray]:
     return values, np.zeros_like(values)
 
 
-def _best(run, seconds: float) -> float:
-    """The best of at least three runs, and as many as `seconds` allow."""
-    rates = []
-    end = time.perf_counter() + seconds
-    while len(rates) < 3 or time.perf_counter() < end:
-        rates.append(run())
-    return max(rates)
+def _best(run: Callable[[], list[float]], seconds: float) -> float:
+    """The fewest seconds of at least three runs, and of as many as `seconds` allow."""
+    return min(timing.by_turns({"run": run}, seconds=seconds, least=3)["run"])
 
 
 if __name__ == "__main__":
