@@ -31,6 +31,10 @@ from . import simd, tasks
 from .contraction import Strides, address
 from .depthwise import AHEAD_BYTES, Line, Lines, Phase, Plan, address_of, cut
 from .jit import helper as _jit
+from .vector import gemm, move
+from .vector.memory import at, fill_zero, offset
+from .vector.tile import lanes as lanes_of
+from .vector.tile import tile as tile_for
 
 # Parameters of the bodies (int64, in this order), and
 (
@@ -79,15 +83,15 @@ _EVERYTHING = 1 << 40  # more pixels than any row has
 def _spread(target, places, source, pixels_first, channel_step, pixel_step, count, channels):
     """Copy `count` pixels that follow one another in the array to target[places[k]]."""
     if pixels_first:
-        simd.spread_pixels(target, places, source, pixel_step, count, channels)
+        move.spread_pixels(target, places, source, pixel_step, count, channels)
     else:
-        simd.spread_planes(target, places, source, channel_step, count, channels)
+        move.spread_planes(target, places, source, channel_step, count, channels)
 
 
 @_jit
 def _fill_slab(p, slab, x, channels, first_d, depth, first_h, height, first_w, width):
     """Copy a box of padded coordinates of a block. What is zero was written before."""
-    source_d, places = simd.at(p, p[DEPTH + SOURCE]), simd.at(p, p[X_PLACES])
+    source_d, places = at(p, p[DEPTH + SOURCE]), at(p, p[X_PLACES])
     low_h = max(p[HEIGHT + BEFORE], first_h)
     rows = min(p[HEIGHT + BEFORE] + p[HEIGHT + SIZE], first_h + height) - low_h
     low_w = max(p[WIDTH + BEFORE], first_w)
@@ -99,15 +103,15 @@ def _fill_slab(p, slab, x, channels, first_d, depth, first_h, height, first_w, w
         from_d = source_d[first_d + d]
         if from_d < 0:
             continue
-        plane = simd.offset(
+        plane = offset(
             x, from_d * p[X_D] + (low_h - p[HEIGHT + BEFORE]) * p[X_H] + (low_w - p[WIDTH + BEFORE]) * p[X_W]
         )
-        target = simd.offset(
-            slab, d * p[PLANE_PITCH] + (low_h - first_h) * p[ROW_PITCH] + (low_w - first_w) * simd.lanes(slab)
+        target = offset(
+            slab, d * p[PLANE_PITCH] + (low_h - first_h) * p[ROW_PITCH] + (low_w - first_w) * lanes_of(slab)
         )
         for r in range(runs):
             _spread(
-                simd.offset(target, r * p[ROW_PITCH]), places, simd.offset(plane, r * p[X_H]), p[X_PIXELS], p[X_C],
+                offset(target, r * p[ROW_PITCH]), places, offset(plane, r * p[X_H]), p[X_PIXELS], p[X_C],
                 p[X_W], pixels, channels,
             )  # fmt: skip
 
@@ -115,13 +119,13 @@ def _fill_slab(p, slab, x, channels, first_d, depth, first_h, height, first_w, w
 @_jit
 def _load_tile(p, out, y, channels, depth, height, width):
     """Copy a box of the output (or of its gradient) into out [d][h][w][lane]."""
-    places = simd.at(p, p[Y_PLACES])
+    places = at(p, p[Y_PLACES])
     runs, pixels = (1, height * width) if p[Y_ROWS] else (height, width)
     for d in range(depth):
         for r in range(runs):
             _spread(
-                simd.offset(out, d * p[OUT_PLANE] + r * p[OUT_ROW]), places,
-                simd.offset(y, d * p[Y_D] + r * p[Y_H]), p[Y_PIXELS], p[Y_C], p[Y_W], pixels, channels,
+                offset(out, d * p[OUT_PLANE] + r * p[OUT_ROW]), places,
+                offset(y, d * p[Y_D] + r * p[Y_H]), p[Y_PIXELS], p[Y_C], p[Y_W], pixels, channels,
             )  # fmt: skip
 
 
@@ -131,12 +135,12 @@ def _store_tile(p, y, out, channels, depth, height, width):
     runs, pixels = (1, height * width) if p[Y_ROWS] else (height, width)
     for d in range(depth):
         for r in range(runs):
-            target = simd.offset(y, d * p[Y_D] + r * p[Y_H])
-            source = simd.offset(out, d * p[OUT_PLANE] + r * p[OUT_ROW])
+            target = offset(y, d * p[Y_D] + r * p[Y_H])
+            source = offset(out, d * p[OUT_PLANE] + r * p[OUT_ROW])
             if p[Y_PIXELS]:
-                simd.collect_pixels(target, p[Y_W], source, simd.lanes(out), pixels, channels)
+                move.collect_pixels(target, p[Y_W], source, lanes_of(out), pixels, channels)
             else:
-                simd.collect_planes(target, p[Y_C], source, simd.lanes(out), pixels, channels)
+                move.collect_planes(target, p[Y_C], source, lanes_of(out), pixels, channels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,19 +154,19 @@ def _correlate_tile(
     last_h, first_w, last_w,
 ):  # fmt: skip
     """A tile of the output of `blocks` blocks, which begins at y, from pixels whose padded coordinate 0 is at x."""
-    lanes = simd.lanes(x)
-    depths, heights, widths = simd.at(p, p[DEPTH + TABLE]), simd.at(p, p[HEIGHT + TABLE]), simd.at(p, p[WIDTH + TABLE])
+    lanes = lanes_of(x)
+    depths, heights, widths = at(p, p[DEPTH + TABLE]), at(p, p[HEIGHT + TABLE]), at(p, p[WIDTH + TABLE])
     met = EVERY if every else WITHIN
     for i in range(p[DEPTH + PHASES]):
-        in_depth = simd.offset(depths, i * PHASE_FIELDS)
-        reach_d = simd.offset(depths, in_depth[met])
+        in_depth = offset(depths, i * PHASE_FIELDS)
+        reach_d = offset(depths, in_depth[met])
         for j in range(p[HEIGHT + PHASES]):
-            in_height = simd.offset(heights, j * PHASE_FIELDS)
-            reach_h = simd.offset(heights, in_height[met] + 3 * first_h)
+            in_height = offset(heights, j * PHASE_FIELDS)
+            reach_h = offset(heights, in_height[met] + 3 * first_h)
             rows = min(last_h, in_height[COUNT]) - first_h
             for k in range(p[WIDTH + PHASES]):
-                in_width = simd.offset(widths, k * PHASE_FIELDS)
-                pieces = simd.offset(widths, in_width[PIECES])
+                in_width = offset(widths, k * PHASE_FIELDS)
+                pieces = offset(widths, in_width[PIECES])
                 columns = min(last_w, in_width[COUNT]) - first_w
                 if rows <= 0 or columns <= 0:
                     continue
@@ -176,13 +180,13 @@ def _correlate_tile(
                 for d in range(first_d, min(last_d, in_depth[COUNT])):
                     simd.call_correlate_pixels(
                         pieces[FUNCTION],
-                        simd.offset(
+                        offset(
                             y, (in_depth[FIRST] + (d - first_d) * p[DEPTH + STEP]) * y_d + in_height[FIRST] * y_h
                             + in_width[FIRST] * y_w,
                         ),
                         p[HEIGHT + STEP] * y_h, p[WIDTH + STEP] * y_w,
-                        simd.offset(x, reach_d[3 * d] * x_d + first * x_w), x_h, step * x_w,
-                        simd.offset(w, (reach_d[3 * d + 1] * p[TAPS_HW] + in_width[START]) * lanes),
+                        offset(x, reach_d[3 * d] * x_d + first * x_w), x_h, step * x_w,
+                        offset(w, (reach_d[3 * d + 1] * p[TAPS_HW] + in_width[START]) * lanes),
                         (p[TAPS] + 1) * lanes, reach_h, blocks, rows, columns, low, high,
                         reach_d[3 * d + 2], in_depth[TAP_STEP] * x_d, p[TAPS_HW] * lanes,
                         in_height[TAP_STEP] * x_h, p[TAPS_W] * lanes,
@@ -195,15 +199,15 @@ def _correlate_tile(
 @_jit
 def _load_weights(p, w, bias, first, channels):
     """Weights as [tap][lane], in the order of the phases, and the bias; return whether all weights are finite."""
-    filters = simd.offset(simd.at(w, p[W]), first * p[TAPS])
-    simd.spread_planes(w, simd.at(p, p[W_PLACES]), filters, p[TAPS], p[TAPS], channels)
-    for k in range(simd.lanes(w)):
+    filters = offset(at(w, p[W]), first * p[TAPS])
+    move.spread_planes(w, at(p, p[W_PLACES]), filters, p[TAPS], p[TAPS], channels)
+    for k in range(lanes_of(w)):
         bias[k] = -0.0  # adding it changes nothing
     if p[BIAS]:
-        given = simd.offset(simd.at(w, p[BIAS]), first)
+        given = offset(at(w, p[BIAS]), first)
         for k in range(channels):
             bias[k] = given[k]
-    return simd.count_not_finite(w, p[TAPS]) == 0
+    return move.count_not_finite(w, p[TAPS]) == 0
 
 
 @_jit
@@ -233,9 +237,9 @@ def _correlate_in_place(
     """A tile of `blocks` blocks of a sample, whose first channels are at x and y."""
     origin = p[DEPTH + BEFORE] * p[X_D] + p[HEIGHT + BEFORE] * p[X_H] + p[WIDTH + BEFORE] * p[X_W]
     out_d, out_h, out_w = first_d * p[DEPTH + STEP], first_h * p[HEIGHT + STEP], first_w * p[WIDTH + STEP]
-    y = simd.offset(y, out_d * p[Y_D] + out_h * p[Y_H] + out_w * p[Y_W])
+    y = offset(y, out_d * p[Y_D] + out_h * p[Y_H] + out_w * p[Y_W])
     _correlate_tile(
-        p, y, p[Y_D], p[Y_H], p[Y_W], simd.offset(x, -origin), p[X_D], p[X_H], p[X_W], blocks, True,
+        p, y, p[Y_D], p[Y_H], p[Y_W], offset(x, -origin), p[X_D], p[X_H], p[X_W], blocks, True,
         w, bias, zeros, flags, False, first_d, last_d, first_h, last_h, first_w, last_w,
     )  # fmt: skip
 
@@ -245,24 +249,24 @@ def _correlate_block(
     p, slab, x, y, channels, w, bias, zeros, flags, finite, first_d, last_d, first_h, last_h, first_w, last_w
 ):  # fmt: skip
     """A tile of a block of a sample, whose first channel is at x and y, by way of the slab."""
-    lanes = simd.lanes(slab)
-    out = simd.offset(slab, p[SLAB_SIZE])
+    lanes = lanes_of(slab)
+    out = offset(slab, p[SLAB_SIZE])
     depth = min((last_d - first_d) * p[DEPTH + STEP], p[DEPTH + FULL] - first_d * p[DEPTH + STEP])
     width = min((last_w - first_w) * p[WIDTH + STEP], p[WIDTH + FULL] - first_w * p[WIDTH + STEP])
-    y = simd.offset(y, first_d * p[DEPTH + STEP] * p[Y_D] + first_w * p[WIDTH + STEP] * p[Y_W])
+    y = offset(y, first_d * p[DEPTH + STEP] * p[Y_D] + first_w * p[WIDTH + STEP] * p[Y_W])
     box_d, box_h, box_w = first_d * p[DEPTH + STRIDE], first_h * p[HEIGHT + STRIDE], first_w * p[WIDTH + STRIDE]
-    pixels = simd.offset(slab, -(box_d * p[PLANE_PITCH] + box_h * p[ROW_PITCH] + box_w * lanes))
+    pixels = offset(slab, -(box_d * p[PLANE_PITCH] + box_h * p[ROW_PITCH] + box_w * lanes))
     filled = box_h
     for h in range(first_h, last_h, p[STRIP]):
         end = min(h + p[STRIP], last_h)
         reached = (end - 1) * p[HEIGHT + STRIDE] + p[HEIGHT + REACH]
         _fill_slab(
-            p, simd.offset(slab, (filled - box_h) * p[ROW_PITCH]), x, channels,
+            p, offset(slab, (filled - box_h) * p[ROW_PITCH]), x, channels,
             box_d, (last_d - 1 - first_d) * p[DEPTH + STRIDE] + p[DEPTH + REACH], filled, reached - filled,
             box_w, (last_w - 1 - first_w) * p[WIDTH + STRIDE] + p[WIDTH + REACH],
         )  # fmt: skip
         filled = reached
-        target = simd.offset(y, h * p[HEIGHT + STEP] * p[Y_H])
+        target = offset(y, h * p[HEIGHT + STEP] * p[Y_H])
         if p[Y_PIXELS] and channels == lanes:
             _correlate_tile(
                 p, target, p[Y_D], p[Y_H], p[Y_W], pixels, p[PLANE_PITCH], p[ROW_PITCH], lanes, 1, False, w, bias,
@@ -282,12 +286,12 @@ def _correlate_block(
 @tasks.Body
 def _correlate(task, worker, p, real):
     """Task = a range of units: (tile, group of blocks, sample)."""
-    lanes = simd.lanes(real)
-    slab = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    zeros = simd.offset(slab, p[SLAB_SIZE] + p[OUT_SIZE])
-    weights = simd.offset(zeros, lanes)
-    simd.fill_zero(zeros, lanes)
-    flags = (simd.ADD if p[ADD] else 0) | (simd.RELU if p[RELU] else 0)
+    lanes = lanes_of(real)
+    slab = at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
+    zeros = offset(slab, p[SLAB_SIZE] + p[OUT_SIZE])
+    weights = offset(zeros, lanes)
+    fill_zero(zeros, lanes)
+    flags = (gemm.ADD if p[ADD] else 0) | (gemm.RELU if p[RELU] else 0)
     loaded, zeroed, finite = -1, -1, True
     for unit in range(task * p[UNITS] // p[UNIT_TASKS], (task + 1) * p[UNITS] // p[UNIT_TASKS]):
         group, n, tile, first_d, first_h, first_w = _place(p, unit)
@@ -299,28 +303,28 @@ def _correlate(task, worker, p, real):
         if group != loaded:
             loaded, finite = group, True
             for c in range(first, last, lanes):
-                w = simd.offset(weights, (c - first) * (p[TAPS] + 1))
-                if not _load_weights(p, w, simd.offset(w, p[TAPS] * lanes), c, min(lanes, last - c)):
+                w = offset(weights, (c - first) * (p[TAPS] + 1))
+                if not _load_weights(p, w, offset(w, p[TAPS] * lanes), c, min(lanes, last - c)):
                     finite = False
-        x = simd.offset(simd.at(real, p[X]), n * p[X_N])
-        y = simd.offset(simd.at(real, p[Y]), n * p[Y_N])
+        x = offset(at(real, p[X]), n * p[X_N])
+        y = offset(at(real, p[Y]), n * p[Y_N])
         if p[IN_PLACE] and finite:
             blocks = (last - first) // lanes
             if blocks > 0:
                 _correlate_in_place(
-                    p, simd.offset(x, first), simd.offset(y, first), blocks, weights,
-                    simd.offset(weights, p[TAPS] * lanes), zeros, flags, first_d, last_d, first_h, last_h, first_w,
+                    p, offset(x, first), offset(y, first), blocks, weights,
+                    offset(weights, p[TAPS] * lanes), zeros, flags, first_d, last_d, first_h, last_h, first_w,
                     last_w,
                 )  # fmt: skip
             first += blocks * lanes
         if tile != zeroed and first < last:
-            simd.fill_zero(slab, p[SLAB_SIZE])
+            fill_zero(slab, p[SLAB_SIZE])
             zeroed = tile
         for c in range(first, last, lanes):
-            w = simd.offset(weights, (c - group * p[GROUP] * lanes) * (p[TAPS] + 1))
+            w = offset(weights, (c - group * p[GROUP] * lanes) * (p[TAPS] + 1))
             _correlate_block(
-                p, slab, simd.offset(x, c * p[X_C]), simd.offset(y, c * p[Y_C]), min(lanes, last - c), w,
-                simd.offset(w, p[TAPS] * lanes), zeros, flags, finite, first_d, last_d, first_h, last_h, first_w,
+                p, slab, offset(x, c * p[X_C]), offset(y, c * p[Y_C]), min(lanes, last - c), w,
+                offset(w, p[TAPS] * lanes), zeros, flags, finite, first_d, last_d, first_h, last_h, first_w,
                 last_w,
             )  # fmt: skip
 
@@ -339,12 +343,12 @@ def _accumulate_tile(
 
     What the first tap of its first element meets is at x. What comes next is x_ahead and dy_ahead further on.
     """
-    lanes = simd.lanes(x)
+    lanes = lanes_of(x)
     in_depth, in_height, in_width = (
-        simd.at(p, p[DEPTH + TABLE]), simd.at(p, p[HEIGHT + TABLE]), simd.at(p, p[WIDTH + TABLE])
+        at(p, p[DEPTH + TABLE]), at(p, p[HEIGHT + TABLE]), at(p, p[WIDTH + TABLE])
     )  # fmt: skip
-    source_d = simd.at(p, p[DEPTH + SOURCE])
-    pieces, groups = simd.offset(in_width, in_width[PIECES]), simd.offset(in_height, in_height[PIECES])
+    source_d = at(p, p[DEPTH + SOURCE])
+    pieces, groups = offset(in_width, in_width[PIECES]), offset(in_height, in_height[PIECES])
     step = p[WIDTH + STRIDE] if pieces[BLOCK_TAPS] == 1 else 1  # from a neighbour to the next
     low, high, first_row, rows = 0, _EVERYTHING, 0, _EVERYTHING
     if in_place:
@@ -363,11 +367,11 @@ def _accumulate_tile(
                     e = piece * pieces[BLOCK_TAPS]
                     simd.call_accumulate_pixels(
                         function,
-                        simd.offset(sums, (a * p[TAPS_HW] + tap * p[TAPS_W] + piece * pieces[BLOCK_WEIGHTS]) * lanes),
+                        offset(sums, (a * p[TAPS_HW] + tap * p[TAPS_W] + piece * pieces[BLOCK_WEIGHTS]) * lanes),
                         p[TAPS_W] * lanes, p[TAPS] * lanes,
-                        simd.offset(x, at_d * x_d + tap * in_height[TAP_STEP] * x_h + e * in_width[TAP_STEP] * x_w),
+                        offset(x, at_d * x_d + tap * in_height[TAP_STEP] * x_h + e * in_width[TAP_STEP] * x_w),
                         p[HEIGHT + STRIDE] * x_h, in_height[TAP_STEP] * x_h, step * x_w,
-                        simd.offset(dy, d * y_d), y_h, y_w, blocks, height, width, low, high,
+                        offset(dy, d * y_d), y_h, y_w, blocks, height, width, low, high,
                         first_row + tap * in_height[TAP_STEP], p[HEIGHT + STRIDE], in_height[TAP_STEP], rows,
                         x_ahead, dy_ahead, zeros,
                     )  # fmt: skip
@@ -377,12 +381,12 @@ def _accumulate_tile(
 @tasks.Body
 def _weight_gradient(task, worker, p, real):
     """Task = a part of the units (tile, batch) of a range of groups of blocks."""
-    lanes = simd.lanes(real)
-    slab = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    out = simd.offset(slab, p[SLAB_SIZE])
-    zeros = simd.offset(out, p[OUT_SIZE])
-    sums = simd.offset(zeros, p[ZEROS])
-    simd.fill_zero(zeros, p[ZEROS])
+    lanes = lanes_of(real)
+    slab = at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
+    out = offset(slab, p[SLAB_SIZE])
+    zeros = offset(out, p[OUT_SIZE])
+    sums = offset(zeros, p[ZEROS])
+    fill_zero(zeros, p[ZEROS])
     part, split = task % p[UNIT_TASKS], task // p[UNIT_TASKS]
     size = p[GROUP] * lanes
     groups = (p[CHANNELS] + size - 1) // size
@@ -391,20 +395,20 @@ def _weight_gradient(task, worker, p, real):
         first = group * size
         channels = min(size, p[CHANNELS] - first)
         blocks = channels // lanes if p[IN_PLACE] else 0
-        simd.fill_zero(sums, p[GROUP] * p[TAPS] * lanes)
+        fill_zero(sums, p[GROUP] * p[TAPS] * lanes)
         for unit in range(split * p[UNITS] // p[SPLITS], (split + 1) * p[UNITS] // p[SPLITS]):
             _, n, tile, first_d, first_h, first_w = _place(p, unit)
             depth = min(p[DEPTH + TILE], p[DEPTH + OUT] - first_d)
             height = min(p[HEIGHT + TILE], p[HEIGHT + OUT] - first_h)
             width = min(p[WIDTH + TILE], p[WIDTH + OUT] - first_w)
             box_d, box_h, box_w = first_d * p[DEPTH + STRIDE], first_h * p[HEIGHT + STRIDE], first_w * p[WIDTH + STRIDE]
-            x = simd.offset(simd.at(real, p[X]), n * p[X_N] + first * p[X_C])
-            dy = simd.offset(
-                simd.at(real, p[Y]),
+            x = offset(at(real, p[X]), n * p[X_N] + first * p[X_C])
+            dy = offset(
+                at(real, p[Y]),
                 n * p[Y_N] + first * p[Y_C] + first_d * p[Y_D] + first_h * p[Y_H] + first_w * p[Y_W],
             )
             if blocks > 0:
-                box = simd.offset(
+                box = offset(
                     x, (box_d - p[DEPTH + BEFORE]) * p[X_D] + (box_h - p[HEIGHT + BEFORE]) * p[X_H]
                     + (box_w - p[WIDTH + BEFORE]) * p[X_W],
                 )  # fmt: skip
@@ -425,27 +429,27 @@ def _weight_gradient(task, worker, p, real):
             if c == channels:
                 continue
             if tile != zeroed:
-                simd.fill_zero(slab, p[SLAB_SIZE])
+                fill_zero(slab, p[SLAB_SIZE])
                 zeroed = tile
             _fill_slab(
-                p, slab, simd.offset(x, c * p[X_C]), channels - c,
+                p, slab, offset(x, c * p[X_C]), channels - c,
                 box_d, (depth - 1) * p[DEPTH + STRIDE] + p[DEPTH + REACH],
                 box_h, (height - 1) * p[HEIGHT + STRIDE] + p[HEIGHT + REACH],
                 box_w, (width - 1) * p[WIDTH + STRIDE] + p[WIDTH + REACH],
             )  # fmt: skip
-            dy = simd.offset(dy, c * p[Y_C])
+            dy = offset(dy, c * p[Y_C])
             y_d, y_h, y_w = p[Y_D], p[Y_H], p[Y_W]
             if not p[Y_PIXELS] or channels - c < lanes:
                 _load_tile(p, out, dy, channels - c, depth, height, width)
                 dy, y_d, y_h, y_w = out, p[OUT_PLANE], p[OUT_ROW], lanes
             _accumulate_tile(
-                p, simd.offset(sums, c * p[TAPS]), slab, p[PLANE_PITCH], p[ROW_PITCH], lanes, dy, y_d, y_h, y_w, 1,
+                p, offset(sums, c * p[TAPS]), slab, p[PLANE_PITCH], p[ROW_PITCH], lanes, dy, y_d, y_h, y_w, 1,
                 False, zeros, first_d, first_h, first_w, depth, height, width, 0, 0,
             )  # fmt: skip
         for c in range(0, channels, lanes):
-            simd.collect_planes(
-                simd.offset(simd.at(real, p[W]), (split * p[CHANNELS] + first + c) * p[TAPS]), p[TAPS],
-                simd.offset(sums, c * p[TAPS]), lanes, p[TAPS], min(lanes, channels - c),
+            move.collect_planes(
+                offset(at(real, p[W]), (split * p[CHANNELS] + first + c) * p[TAPS]), p[TAPS],
+                offset(sums, c * p[TAPS]), lanes, p[TAPS], min(lanes, channels - c),
             )  # fmt: skip
 
 
@@ -535,7 +539,7 @@ def _parameters(
     group: int, turns: int = 1,
 ) -> tuple[np.ndarray, list[np.ndarray], int]:  # fmt: skip
     """What both bodies need to know; the tables that hold it; the number of tiles of a plane."""
-    t = simd.tile(dtype.itemsize * 8)
+    t = tile_for(dtype.itemsize * 8)
     lanes = t.lanes
     depth, height, width = lines
     most_columns = _TILE_COLUMNS if gradient and in_place and height.out == 1 else _MOST_COLUMNS
@@ -625,7 +629,7 @@ def plan_correlation(
     With `turns`, groups have so many channels, and the sum is also over t < turns: of w[c, k, t] times the pixels of
     the channel t after c, around the end of its group. `order` makes these weights of those that are given.
     """
-    lanes = simd.tile(dtype.itemsize * 8).lanes
+    lanes = tile_for(dtype.itemsize * 8).lanes
     blocks = -(-channels // lanes)
     in_place = _can_stay_in_place(lines, x, y)
     group = -(-blocks // -(-blocks // _GROUP)) if in_place else 1
@@ -681,7 +685,7 @@ def plan_weight_gradient(
 
     With `turns`, it is dw[c, k, t], as for `plan_correlation`, of which `order` makes what is asked for.
     """
-    lanes = simd.tile(dtype.itemsize * 8).lanes
+    lanes = tile_for(dtype.itemsize * 8).lanes
     blocks = -(-channels // lanes)
     _, height, width = lines
     columns = -(-width.out // -(-width.out // _MOST_COLUMNS))
@@ -749,7 +753,7 @@ def applies_to_groups(
 
     Each of them is the sum of as many depthwise convolutions as a group has channels.
     """
-    t = simd.tile(dtype.itemsize * 8)
+    t = tile_for(dtype.itemsize * 8)
     per_group = geometry.in_channels_per_group
     return (
         1 < per_group == geometry.out_channels_per_group <= min(_MOST_TURNS, t.lanes)
@@ -765,7 +769,7 @@ def applies(
     geometry: ConvGeometry, dtype: np.dtype, lines: Lines, x: Strides, y: Strides, weight_gradient: bool = False
 ) -> bool:
     """Is this a convolution for the functions of this module, with strides of input and output in elements?"""
-    lanes = simd.tile(dtype.itemsize * 8).lanes
+    lanes = tile_for(dtype.itemsize * 8).lanes
     if geometry.padding_mode != "zeros" or not geometry.groups == geometry.in_channels == geometry.out_channels:
         return False
     if not all((strides[1] == 1 or strides[4] == 1) for strides in (x, y)):

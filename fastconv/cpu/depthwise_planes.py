@@ -21,6 +21,11 @@ from . import simd, tasks
 from .contraction import Strides, address
 from .depthwise import AHEAD_BYTES, Line, Lines, Plan, address_of
 from .jit import helper as _jit
+from .vector import gemm, move
+from .vector.depthwise_rows import sum_lanes
+from .vector.memory import at, fill_zero, offset
+from .vector.tile import lanes as lanes_of
+from .vector.tile import tile as tile_for
 
 # Parameters of the body (int64, in this order).
 (
@@ -46,16 +51,16 @@ def _correlate_rows(
 ):  # fmt: skip
     """`rows` rows of `planes` planes of output, from planes of `height` rows of input, of which the first tap of the
     first row of output meets row first_h. What is at x_ahead and y_ahead, which are null if not `ahead`, comes next."""
-    table = simd.at(p, p[TABLE])
-    bias_step, flags = p[ROWS] if p[BIAS] else 0, simd.RELU if p[RELU] else 0
+    table = at(p, p[TABLE])
+    bias_step, flags = p[ROWS] if p[BIAS] else 0, gemm.RELU if p[RELU] else 0
     for k in range(p[PIECES]):
-        piece = simd.offset(table, k * p[PIECE_SIZE])
+        piece = offset(table, k * p[PIECE_SIZE])
         done = ahead * planes * rows * piece[COLUMN]
         simd.call_correlate_planes(
-            piece[FUNCTION], simd.offset(piece, MASKS), simd.offset(y, piece[COLUMN]), p[ROWS] * p[Y_O], p[Y_H],
-            simd.offset(x, piece[FIRST_COLUMN]), x_plane, x_depth, x_row, first_h, height, depths,
+            piece[FUNCTION], offset(piece, MASKS), offset(y, piece[COLUMN]), p[ROWS] * p[Y_O], p[Y_H],
+            offset(x, piece[FIRST_COLUMN]), x_plane, x_depth, x_row, first_h, height, depths,
             w, p[ROWS] * p[TAPS], p[W_D], p[W_H], p[W_W], planes, rows, y_rows, bias, bias_step,
-            simd.offset(x_ahead, done // p[STEP]), simd.offset(y_ahead, done * p[STEP]), flags,
+            offset(x_ahead, done // p[STEP]), offset(y_ahead, done * p[STEP]), flags,
         )  # fmt: skip
 
 
@@ -70,9 +75,9 @@ def _place(p, unit):
 
 @_jit
 def _all_finite(values, count):
-    lanes = simd.lanes(values)
+    lanes = lanes_of(values)
     vectors = count // lanes
-    if vectors > 0 and simd.count_not_finite(values, vectors) != 0:
+    if vectors > 0 and move.count_not_finite(values, vectors) != 0:
         return False
     total = values[0] * 0
     for k in range(vectors * lanes, count):
@@ -83,65 +88,65 @@ def _all_finite(values, count):
 @_jit
 def _copy_rows(p, target, x, first_d, first_h, rows):
     """All rows [tap of the depth][row] that a tile of a plane of output meets, with zeros where there are none."""
-    simd.fill_zero(target, p[TAPS_D] * rows * p[WIDTH])
+    fill_zero(target, p[TAPS_D] * rows * p[WIDTH])
     low, high = max(first_h, 0), min(first_h + rows, p[HEIGHT])
     for a in range(p[TAPS_D]):
         d = first_d + a * p[TAP_STEP]
         if 0 <= d < p[DEPTH] and low < high:
-            simd.copy_rows(
-                simd.offset(target, (a * rows + low - first_h) * p[WIDTH]), p[WIDTH],
-                simd.offset(x, d * p[X_D] + low * p[X_H]), p[X_H], high - low, p[WIDTH],
+            move.copy_block(
+                offset(target, (a * rows + low - first_h) * p[WIDTH]), p[WIDTH],
+                offset(x, d * p[X_D] + low * p[X_H]), p[X_H], high - low, p[WIDTH],
             )  # fmt: skip
 
 
 @tasks.Body
 def _correlate(task, worker, p, real):
     """Task = a range of units: (sample, some channels, plane of the depth, tile of rows)."""
-    scratch = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
+    scratch = at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
     last = (task + 1) * p[UNITS] // p[UNIT_TASKS]
     for unit in range(task * p[UNITS] // p[UNIT_TASKS], last):
-        ahead, x_ahead, y_ahead = 0, simd.at(real, 0), simd.at(real, 0)
+        ahead, x_ahead, y_ahead = 0, at(real, 0), at(real, 0)
         if p[AHEAD] and unit + 1 < last:
             n, channel, d, h, _ = _place(p, unit + 1)
             ahead = 1
-            x_ahead = simd.offset(
-                simd.at(real, p[X]), n * p[X_N] + channel * p[X_C] + (d + p[TAPS_D] - 1) * p[X_D] + h * p[X_H]
+            x_ahead = offset(
+                at(real, p[X]), n * p[X_N] + channel * p[X_C] + (d + p[TAPS_D] - 1) * p[X_D] + h * p[X_H]
             )
-            y_ahead = simd.offset(
-                simd.at(real, p[Y]), n * p[Y_N] + channel * p[Y_O] + d * p[Y_D] + h * p[STEP] * p[Y_H]
+            y_ahead = offset(
+                at(real, p[Y]), n * p[Y_N] + channel * p[Y_O] + d * p[Y_D] + h * p[STEP] * p[Y_H]
             )
         n, channel, d, h, end = _place(p, unit)
         channels, rows = min(p[AT_ONCE], p[CHANNELS] - channel), end - h
         y_rows = p[Y_ROWS] - h * p[STEP]
-        weights = simd.offset(simd.at(real, p[W]), channel * p[ROWS] * p[TAPS])
-        x = simd.offset(simd.at(real, p[X]), n * p[X_N] + channel * p[X_C])
-        y = simd.offset(
-            simd.at(real, p[Y]), n * p[Y_N] + channel * p[ROWS] * p[Y_O] + d * p[Y_D] + h * p[STEP] * p[Y_H]
+        weights = offset(at(real, p[W]), channel * p[ROWS] * p[TAPS])
+        x = offset(at(real, p[X]), n * p[X_N] + channel * p[X_C])
+        y = offset(
+            at(real, p[Y]), n * p[Y_N] + channel * p[ROWS] * p[Y_O] + d * p[Y_D] + h * p[STEP] * p[Y_H]
         )
         first_h, first_d = h * p[STRIDE_H] + p[FIRST_H], d * p[STRIDE_D] + p[FIRST_D]
         low = max(-(first_d // p[TAP_STEP]), 0)  # taps of the depth from here on, and before `high`, meet a plane
         high = min((p[DEPTH] - 1 - first_d) // p[TAP_STEP] + 1, p[TAPS_D])
         finite = not p[CHECK] or _all_finite(weights, channels * p[ROWS] * p[TAPS])
         for i in range(p[ROWS]):
-            w = simd.offset(weights, i * p[TAPS] + p[W_FIRST])
-            y_i = simd.offset(y, i * p[Y_O])
-            bias = simd.at(real, p[CONSTANTS])
+            w = offset(weights, i * p[TAPS] + p[W_FIRST])
+            y_i = offset(y, i * p[Y_O])
+            bias = at(real, p[CONSTANTS])
             if p[BIAS]:
-                bias = simd.offset(simd.at(real, p[BIAS]), channel * p[ROWS] + i)
+                bias = offset(at(real, p[BIAS]), channel * p[ROWS] + i)
             if finite:
                 _correlate_rows(
-                    p, y_i, simd.offset(x, (first_d + low * p[TAP_STEP]) * p[X_D]), p[X_C], p[TAP_STEP] * p[X_D],
-                    p[X_H], first_h, p[HEIGHT], high - low, simd.offset(w, low * p[W_D]), channels, rows, y_rows, bias,
+                    p, y_i, offset(x, (first_d + low * p[TAP_STEP]) * p[X_D]), p[X_C], p[TAP_STEP] * p[X_D],
+                    p[X_H], first_h, p[HEIGHT], high - low, offset(w, low * p[W_D]), channels, rows, y_rows, bias,
                     ahead, x_ahead, y_ahead,
                 )  # fmt: skip
                 continue
             copied = (rows - 1) * p[STRIDE_H] + p[TAPS_H]
             for c in range(channels):
-                _copy_rows(p, scratch, simd.offset(x, c * p[X_C]), first_d, first_h, copied)
+                _copy_rows(p, scratch, offset(x, c * p[X_C]), first_d, first_h, copied)
                 _correlate_rows(
-                    p, simd.offset(y_i, c * p[ROWS] * p[Y_O]), scratch, 0, copied * p[WIDTH], p[WIDTH], 0, copied,
-                    p[TAPS_D], simd.offset(w, c * p[ROWS] * p[TAPS]), 1, rows, y_rows,
-                    simd.offset(bias, c * p[ROWS] if p[BIAS] else 0), 0, simd.at(real, 0), simd.at(real, 0),
+                    p, offset(y_i, c * p[ROWS] * p[Y_O]), scratch, 0, copied * p[WIDTH], p[WIDTH], 0, copied,
+                    p[TAPS_D], offset(w, c * p[ROWS] * p[TAPS]), 1, rows, y_rows,
+                    offset(bias, c * p[ROWS] if p[BIAS] else 0), 0, at(real, 0), at(real, 0),
                 )  # fmt: skip
 
 
@@ -149,8 +154,8 @@ def _correlate(task, worker, p, real):
 def _accumulate_rows(p, sums, dy, x, zeros, first_h, planes, runs, rows, ahead, x_ahead, dy_ahead):
     """Add what `rows` rows of `runs` samples of `planes` planes of the output gradient contribute to `sums`. The first
     tap of the first row meets row first_h of x. What is at x_ahead and dy_ahead, null if not `ahead`, comes next."""
-    lanes = simd.lanes(sums)
-    table = simd.at(p, p[TABLE])
+    lanes = lanes_of(sums)
+    table = at(p, p[TABLE])
     size = p[ROWS] * p[TAPS]
     for i in range(p[ROWS]):
         for d in range(p[OUT_D]):
@@ -158,31 +163,31 @@ def _accumulate_rows(p, sums, dy, x, zeros, first_h, planes, runs, rows, ahead, 
                 at_d = d * p[STRIDE_D] + p[FIRST_D] + a * p[TAP_STEP]
                 within = 0 <= at_d < p[DEPTH]
                 for k in range(p[PIECES]):
-                    piece = simd.offset(table, k * p[PIECE_SIZE])
+                    piece = offset(table, k * p[PIECE_SIZE])
                     column = piece[FIRST_COLUMN]
                     done = ahead * rows * piece[COLUMN]
                     simd.call_accumulate_planes(
-                        piece[FUNCTION], simd.offset(piece, MASKS),
-                        simd.offset(sums, (i * p[TAPS] + a * (p[TAPS] // p[TAPS_D])) * lanes), size * lanes,
-                        simd.offset(dy, i * p[Y_O] + d * p[Y_D] + piece[COLUMN]), p[ROWS] * p[Y_O], p[Y_N],
-                        p[Y_H], simd.offset(x, at_d * p[X_D] + column), p[X_C], p[X_N], p[X_H],
-                        simd.offset(zeros, column), first_h, p[HEIGHT] if within else 0, planes, runs, rows,
-                        simd.offset(x_ahead, done * p[STRIDE_H] * p[STRIDE_H]), simd.offset(dy_ahead, done),
+                        piece[FUNCTION], offset(piece, MASKS),
+                        offset(sums, (i * p[TAPS] + a * (p[TAPS] // p[TAPS_D])) * lanes), size * lanes,
+                        offset(dy, i * p[Y_O] + d * p[Y_D] + piece[COLUMN]), p[ROWS] * p[Y_O], p[Y_N],
+                        p[Y_H], offset(x, at_d * p[X_D] + column), p[X_C], p[X_N], p[X_H],
+                        offset(zeros, column), first_h, p[HEIGHT] if within else 0, planes, runs, rows,
+                        offset(x_ahead, done * p[STRIDE_H] * p[STRIDE_H]), offset(dy_ahead, done),
                     )  # fmt: skip
 
 
 @tasks.Body
 def _weight_gradient(task, worker, p, real):
     """Task = a part of the units (tile of rows, sample) of a range of channels."""
-    lanes = simd.lanes(real)
-    sums = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    zeros = simd.at(real, p[CONSTANTS])
+    lanes = lanes_of(real)
+    sums = at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
+    zeros = at(real, p[CONSTANTS])
     part, split = task % p[CHUNKS], task // p[CHUNKS]
     channel, end = part * p[CHANNELS] // p[CHUNKS], (part + 1) * p[CHANNELS] // p[CHUNKS]
     size = p[ROWS] * p[TAPS]
     while channel < end:
         channels = min(p[AT_ONCE], end - channel)
-        simd.fill_zero(sums, channels * size * lanes)
+        fill_zero(sums, channels * size * lanes)
         unit, last = split * p[UNITS] // p[SPLITS], (split + 1) * p[UNITS] // p[SPLITS]
         while unit < last:
             tile, n = unit // p[BATCH], unit % p[BATCH]
@@ -190,25 +195,25 @@ def _weight_gradient(task, worker, p, real):
             unit += runs
             h = tile * p[OUT_H] // p[TILES]
             rows, first_h = (tile + 1) * p[OUT_H] // p[TILES] - h, h * p[STRIDE_H] + p[FIRST_H]
-            x = simd.offset(simd.at(real, p[X]), n * p[X_N] + channel * p[X_C])
-            dy = simd.offset(simd.at(real, p[Y]), n * p[Y_N] + channel * p[ROWS] * p[Y_O] + h * p[Y_H])
+            x = offset(at(real, p[X]), n * p[X_N] + channel * p[X_C])
+            dy = offset(at(real, p[Y]), n * p[Y_N] + channel * p[ROWS] * p[Y_O] + h * p[Y_H])
             if not p[AHEAD]:
                 _accumulate_rows(
-                    p, sums, dy, x, zeros, first_h, channels, runs, rows, 0, simd.at(real, 0), simd.at(real, 0)
+                    p, sums, dy, x, zeros, first_h, channels, runs, rows, 0, at(real, 0), at(real, 0)
                 )
                 continue
             for c in range(channels):  # whole rows of a run, since these follow one another in memory
                 for m in range(runs):
-                    x_now, dy_now = simd.offset(x, c * p[X_C] + m * p[X_N]), simd.offset(dy, c * p[Y_O] + m * p[Y_N])
+                    x_now, dy_now = offset(x, c * p[X_C] + m * p[X_N]), offset(dy, c * p[Y_O] + m * p[Y_N])
                     x_step, dy_step = p[X_N], p[Y_N]
                     if m + 1 == runs:
                         x_step, dy_step = p[X_C] - m * p[X_N], p[Y_O] - m * p[Y_N]
                     _accumulate_rows(
-                        p, simd.offset(sums, c * size * lanes), dy_now, x_now, zeros, first_h, 1, 1, rows, 1,
-                        simd.offset(x_now, first_h * p[X_H] + x_step), simd.offset(dy_now, dy_step),
+                        p, offset(sums, c * size * lanes), dy_now, x_now, zeros, first_h, 1, 1, rows, 1,
+                        offset(x_now, first_h * p[X_H] + x_step), offset(dy_now, dy_step),
                     )  # fmt: skip
-        simd.sum_lanes(
-            simd.offset(simd.at(real, p[W]), (split * p[CHANNELS] + channel) * size), sums, channels * size
+        sum_lanes(
+            offset(at(real, p[W]), (split * p[CHANNELS] + channel) * size), sums, channels * size
         )
         channel += channels
 
@@ -242,7 +247,7 @@ def _lane_bits(low: int, high: int, lanes: int) -> int:
 
 def _shapes(count: int, dtype: np.dtype, most: int) -> list[tuple[int, int, int]]:
     """(index in `simd.plane_shapes`, lanes, vectors) of the pieces, of `most` vectors, of a row of `count` elements."""
-    shapes = [(n, *shape) for n, shape in enumerate(simd.plane_shapes(simd.tile(dtype.itemsize * 8)))]
+    shapes = [(n, *shape) for n, shape in enumerate(simd.plane_shapes(tile_for(dtype.itemsize * 8)))]
     shapes = [shape for shape in shapes if shape[2] <= most]
     pieces = []
     while count > 0:
@@ -351,7 +356,7 @@ def plan_correlation(
     falls = [line.taps[0] > line.taps[-1] for line in lines]
     first = sum((n - 1) * size for n, size, falling in zip(taps, sizes, falls, strict=True) if falling)
     steps = [-size if falling else size for size, falling in zip(sizes, falls, strict=True)]
-    copied = taps[0] * ((tile - 1) * height.stride + taps[1]) * width.size + simd.tile(dtype.itemsize * 8).lanes
+    copied = taps[0] * ((tile - 1) * height.stride + taps[1]) * width.size + tile_for(dtype.itemsize * 8).lanes
     parameters = np.zeros(END, np.int64)
     parameters[X_N:END] = (
         *x[:4], *y[:4], first, *steps, math.prod(taps),
@@ -395,7 +400,7 @@ def plan_weight_gradient(
 ) -> Plan:
     """Plan dw[c, i, k] = sum over n, p of dy[n, c, i, p] * x[n, c, u(p, k)], with strides of x and dy in elements."""
     depth, height, width = lines
-    lanes = simd.tile(dtype.itemsize * 8).lanes
+    lanes = tile_for(dtype.itemsize * 8).lanes
     pieces, zeros = _pieces(width, dtype, None), np.zeros(width.size, dtype)
     taps = math.prod(len(line.taps) for line in lines)
     sums = rows * taps * lanes
@@ -433,7 +438,7 @@ def applies(
     dtype: np.dtype, lines: Lines, x: Strides, y: Strides, zeros: bool, weight_gradient: bool = False
 ) -> bool:
     """Is this a correlation for the functions of this module, with strides of input and output in elements?"""
-    if not zeros or not simd.tile(dtype.itemsize * 8).masks or not x[4] == y[4] == 1:
+    if not zeros or not tile_for(dtype.itemsize * 8).masks or not x[4] == y[4] == 1:
         return False
     for line in lines:
         rising = tuple(range(len(line.taps)))
@@ -460,7 +465,7 @@ def applies(
 def applies_by_two(dtype: np.dtype, lines: Lines, dy: Strides, dx: Strides) -> bool:
     """Is this an input gradient for `plan_input_gradient_by_two`?"""
     depth, *others = lines
-    if not simd.tile(dtype.itemsize * 8).masks or not dy[4] == dx[4] == 1:
+    if not tile_for(dtype.itemsize * 8).masks or not dy[4] == dx[4] == 1:
         return False
     if not depth.out == depth.step == depth.size == len(depth.taps) == 1:
         return False

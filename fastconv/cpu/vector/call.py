@@ -204,6 +204,10 @@ def vector_function(restrict: str = "", inline: bool = False) -> Callable[[Calla
             return signature, codegen
 
         define.__name__, define.__doc__, define.__module__ = write.__name__, write.__doc__, write.__module__
+        # Numba binds the arguments of a call by this: it would take those of `*arguments` for one tuple
+        names = ["typingctx", *["function"] * kernel.has_variants, *kernel.names]
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names]
+        define.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         function: Any = intrinsic(define)
         for name in ("address", "addresses", "run", "emit_call"):
             setattr(function, name, getattr(kernel, name))
