@@ -32,6 +32,7 @@ from .compiler import BodyCompiler
 from .contraction import Axis, Strides, address
 from .jit import REAL, compiled
 from .jit import helper as _jit
+from .records import Integer, Reals, Record
 from .vector import gemm, move
 from .vector.depthwise_rows import SHARED_ROWS, Taps, accumulate_rows, correlate_rows, sum_lanes
 from .vector.memory import at, fill_zero, offset
@@ -51,6 +52,32 @@ SOURCE, BEFORE, SIZE, STRIDE, STEP, OUT, TILE, TILES, REACH, PHASES, TABLE = ran
 # those of a phase, in the table of its dimension.
 FIRST, COUNT, PHASE_TAPS, SHIFT, TAP_STEP, START, CLASSES, BLOCKS, PHASE_FIELDS = range(9)
 
+
+
+class Operands(Record):
+    """What the parameters of each body begin with: the arrays of a call."""
+
+    x: Reals
+    w: Reals
+    y: Reals  # the output, or in the weight gradient that of the output
+    bias: Reals  # null: there is none
+    relu: Integer
+    add: Integer
+
+
+NO_OPERANDS = (0,) * len(Operands.fields)
+
+
+class ArraySteps(Record):
+    """From one to the next in an array, in elements."""
+
+    sample: Integer
+    channel: Integer
+    depth: Integer
+    row: Integer
+    column: Integer
+
+
 SLAB_BYTES = 192 * 1024
 # Rows of the filter that `correlate_rows` takes at once. With up to seven, filters of 7x7 to 15x15 took 1.3 to 1.9
 # times as long on planes of 512 x 512 (AVX-512).
@@ -60,7 +87,7 @@ _TILE_BYTES = 64 * 1024  # rows that are put together before they are stored, wh
 # not what the processor foresees. Of arrays that were in no cache, those of 5 to 24 MB took 1.1 to 2.3 times as long
 # without (one thread; two: up to 1.5). Where calls follow one another, those of 4 to 16 MB, which the third cache holds
 # then, take up to 8 % longer with it, and those of 24 MB 0.7 to 0.9 times as long.
-AHEAD_BYTES = 16 * 1024 * 1024
+PREFETCH_BYTES = 16 * 1024 * 1024
 _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the bits do not depend on the threads
 
 
@@ -385,6 +412,11 @@ class Line:
         return max(phase.count for phase in self.phases)
 
     @property
+    def whole(self) -> int:
+        """Elements of all phases together."""
+        return sum(phase.count for phase in self.phases)
+
+    @property
     def reach(self) -> int:
         return max(phase.reach for phase in self.phases)
 
@@ -605,7 +637,11 @@ def correlate(
     """Run a plan on arrays of the strides it was made for, and weights of any strides."""
     w = plan.order(w)
     parameters = plan.parameters.copy()
-    parameters[X:X_N] = address(x), address(w), address(y), 0 if bias is None else address(bias), relu, add
+    operands = address(x), address(w), address(y), 0 if bias is None else address(bias), relu, add
+    if parameters.ndim:
+        parameters[X:X_N] = operands
+    else:
+        parameters["operands"] = operands
     tasks.run(plan.body, x.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
 
 
@@ -613,7 +649,10 @@ def weight_gradient(plan: Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, a
     """Run a plan on arrays of the strides it was made for; dw of any strides."""
     parts = np.empty((plan.splits, *dw.shape), dw.dtype)
     parameters = plan.parameters.copy()
-    parameters[[X, W, Y]] = address(x), address(parts), address(dy)
+    if parameters.ndim:
+        parameters[[X, W, Y]] = address(x), address(parts), address(dy)
+    else:
+        parameters["operands"] = address(x), address(parts), address(dy), 0, False, False
     tasks.run(plan.body, dw.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
     total = parts[0] if plan.splits == 1 else np.add.reduce(parts)  # one part after the other
     total = plan.order(total).reshape(dw.shape)

@@ -19,7 +19,7 @@ import numpy as np
 
 from . import simd, tasks
 from .contraction import Strides, address
-from .depthwise import AHEAD_BYTES, Line, Lines, Plan, address_of
+from .depthwise import PREFETCH_BYTES, Line, Lines, Plan, address_of
 from .jit import helper as _jit
 from .vector import gemm, move
 from .vector.depthwise_rows import sum_lanes
@@ -322,7 +322,7 @@ def _asks_ahead(
         if any(strides[k] != math.prod(sizes[k - 1 :]) for k in (1, 2, 3) if k != 2 or sizes[0] > 1):
             return False
         elements += batch * channels * math.prod(sizes)
-    return rows == 1 and elements * dtype.itemsize > AHEAD_BYTES
+    return rows == 1 and elements * dtype.itemsize > PREFETCH_BYTES
 
 
 def _tiles(rows: int, row_bytes: int, least: int) -> int:

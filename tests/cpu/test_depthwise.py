@@ -11,6 +11,8 @@ import pytest
 import fastconv as fc
 import oracle
 from fastconv.cpu import convolution, depthwise, depthwise_channels, depthwise_planes, simd
+from fastconv.cpu.vector.depthwise_channels import Steps
+from fastconv.cpu.vector.depthwise_rows import SHARED_ROWS
 from fastconv.geometry import PADDING_MODES, ConvGeometry
 from helpers import (
     LAYOUTS,
@@ -228,10 +230,10 @@ def test_passes_without_masks(case, rng):
 
 
 @pytest.fixture
-def asks_ahead(monkeypatch):
+def with_prefetches(monkeypatch):
     """As for arrays that are in no cache."""
     for module in (depthwise_channels, depthwise_planes):
-        monkeypatch.setattr(module, "AHEAD_BYTES", 0)
+        monkeypatch.setattr(module, "PREFETCH_BYTES", 0)
     monkeypatch.setattr(depthwise_channels, "IN_PLACE_BYTES", 0)
     forget_plans()
     yield
@@ -239,23 +241,25 @@ def asks_ahead(monkeypatch):
 
 
 @pytest.mark.parametrize("case", [*CHANNEL_CASES, *PLANE_CASES], ids=str)
-@pytest.mark.usefixtures("asks_ahead")
-def test_passes_asking_ahead(case, rng):
+@pytest.mark.usefixtures("with_prefetches")
+def test_passes_with_prefetches(case, rng):
     test_passes(case, "float32", rng)
 
 
-@pytest.mark.parametrize(("planes", "asks"), [(1, False), (120, True)])
+@pytest.mark.parametrize(("planes", "prefetches"), [(1, False), (120, True)])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_which_arrays_are_asked_for_ahead(layout, planes, asks, monkeypatch):
+def test_which_arrays_are_prefetched(layout, planes, prefetches, monkeypatch):
     """Those of more than 16 MiB together."""
     seen = []
     monkeypatch.setattr(depthwise, "correlate", lambda plan, *_: seen.append(plan))
     x, w = np.zeros((planes, 16, 40, 40), np.float32), np.zeros((16, 1, 3, 3), np.float32)
     fc.conv2d(x if layout == "NCHW" else channels_last(x), w, padding=1, groups=16, layout=layout)
     (plan,) = seen
-    module = depthwise_planes if plan.body is depthwise_planes._correlate else depthwise_channels
-    if layout == "NHWC" or module is depthwise_planes:
-        assert bool(plan.parameters[module.AHEAD]) == asks
+    if plan.body is depthwise_planes._correlate:
+        assert bool(plan.parameters[depthwise_planes.AHEAD]) == prefetches
+    elif layout == "NHWC":
+        steps = next(table for table in plan.tables if table.dtype == Steps.dtype)
+        assert bool(steps["x_prefetch"].any()) == prefetches
 
 
 @pytest.mark.parametrize("case", SOME, ids=str)
@@ -361,7 +365,7 @@ def plans_of(shape, kernel, stride, dtype):
 
 def test_blocks_of_filter_rows():
     """Every number of rows is cut into rows that there is a function for, as few as possible."""
-    allowed = {stride: (1, *(rows for rows, s in simd.SHARED_ROWS if s == stride)) for stride in (1, 2)}
+    allowed = {stride: (1, *(rows for rows, s in SHARED_ROWS if s == stride)) for stride in (1, 2)}
     for stride, rows in allowed.items():
         for taps in range(1, 40):
             cut = depthwise.cut(taps, rows)
