@@ -68,13 +68,16 @@ class Operands(Record):
 NO_OPERANDS = (0,) * len(Operands.fields)
 
 
-class ArraySteps(Record):
+class RowSteps(Record):
     """From one to the next in an array, in elements."""
 
     sample: Integer
     channel: Integer
     depth: Integer
     row: Integer
+
+
+class ArraySteps(RowSteps):
     column: Integer
 
 

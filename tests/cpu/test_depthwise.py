@@ -256,7 +256,7 @@ def test_which_arrays_are_prefetched(layout, planes, prefetches, monkeypatch):
     fc.conv2d(x if layout == "NCHW" else channels_last(x), w, padding=1, groups=16, layout=layout)
     (plan,) = seen
     if plan.body is depthwise_planes._correlate:
-        assert bool(plan.parameters[depthwise_planes.AHEAD]) == prefetches
+        assert bool(plan.parameters["prefetches"]) == prefetches
     elif layout == "NHWC":
         steps = next(table for table in plan.tables if table.dtype == Steps.dtype)
         assert bool(steps["x_prefetch"].any()) == prefetches

@@ -161,7 +161,9 @@ def _load_row(start: Ptr, masks: list[Mask], lanes: int) -> list[Vec]:
     return [(start + n * lanes).vector(mask=mask) for n, mask in enumerate(masks)]
 
 
-def _each_row(variant: RowBlock, sums: Block, within: list, s, add: Callable[[Int, list[tuple[int, int]]], None]) -> None:
+def _each_row(
+    variant: RowBlock, sums: Block, within: list, s, add: Callable[[Int, list[tuple[int, int]]], None]
+) -> None:  # fmt: skip
     """add(offset of a row, (row of output, row of the filter) of each that reads it), for each row there is.
 
     The branches also keep LLVM from loading more rows at once than there are registers for.
@@ -194,8 +196,8 @@ def _add_columns(
         _each_row(variant, sums, within, s, add)
 
     if taps <= 3:  # a loop took 1.1 to 1.2 times as long
-        for k in range(taps):
-            add_column(e.number(k))
+        for number in range(taps):
+            add_column(e.number(number))
     else:
         for k in e.range(taps, sums):
             add_column(k)
