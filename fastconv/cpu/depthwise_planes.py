@@ -21,7 +21,8 @@ import numpy as np
 
 from . import tasks
 from .contraction import Strides, address
-from .depthwise import NO_OPERANDS, PREFETCH_BYTES, Line, Lines, Operands, Plan, RowSteps
+from .depthwise import PREFETCH_BYTES, Line, Lines, Plan
+from .depthwise_tasks import NO_OPERANDS, Operands, RowSteps
 from .jit import helper as _jit
 from .records import Integer, Integers, Reals, Record, pointer_to
 from .vector import gemm, move

@@ -2665,7 +2665,3 @@ collect_pixels = _pixel_mover(
 collect_planes = _pixel_mover(
     "collect_planes", """target[c * target_pitch + k] = source[k * pitch + c], c < channels.""", _write_collect_planes
 )
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Depthwise convolution of whole planes that are read where they lie
-# ---------------------------------------------------------------------------------------------------------------------

@@ -174,12 +174,12 @@ def bodies(monkeypatch, cases):
 
 @pytest.mark.usefixtures("no_masks")
 def test_the_cases_run_on_these_kernels(monkeypatch):
-    assert set(bodies(monkeypatch, CASES)) == {"depthwise"}
+    assert set(bodies(monkeypatch, CASES)) == {"depthwise_tasks"}
 
 
 @pytest.mark.usefixtures("no_masks")
 def test_where_vectors_hold_channels(monkeypatch):
-    assert set(bodies(monkeypatch, CHANNEL_CASES)) == {"depthwise_channels"}
+    assert set(bodies(monkeypatch, CHANNEL_CASES)) == {"depthwise_channels_tasks"}
 
 
 @pytest.mark.skipif(not simd.tile(32).masks, reason="vectors of this processor have no masks")
