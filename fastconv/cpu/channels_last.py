@@ -151,7 +151,7 @@ def _correlate(task, worker, p, real):
     y = simd.offset(simd.at(real, p[Y]), group * p[Y_GROUP])
     w = simd.offset(simd.at(real, p[W]), group * p[ROW_CHANNELS] * p[CHANNELS] * p[TAPS])
     bias = simd.offset(simd.at(real, p[BIAS]), group * p[ROW_CHANNELS])
-    listed = 0 if p[IN_PLACE] else contraction._find_rows(p, rows_table, first, last)
+    listed = 0 if p[IN_PLACE] else contraction.find_rows(p, rows_table, first, last)
     if p[PADDED] and not p[IN_PLACE]:
         simd.fill_zero(slab, p[SLAB_SIZE])
     reduced = 0  # how much of the reduction has been done
@@ -171,7 +171,7 @@ def _correlate(task, worker, p, real):
             weights = simd.offset(w, p[ROW_CHANNELS] * reduced + o * depth)
             if p[PACKING]:
                 weights = own_weights
-                contraction._pack_own(
+                contraction.pack_own(
                     p, worker, simd.offset(rows_table, -OWN_FIELDS), weights, group, tile, panel, panel_end, c,
                     channels, np.int64(0), p[TAPS],
                 )  # fmt: skip
@@ -185,7 +185,7 @@ def _correlate(task, worker, p, real):
                     source = simd.offset(
                         slab, (segment * p[KERNEL_D] * p[SEGMENT_ROWS] + h * p[STRIDE_H]) * p[ROW_PITCH]
                     )
-                target = simd.offset(y, contraction._row_place(p, row) + first_pixel * p[Y_W])
+                target = simd.offset(y, contraction.row_place(p, row) + first_pixel * p[Y_W])
                 _contract_row(p, kernels, depth, weights, panel, panel_end, source, target, pixels, flags, bias, tile)
         reduced += depth
 
@@ -268,19 +268,19 @@ def plan_correlation(
     depth, height, width = axes
     rows = batch * depth.out * height.out
     in_place = (
-        not contraction._is_padded(axes)
+        not contraction.is_padded(axes)
         and blocks.block_channels == blocks.channels
         and not contraction.aliases(x[4], width.stride, dtype)
     )
     pitch = x[4] if in_place else contraction.pitch_of_pixels(blocks.block_channels, width.stride, dtype)
 
-    def slab_of(rows_at_once: int, pixels: int) -> contraction._Slab:
+    def slab_of(rows_at_once: int, pixels: int) -> contraction.Slab:
         segments = min(batch * depth.out, (rows_at_once + height.out - 2) // height.out + 1)
         segment_rows = (min(height.out, rows_at_once) - 1) * height.stride + height.span
         length = (pixels - 1) * width.stride + width.span
         whole = segments * depth.taps * segment_rows
         row = length * pitch
-        return contraction._Slab(pixels, segments, segment_rows, length, row, length, whole * row, 2 * whole)
+        return contraction.Slab(pixels, segments, segment_rows, length, row, length, whole * row, 2 * whole)
 
     # A task is some rows; or some pixels of a row, where threads could share it or it is more than a task reads.
     wanted = _ceil(_TASKS * workers, blocks.groups)
@@ -321,7 +321,7 @@ def plan_correlation(
     offsets = (offsets + contraction.offsets_of_taps(axes, steps)).ravel()
 
     parameters = np.zeros(END, np.int64)
-    contraction._set_common(parameters, dtype, batch, axes, slab, x, y, zeros, in_place)
+    contraction.set_common(parameters, dtype, batch, axes, slab, x, y, zeros, in_place)
     parameters[[ROW_CHANNELS, CHANNELS, PANELS]] = blocks.rows, blocks.channels, blocks.panels
     contraction.set_pixel_slab(parameters, dtype, slab.row_length, pitch, width.stride)
     parameters[[BLOCK_CHANNELS, ROWS]] = blocks.block_channels, rows

@@ -203,14 +203,14 @@ def _find_rows_and_zeros(p, rows, first_row, last_row):
 
 
 @_jit
-def _find_rows(p, rows, first_row, last_row):
+def find_rows(p, rows, first_row, last_row):
     """`_find_rows_and_zeros` for those who write zeros everywhere first."""
     count, _ = _find_rows_and_zeros(p, rows, first_row, last_row)
     return count
 
 
 # What a body says to one of those that fill its slab: where its own parameters, the slab and the first channel of the
-# input are, how many channels, the table and the number of rows (see `_find_rows`), the padded coordinate that the slab
+# input are, how many channels, the table and the number of rows (see `find_rows`), the padded coordinate that the slab
 # rows begin with, and where there is room for four integers.
 FILL_FOR, FILL_SLAB, FILL_FROM, FILL_CHANNELS, FILL_ROWS, FILL_COUNT, FILL_FIRST, FILL_PLACES = range(8)
 
@@ -243,7 +243,7 @@ def _fill_whole_rows(task, worker, a, real):
 
 @tasks.Body
 def _fill_slab(task, worker, a, real):
-    """Copy the rows listed by `_find_rows` of some channels into the slab, from any layout and with any padding."""
+    """Copy the rows listed by `find_rows` of some channels into the slab, from any layout and with any padding."""
     p, rows, places = simd.at(a, a[FILL_FOR]), simd.at(a, a[FILL_ROWS]), simd.at(a, a[FILL_PLACES])
     slab, x = simd.at(real, a[FILL_SLAB]), simd.at(real, a[FILL_FROM])
     channels, count, first_u = a[FILL_CHANNELS], a[FILL_COUNT], a[FILL_FIRST]
@@ -320,7 +320,7 @@ def _fill_pixels(task, worker, a, real):
 
 
 @_jit
-def _find_pieces(p, table, pixel, end, first_row, first_column, like):
+def find_pieces(p, table, pixel, end, first_row, first_column, like):
     """Write the table of `simd.pack_panel` for pixels pixel .. end; return the largest place of a pixel.
 
     The pixels are split where an output row ends. A piece is entered in the table of every vector it has pixels in.
@@ -392,7 +392,7 @@ def _take_panel(
     """
     simd.keep_apart()
     lanes, columns = simd.lanes(panel), simd.columns(panel)
-    largest = _find_pieces(p, table, pixel, end, first_row, first_column, panel)
+    largest = find_pieces(p, table, pixel, end, first_row, first_column, panel)
     inside = channels  # so many channels whose vectors end inside the input: in place, the last may be the end of it
     after = largest + slab_place + (channels - 1) * p[X_C] + 2 * columns - p[EXTENT]
     if p[IN_PLACE] and after > 0:
@@ -694,7 +694,7 @@ def _pack_phases(task, worker, p, real):
 
 
 @_jit
-def _find_runs(p, runs, pixel, end):
+def find_runs(p, runs, pixel, end):
     """List where in a channel of the output the pixels pixel .. end are: number of runs; place and length of each."""
     simd.keep_apart()
     out_d, out_h, out_w = p[OUT_D], p[OUT_H], p[OUT_W]
@@ -717,7 +717,7 @@ def _find_runs(p, runs, pixel, end):
 
 
 @_jit
-def _load_tile(p, y, tile, runs, rows):
+def load_tile(p, y, tile, runs, rows):
     """Copy the pixels of the runs of `rows` output channels, of any strides, into the tile [row][column]."""
     simd.keep_apart()
     lanes, columns, step, channel_step = simd.lanes(tile), simd.columns(tile), p[Y_W], p[Y_O]
@@ -743,8 +743,8 @@ def _load_tile(p, y, tile, runs, rows):
 
 
 @_jit
-def _store_tile(p, y, tile, runs, rows):
-    """The reverse of `_load_tile`."""
+def store_tile(p, y, tile, runs, rows):
+    """The reverse of `load_tile`."""
     simd.keep_apart()
     lanes, columns, step, channel_step = simd.lanes(tile), simd.columns(tile), p[Y_W], p[Y_O]
     j = 0
@@ -793,7 +793,7 @@ def _contract_few(rows, count, depth, a, panel, tile, flags, bias, sums):
 
 
 @_jit
-def _pack_own(
+def pack_own(
     p, worker, own, weights, group, block, first_panel, last_panel, channel, channels, first_tap, last_tap
 ):  # fmt: skip
     """Have a task pack its weights itself (see `_pack_rows`); `own` is room for OWN_FIELDS integers."""
@@ -841,7 +841,7 @@ def _correlate(task, worker, p, real):
     own = simd.offset(rows_table, -OWN_FIELDS)
     # is a panel used by one product alone? In place the product that packs is faster, since it fetches ahead
     once = last_panel - first_panel == 1 and not p[IN_PLACE]
-    listed = 0 if p[IN_PLACE] else _find_rows(p, rows_table, first_row, last_row)
+    listed = 0 if p[IN_PLACE] else find_rows(p, rows_table, first_row, last_row)
     if p[PADDED]:
         simd.fill_zero(slab, p[SLAB_SIZE])
 
@@ -870,7 +870,7 @@ def _correlate(task, worker, p, real):
                     if p[PACKING]:
                         weights = simd.offset(own_weights, (first_o - task_o) * depth if p[WEIGHTS_STAY] else 0)
                     if p[PACKING] and (start == first or not p[WEIGHTS_STAY]):
-                        _pack_own(
+                        pack_own(
                             p, worker, own, weights, group, tile, panel_block, panel_end, c, channels, tap, last_tap
                         )
                     for i in range(panel_block, panel_end):
@@ -895,12 +895,12 @@ def _correlate(task, worker, p, real):
                             n = pixel // plane if plane else 0
                             whole = plane and end - pixel == columns and end <= (n + 1) * plane
                             if not whole:
-                                _find_runs(p, runs, pixel, end)
+                                find_runs(p, runs, pixel, end)
                             place, pitch = simd.offset(y, o * p[Y_O]), p[Y_O]
                             if whole:
                                 place = simd.offset(place, n * p[Y_N] + pixel - n * plane)
                             elif flags & simd.ADD:
-                                _load_tile(p, place, tile, runs, rows)
+                                load_tile(p, place, tile, runs, rows)
                             target = place
                             if not whole:
                                 target, pitch = tile, columns
@@ -916,7 +916,7 @@ def _correlate(task, worker, p, real):
                                     channel_bias, few_sums,
                                 )  # fmt: skip
                             if not whole:
-                                _store_tile(p, place, tile, runs, rows)
+                                store_tile(p, place, tile, runs, rows)
             reduced += depth
 
 
@@ -926,7 +926,7 @@ def _correlate(task, worker, p, real):
 
 
 @_jit
-def _row_place(p, row):
+def row_place(p, row):
     """Where in a channel of the output a row (batch, depth, height) begins."""
     return row // p[OUT_H] // p[OUT_D] * p[Y_N] + row // p[OUT_H] % p[OUT_D] * p[Y_D] + row % p[OUT_H] * p[Y_H]
 
@@ -939,7 +939,7 @@ def _pack_gradient(p, panel, dy, channels, width, first_row, last_row, first_col
     step, channel_step = p[Y_W], p[Y_O]
     row = first_row
     while row < last_row:
-        source = simd.offset(dy, _row_place(p, row) + first_column * step)
+        source = simd.offset(dy, row_place(p, row) + first_column * step)
         rows = 1
         if p[PLANE] and not p[CHUNKS]:  # the rows of an image lie one after the other
             rows = min(last_row, (row // image + 1) * image) - row
@@ -975,7 +975,7 @@ def _pack_gradient(p, panel, dy, channels, width, first_row, last_row, first_col
 
 
 @_jit
-def _store_gradient(p, tile, group, first_channel, rows, first_vector, last_vector, dw):
+def store_gradient(p, tile, group, first_channel, rows, first_vector, last_vector, dw):
     """Add the tile [vector panel][row][column] into dw, or put it there: dw[o, c, tap] = tile[row (c, tap)][o]."""
     simd.keep_apart()
     lanes = simd.lanes(tile)
@@ -1085,7 +1085,7 @@ def _weight_gradient(task, worker, p, real):
             width = vectors * lanes
             packed = panels
             if p[Y_PACKED]:
-                packed = simd.offset(dy, _row_place(p, first_row) + first_column * width)
+                packed = simd.offset(dy, row_place(p, first_row) + first_column * width)
             else:
                 _pack_gradient(
                     p, panels, simd.offset(dy, start * lanes * p[Y_O]), min(width, p[ROW_CHANNELS] - start * lanes),
@@ -1098,11 +1098,11 @@ def _weight_gradient(task, worker, p, real):
             if p[AHEAD]:
                 line_step, block_step = p[Y_O] if p[Y_W] == 1 else p[Y_W], lanes * p[Y_W]
                 if panel < last_panel - 1:
-                    place = _row_place(p, first_row) + first_column * p[Y_W] + (start + vectors) * lanes * p[Y_O]
+                    place = row_place(p, first_row) + first_column * p[Y_W] + (start + vectors) * lanes * p[Y_O]
                 elif first_column + length < out_w:
-                    place = _row_place(p, first_row) + (first_column + length) * p[Y_W] + first_vector * lanes * p[Y_O]
+                    place = row_place(p, first_row) + (first_column + length) * p[Y_W] + first_vector * lanes * p[Y_O]
                 else:
-                    place = _row_place(p, last_row) + first_vector * lanes * p[Y_O]
+                    place = row_place(p, last_row) + first_vector * lanes * p[Y_O]
                 ahead = simd.offset(dy, place)
             for i in range(parts * row_panels):
                 number, row = i // row_panels, i % row_panels * of_part // row_panels
@@ -1117,7 +1117,7 @@ def _weight_gradient(task, worker, p, real):
                 else:  # a line that is in the cache, again and again
                     ahead, line_step, block_step = panels, np.int64(0), np.int64(0)
     if p[SPLITS] == 1:
-        _store_gradient(p, tile, group, first_channel, rows, first_vector, last_vector, simd.at(real, p[W]))
+        store_gradient(p, tile, group, first_channel, rows, first_vector, last_vector, simd.at(real, p[W]))
     else:
         target = simd.offset(simd.at(real, p[PARTIAL]), task * p[TILE_SIZE])
         for i in range(rows * (last_vector - first_vector) * lanes):
@@ -1125,7 +1125,7 @@ def _weight_gradient(task, worker, p, real):
 
 
 @tasks.Body
-def _sum_splits(task, worker, p, real):
+def sum_splits(task, worker, p, real):
     """Add up the parts of the pixels, in order, into the first; then store. Task = as above, but all parts."""
     out_block, rest = task % p[OUT_BLOCKS], task // p[OUT_BLOCKS]
     block, group = rest % p[CHANNEL_BLOCKS], rest // p[CHANNEL_BLOCKS]
@@ -1139,7 +1139,7 @@ def _sum_splits(task, worker, p, real):
         part = simd.offset(tile, split * p[TILE_SIZE])
         for i in range(size):
             tile[i] += part[i]
-    _store_gradient(p, tile, group, first_channel, rows, first_vector, last_vector, simd.at(real, p[W]))
+    store_gradient(p, tile, group, first_channel, rows, first_vector, last_vector, simd.at(real, p[W]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1239,7 +1239,7 @@ def make_blocks(
     if taps <= longest:
         most = max(1, longest // taps)
         if not in_place:
-            slab = _slab_shape(axes, min(_PIXELS_TO_FIT, math.prod(a.out for a in axes)), 1, t.columns)
+            slab = slab_shape(axes, min(_PIXELS_TO_FIT, math.prod(a.out for a in axes)), 1, t.columns)
             most = min(most, max(1, SLAB_BYTES // (slab.channel * dtype.itemsize)))
         block_channels, block_taps = _ceil(channels, _ceil(channels, most)), taps
     else:
@@ -1251,7 +1251,7 @@ def make_blocks(
 
 
 @dataclass(frozen=True)
-class _Slab:
+class Slab:
     chunk: int  # 0, or the pixels of a piece of a long row
     segments: int
     segment_rows: int
@@ -1259,10 +1259,10 @@ class _Slab:
     row: int
     row_length: int  # padded coordinates that a row holds
     channel: int
-    table: int  # integers of `_find_rows`
+    table: int  # integers of `find_rows`
 
 
-def _slab_shape(axes: tuple[Axis, ...], pixels: int, images: int, columns: int) -> _Slab:
+def slab_shape(axes: tuple[Axis, ...], pixels: int, images: int, columns: int) -> Slab:
     """The slab for any `pixels` consecutive output pixels of `images` images: its pitches, in elements."""
     depth, height, width = axes
     chunk = 0
@@ -1276,7 +1276,7 @@ def _slab_shape(axes: tuple[Axis, ...], pixels: int, images: int, columns: int) 
     phase = _ceil(length, width.stride)
     row = phase * width.stride
     rows_of_channel = segments * depth.taps * segment_rows
-    return _Slab(chunk, segments, segment_rows, phase, row, length, rows_of_channel * row, 2 * rows_of_channel)
+    return Slab(chunk, segments, segment_rows, phase, row, length, rows_of_channel * row, 2 * rows_of_channel)
 
 
 @dataclass(frozen=True)
@@ -1335,12 +1335,12 @@ def flatten(
     return batch, axes, x, y
 
 
-def _is_padded(axes: tuple[Axis, ...]) -> bool:
+def is_padded(axes: tuple[Axis, ...]) -> bool:
     """Does any window reach outside the input?"""
     return any(a.before > 0 or (a.out - 1) * a.stride + a.span > a.before + a.size for a in axes)
 
 
-def _tap_offsets(axes: tuple[Axis, ...], slab: _Slab) -> np.ndarray:
+def tap_offsets(axes: tuple[Axis, ...], slab: Slab) -> np.ndarray:
     """Where in the slab each tap finds its element, relative to the first tap of the same pixel."""
     _, height, width = axes
     i, j, k = np.meshgrid(*(np.arange(a.taps, dtype=np.int64) for a in axes), indexing="ij")
@@ -1351,13 +1351,13 @@ def _tap_offsets(axes: tuple[Axis, ...], slab: _Slab) -> np.ndarray:
 
 
 def offsets_of_taps(axes: tuple[Axis, ...], steps: Sequence[int]) -> np.ndarray:
-    """`_tap_offsets` where taps that are neighbours in a dimension are as far apart as `steps` says."""
+    """`tap_offsets` where taps that are neighbours in a dimension are as far apart as `steps` says."""
     i, j, k = np.meshgrid(*(np.arange(a.taps, dtype=np.int64) for a in axes), indexing="ij")
     return (i * steps[0] + j * steps[1] + k * steps[2]).ravel()
 
 
-def _set_common(
-    parameters: np.ndarray, dtype: np.dtype, batch: int, axes: tuple[Axis, ...], slab: _Slab, x: Strides, y: Strides,
+def set_common(
+    parameters: np.ndarray, dtype: np.dtype, batch: int, axes: tuple[Axis, ...], slab: Slab, x: Strides, y: Strides,
     zeros: bool, in_place: bool,
 ) -> None:  # fmt: skip
     """The parameters that all passes share: strides, sizes, and where the slab has what."""
@@ -1370,7 +1370,7 @@ def _set_common(
     parameters[[STRIDE_D, STRIDE_H, STRIDE_W, DILATION_D]] = depth.stride, height.stride, width.stride, depth.dilation
     parameters[[SOURCE_D, SOURCE_H, SOURCE_W]] = [address(a.source) for a in axes]
     parameters[[PADDED_W, BEFORE_W, SIZE_W]] = len(width.source), width.before, width.size
-    parameters[[ZEROS, PADDED, IN_PLACE]] = zeros, _is_padded(axes), in_place
+    parameters[[ZEROS, PADDED, IN_PLACE]] = zeros, is_padded(axes), in_place
     parameters[PLANE] = math.prod(out) if y[4] == 1 and are_consecutive(out, y[2:]) else 0
     parameters[[SEGMENTS, SEGMENT_ROWS, PHASE_PITCH]] = slab.segments, slab.segment_rows, slab.phase
     parameters[[ROW_PITCH, ROW_LENGTH]] = slab.row, slab.row_length
@@ -1397,7 +1397,7 @@ def pitch_of_pixels(channels: int, stride: int, dtype: np.dtype) -> int:
 
 
 def set_pixel_slab(parameters: np.ndarray, dtype: np.dtype, row_length: int, pitch: int, stride: int) -> None:
-    """Those parameters that `_set_common` has for a slab of planes, for one of [row][pixel][channel]."""
+    """Those parameters that `set_common` has for a slab of planes, for one of [row][pixel][channel]."""
     parameters[[PIXEL_PITCH, PIXEL_STEP, ROW_PITCH]] = pitch, pitch * stride, row_length * pitch
     parameters[FILL] = _fill_pixels.address(dtype)
 
@@ -1448,7 +1448,7 @@ def plan_correlation(
 
     per_task = min(_PANELS_PER_TASK, all_panels)
     while True:
-        slab = _slab_shape(axes, (slab_panels or per_task) * t.columns, batch, t.columns)
+        slab = slab_shape(axes, (slab_panels or per_task) * t.columns, batch, t.columns)
         if (
             in_place
             or slab_panels
@@ -1498,13 +1498,13 @@ def plan_correlation(
     table_bytes = _ceil((row_table + slab.table) * 8, 64) * 64
     scratch = (slab_size + panel_size + weight_size + t.rows * t.columns + t.few * t.few_pitch) * size + table_bytes
 
-    tap_offset = _tap_offsets(axes, slab)
+    tap_offset = tap_offsets(axes, slab)
     channel_pitch = x[1] if in_place else slab.channel
     depth_offset = (np.arange(blocks.block_channels, dtype=np.int64)[:, None] * channel_pitch + tap_offset).ravel()
     tables = (depth.source, height.source, width.source, tap_offset, depth_offset)
 
     parameters = np.zeros(END, np.int64)
-    _set_common(parameters, dtype, batch, axes, slab, x, y, zeros, in_place)
+    set_common(parameters, dtype, batch, axes, slab, x, y, zeros, in_place)
     parameters[[ROW_CHANNELS, CHANNELS, PANELS]] = blocks.rows, blocks.channels, blocks.panels
     if not slab_panels:  # else the products are those of the caller
         parameters[KERNELS] = microkernels(dtype, blocks.rows, blocks.panels, True)
@@ -1745,7 +1745,7 @@ def plan_weight_gradient(
     plane = depth.out * height.out * width.out
     pixels = batch * plane
 
-    slab = _slab_shape(axes, _UNIT_PIXELS, batch, t.columns)
+    slab = slab_shape(axes, _UNIT_PIXELS, batch, t.columns)
     if slab.chunk or (in_place and width.out > _UNIT_PIXELS):
         pieces = _ceil(width.out, min(_UNIT_PIXELS, slab.chunk or _UNIT_PIXELS))  # the slab has room for its chunk
         chunk = _ceil(width.out, pieces)
@@ -1755,7 +1755,7 @@ def plan_weight_gradient(
         chunk = chunks = 0
         unit_rows = max(1, _UNIT_PIXELS // width.out)
         units = _ceil(batch * depth.out * height.out, unit_rows)
-        slab = _slab_shape(axes, unit_rows * width.out, batch, t.columns)
+        slab = slab_shape(axes, unit_rows * width.out, batch, t.columns)
     vectors = _ceil(rows, t.lanes)
     vector_panels = _ceil(vectors, t.gradient_vectors)
 
@@ -1765,7 +1765,7 @@ def plan_weight_gradient(
     )  # fmt: skip
     block_channels = _ceil(channels, channel_blocks)
 
-    tap_offset, pitch = _tap_offsets(axes, slab), x[1] if in_place else slab.channel
+    tap_offset, pitch = tap_offsets(axes, slab), x[1] if in_place else slab.channel
     slab_size = block_channels * slab.channel + 2 * t.columns
     if last and not in_place:
         pixel_pitch, pitch = pitch_of_pixels(block_channels, width.stride, dtype), 1
@@ -1788,7 +1788,7 @@ def plan_weight_gradient(
     table_bytes = _ceil((row_table + slab.table) * 8, 64) * 64
 
     parameters = np.zeros(GRADIENT_END, np.int64)
-    _set_common(parameters, dtype, batch, axes, slab, x, dy, zeros, in_place)
+    set_common(parameters, dtype, batch, axes, slab, x, dy, zeros, in_place)
     if last and in_place:
         parameters[PIXEL_STEP] = x[4]
     elif last:
@@ -1824,5 +1824,5 @@ def weight_gradient(plan: Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, a
         parameters[PARTIAL] = address(partial)
     stages: list[tasks.Stage] = [(_weight_gradient, plan.tasks, parameters, plan.scratch, plan.flops, 0)]
     if splits > 1:
-        stages.append((_sum_splits, plan.tasks // splits, parameters.copy(), 64, 16 * partial.size, 1))
+        stages.append((sum_splits, plan.tasks // splits, parameters.copy(), 64, 16 * partial.size, 1))
     tasks.run_stages(dw.dtype, stages)

@@ -13,7 +13,7 @@ are transposed into the output once, at the end; each block of the weights is us
 
 The blocks of the reduction are those of `correlate`, and so is the order of the sum in them. What is left out would add
 zeros, so the result has the same bits. Only zero times a weight that is not finite would be nan: the packing of the
-weights takes note of these, and `convolution` calls `correlate` where a zero of the padding is a number like others.
+weights takes note of these, and the next of `methods` computes where a zero of the padding is a number like others.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ def _move_sums(p, y, sums, tile, runs, pixel, last, load):
     lanes, columns = simd.lanes(sums), simd.columns(sums)
     while pixel < last:
         count = min(columns, last - pixel)
-        contraction._find_runs(p, runs, pixel, pixel + count)
+        contraction.find_runs(p, runs, pixel, pixel + count)
         if load:
-            contraction._load_tile(p, y, tile, runs, columns)
+            contraction.load_tile(p, y, tile, runs, columns)
         for j in range(0, count, lanes):
             for i in range(0, columns, lanes):
                 of_pixels, of_channels = simd.offset(sums, j * columns + i), simd.offset(tile, i * columns + j)
@@ -115,7 +115,7 @@ def _move_sums(p, y, sums, tile, runs, pixel, last, load):
                 else:
                     simd.transpose_block(of_channels, columns, of_pixels, columns, min(lanes, count - j), lanes)
         if not load:
-            contraction._store_tile(p, y, tile, runs, columns)
+            contraction.store_tile(p, y, tile, runs, columns)
         sums = simd.offset(sums, count * columns)
         pixel += count
 
@@ -187,14 +187,14 @@ def _correlate_planes(task, worker, p, real):
         weights = simd.offset(w, p[ROW_CHANNELS] * reduced + first * columns * depth)
         if p[PACKING]:
             weights = own_weights
-            contraction._pack_own(
+            contraction.pack_own(
                 p, worker, own, weights, group, tile, first, last, c, channels, np.int64(0), p[TAPS]
             )
         for n in range(first_n, last_n, p[CHUNK]):
             stop = min(n + p[CHUNK], last_n)
             source = simd.offset(x, c * p[X_C] + n * p[X_N])
             if not p[IN_PLACE]:
-                listed = contraction._find_rows(p, rows_table, n * out_rows, stop * out_rows)
+                listed = contraction.find_rows(p, rows_table, n * out_rows, stop * out_rows)
                 tasks.ask(
                     p[FILL], (p, scratch, simd.offset(x, c * p[X_C]), channels, rows_table, listed, 0, table)
                 )
@@ -360,7 +360,7 @@ def plan_correlation(
 
     of_input = blocks.block_channels * math.prod(a.size for a in axes) * size
     chunk = max(1, min(samples, SOURCE_BYTES // of_input))
-    slab = contraction._slab_shape(axes, chunk * plane, chunk, t.columns)
+    slab = contraction.slab_shape(axes, chunk * plane, chunk, t.columns)
     slab_size = 0 if in_place else _ceil(blocks.block_channels * slab.channel + 2 * t.columns, 16) * 16
     sum_size = panels * samples * plane * t.columns
     weight_size = panels * t.columns * blocks.depth if packs else 0
@@ -378,12 +378,12 @@ def plan_correlation(
         first, segment = 0, depth.taps * slab.segment_rows * slab.row
         of_tap = slab.segment_rows * slab.row, height.dilation * slab.row
         of_pixel = segment, height.stride * slab.row, 1
-        tap_columns = contraction._tap_offsets(axes, slab)[: width.taps].copy()
+        tap_columns = contraction.tap_offsets(axes, slab)[: width.taps].copy()
         pitch, sample_pitch = slab.channel, depth.out * segment
     classes, table = _class_table(dtype, axes, of_tap, of_pixel, first)
 
     parameters = np.zeros(PLANES_END, np.int64)
-    contraction._set_common(parameters, dtype, batch, axes, slab, x, y, True, in_place)
+    contraction.set_common(parameters, dtype, batch, axes, slab, x, y, True, in_place)
     parameters[PADDED] = False
     parameters[[ROW_CHANNELS, CHANNELS, PANELS]] = blocks.rows, blocks.channels, blocks.panels
     parameters[[BLOCK_CHANNELS, CHANNEL_PITCH, SAMPLE_PITCH]] = blocks.block_channels, pitch, sample_pitch

@@ -16,7 +16,6 @@ computed again by the direct sum, which has the right ones.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import numpy as np
@@ -143,8 +142,8 @@ def _winograd(task, worker, p, real):
         for q in range(panels):
             tile = start + q * columns
             table = simd.offset(tables, q * table_pitch)
-            contraction._find_pieces(p, table, tile, min(tile + columns, stop), first_row, first_column, real)
-        listed = contraction._find_rows(p, rows_table, first_row, last_row)
+            contraction.find_pieces(p, table, tile, min(tile + columns, stop), first_row, first_column, real)
+        listed = contraction.find_rows(p, rows_table, first_row, last_row)
         # U[panel][xi][channel][tile]
         if start != first and p[PADDED]:
             simd.fill_zero(slab, p[SLAB_SIZE])
@@ -281,11 +280,10 @@ def tile_axis(out: int, m: int, source: np.ndarray, before: int, size: int) -> c
     return contraction.Axis(tiles, m + 2, m, 1, padded[:needed].copy(), before, size)
 
 
-@functools.lru_cache(maxsize=1024)
-def _plan(
+def plan(
     geometry: ConvGeometry, operation: str, dtype: np.dtype, x: tuple[int, ...], y: tuple[int, ...], workers: int
-) -> tuple[contraction.Plan, int]:
-    """The plan, and the outputs of a tile in each dimension."""
+) -> contraction.Plan:
+    """The plan for arrays of these strides, in elements."""
     t = simd.tile(dtype.itemsize * 8)
     m = tile_size(geometry, operation)
     points = (m + 2) ** 2
@@ -310,19 +308,19 @@ def _plan(
     u_pitch = channels * t.columns + 16
     block = max(1, _U_BYTES // (points * u_pitch * dtype.itemsize))
     block = min(block, -(-geometry.batch * axes[1].out * axes[2].out // t.columns))
-    slab = contraction._slab_shape(axes, block * t.columns, 1, t.columns)
+    slab = contraction.slab_shape(axes, block * t.columns, 1, t.columns)
     block_channels = max(1, min(channels, contraction.SLAB_BYTES // (slab.channel * dtype.itemsize)))
     blocks = contraction.Blocks(1, rows, channels, points, block_channels, points, -(-rows // t.rows))
     zeros = operation == "input_grad" or geometry.padding_mode == "zeros"
-    plan = contraction.plan_correlation(dtype, geometry.batch, blocks, axes, x, y, zeros, False, workers, block)
+    tiles = contraction.plan_correlation(dtype, geometry.batch, blocks, axes, x, y, zeros, False, workers, block)
 
     row_group = max(1, min(blocks.panels, _M_BYTES // (points * t.rows * t.columns * dtype.itemsize)))
     u_size = block * points * u_pitch
     m_size = row_group * points * t.rows * t.columns
-    slab = contraction._slab_shape(axes, block * t.columns, geometry.batch, t.columns)
+    slab = contraction.slab_shape(axes, block * t.columns, geometry.batch, t.columns)
     table_bytes = -(-(block * t.vectors * simd.piece_stride(t) + 4 + slab.table) * 8 // 64) * 64
     parameters = np.zeros(WINOGRAD_END, np.int64)
-    parameters[: contraction.END] = plan.parameters
+    parameters[: contraction.END] = tiles.parameters
     parameters[PANEL_SIZE] = 0
     parameters[KERNELS] = contraction.microkernels(dtype, rows, blocks.panels, False)
     parameters[TABLE_BYTES] = table_bytes
@@ -330,7 +328,13 @@ def _plan(
         m, points, image[1], image[2], block, row_group, u_pitch, u_size, m_size, _SLACK,
     )  # fmt: skip
     elements = int(parameters[SLAB_SIZE]) + u_size + m_size + (points + m * m + block) * t.columns
-    return replace(plan, parameters=parameters, scratch=elements * dtype.itemsize + table_bytes), m
+    return replace(tiles, parameters=parameters, scratch=elements * dtype.itemsize + table_bytes)
+
+
+def transformed_size(rows: int, channels: int, m: int, dtype: np.dtype) -> int:
+    """Elements of the transformed weights."""
+    panels = -(-rows // simd.tile(dtype.itemsize * 8).rows)
+    return (m + 2) ** 2 * (rows * channels + panels * _SLACK)
 
 
 def transform_weights(
@@ -350,8 +354,7 @@ def transform_weights(
         else:
             offsets = np.zeros(9, np.int64)  # read forwards, used backwards
     panels = -(-rows // t.rows)
-    points = (m + 2) ** 2
-    size = points * (rows * channels + panels * _SLACK)
+    size = transformed_size(rows, channels, m, dtype)
     v = np.empty(size, dtype) if keep else tasks.workspace(size, dtype)
     end = np.lib.array_utils.byte_bounds(weight)[1]
     parameters = np.zeros(WEIGHTS_END, np.int64)
@@ -365,14 +368,12 @@ def transform_weights(
 
 
 def run(
-    geometry: ConvGeometry, operation: str, input: np.ndarray, v: np.ndarray, bias: np.ndarray | None, relu: bool,
-    out: np.ndarray, strides: tuple[tuple[int, ...], tuple[int, ...]], workers: int,
-) -> np.ndarray:  # fmt: skip
+    plan: contraction.Plan, input: np.ndarray, v: np.ndarray, bias: np.ndarray | None, relu: bool, out: np.ndarray
+) -> np.ndarray:
     """Fill `out`; return the samples (bool) that have to be computed again by the direct sum."""
-    plan, _ = _plan(geometry, operation, out.dtype, *strides, workers)
     if bias is None:
         bias = np.zeros(out.shape[1], out.dtype)
-    flags = np.zeros(geometry.batch, np.int64)
+    flags = np.zeros(len(out), np.int64)
     parameters = plan.parameters.copy()
     parameters[X : RELU + 1] = (
         contraction.address(input), contraction.address(v), contraction.address(out), contraction.address(bias), relu

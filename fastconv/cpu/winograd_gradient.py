@@ -21,7 +21,6 @@ infinite or nan the direct sum computes all of them again.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -222,7 +221,7 @@ def _gradient(task, worker, p, real):
         if suspect[lane] != 0:
             simd.at(p, p[FLAGS])[0] = 1
     if p[SPLITS] == 1:
-        contraction._store_gradient(
+        contraction.store_gradient(
             p, u, 0, first_channel, channels * 9, first_vector, last_vector, simd.at(real, p[W])
         )
     else:
@@ -277,8 +276,7 @@ def _cut(geometry: ConvGeometry, m: int, units: int, tiles: int, t: simd.Tile, s
     return best[1:]
 
 
-@functools.lru_cache(maxsize=1024)
-def _plan(geometry: ConvGeometry, dtype: np.dtype, x: Strides, dy: Strides, dw: Strides) -> contraction.Plan:
+def plan(geometry: ConvGeometry, dtype: np.dtype, x: Strides, dy: Strides, dw: Strides) -> contraction.Plan:
     """The plan for arrays of these strides, in elements."""
     t = simd.tile(dtype.itemsize * 8)
     size = dtype.itemsize
@@ -343,30 +341,22 @@ def _plan(geometry: ConvGeometry, dtype: np.dtype, x: Strides, dy: Strides, dw: 
     return contraction.Plan(p, tables, channel_blocks * out_blocks * splits, scratch, flops)
 
 
-def _partial_size(plan: contraction.Plan) -> int:
+def partial_size(plan: contraction.Plan) -> int:
     """Elements of the kernels of all parts of the tiles; 0 if there is one part."""
     return plan.tasks * int(plan.parameters[TILE_SIZE]) if plan.parameters[SPLITS] > 1 else 0
 
 
-def workspace(geometry: ConvGeometry, dtype: np.dtype) -> int:
-    """Bytes that a call takes beside its operands and result."""
-    strides = (0,) * 5
-    plan = _plan(geometry, dtype, strides, strides, strides)
-    return tasks.workers(plan.flops) * plan.scratch + _partial_size(plan) * dtype.itemsize
-
-
-def run(geometry: ConvGeometry, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, strides: tuple[Strides, ...]) -> bool:
+def run(plan: contraction.Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray) -> bool:
     """Fill `dw`; return False if the direct sum has to do so instead."""
-    plan = _plan(geometry, dw.dtype, *strides)
     parameters = plan.parameters.copy()
     needed = np.zeros(1, np.int64)
     parameters[X:BIAS] = contraction.address(x), contraction.address(dw), contraction.address(dy)
     parameters[FLAGS] = contraction.address(needed)
     stages: list[tasks.Stage] = [(_gradient, plan.tasks, parameters, plan.scratch, plan.flops, 0)]
-    partial = np.empty(_partial_size(plan), dw.dtype)
+    partial = np.empty(partial_size(plan), dw.dtype)
     if partial.size:
         parameters[PARTIAL] = contraction.address(partial)
         blocks = plan.tasks // int(parameters[SPLITS])
-        stages.append((contraction._sum_splits, blocks, parameters.copy(), 64, 16 * partial.size, 1))
+        stages.append((contraction.sum_splits, blocks, parameters.copy(), 64, 16 * partial.size, 1))
     tasks.run_stages(dw.dtype, stages)
     return not needed[0]
