@@ -28,6 +28,7 @@ from ..geometry import ConvGeometry
 from . import depthwise_tasks, tasks
 from .contraction import Axis, Strides, address
 from .depthwise_tasks import NO_OPERANDS, FilterRows, Parameters, PhaseEntry
+from .records import copy_of
 from .vector.depthwise_rows import SHARED_ROWS, Taps, accumulate_rows, correlate_rows
 from .vector.tile import tile as tile_for
 
@@ -295,16 +296,15 @@ def correlate(
 ) -> None:
     """Run a plan on arrays of the strides it was made for, and weights of any strides."""
     w = plan.order(w)
-    parameters = plan.parameters.copy()
-    operands = address(x), address(w), address(y), 0 if bias is None else address(bias), relu, add
-    parameters["operands"] = operands
+    parameters = copy_of(plan.parameters)
+    parameters["operands"] = address(x), address(w), address(y), 0 if bias is None else address(bias), relu, add
     tasks.run(plan.body, x.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
 
 
 def weight_gradient(plan: Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, add: bool) -> None:
     """Run a plan on arrays of the strides it was made for; dw of any strides."""
     parts = np.empty((plan.splits, *dw.shape), dw.dtype)
-    parameters = plan.parameters.copy()
+    parameters = copy_of(plan.parameters)
     parameters["operands"] = address(x), address(parts), address(dy), 0, False, False
     tasks.run(plan.body, dw.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
     total = parts[0] if plan.splits == 1 else np.add.reduce(parts)  # one part after the other

@@ -17,7 +17,7 @@ from helpers import output_of
 from processors import PROCESSORS, needs_x86, run_on
 from vectors import DTYPES, agree, memory, tile_for, whole_numbers
 
-pytestmark = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+of_each_type = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 FLAGS = (0, ADD, BIAS, RELU, ADD | BIAS | RELU)
 
@@ -34,6 +34,7 @@ def row_sizes(dtype: np.dtype) -> list[tuple[int, int]]:
     return [*((7 + 3, width) for width in columns), *((rows, n + 3) for rows in (1, 2, 3, 4, 6, 7, 14))]
 
 
+@of_each_type
 @pytest.mark.parametrize("taps", rows_of.SHARED_ROWS, ids=str)
 def test_correlate_rows(dtype: np.dtype, rng: np.random.Generator, taps: rows_of.Taps) -> None:
     depth, offsets = 3, np.array([2, 0, 5])
@@ -47,6 +48,7 @@ def test_correlate_rows(dtype: np.dtype, rng: np.random.Generator, taps: rows_of
         agree(rows_of.correlate_rows, dtype, arguments, taps)
 
 
+@of_each_type
 def test_the_blocks_of_correlate_rows(dtype: np.dtype, rng: np.random.Generator) -> None:
     """One after the other, with what is added and the least value given as numbers."""
     for shape in rows_of.shapes_of(tile_for(dtype)):
@@ -58,6 +60,7 @@ def test_the_blocks_of_correlate_rows(dtype: np.dtype, rng: np.random.Generator)
             agree(rows_of.correlate_row_blocks, dtype, arguments, variant)
 
 
+@of_each_type
 @pytest.mark.parametrize("taps", rows_of.SHARED_ROWS, ids=str)
 def test_accumulate_rows(dtype: np.dtype, rng: np.random.Generator, taps: rows_of.Taps) -> None:
     t = tile_for(dtype)
@@ -74,6 +77,7 @@ def test_accumulate_rows(dtype: np.dtype, rng: np.random.Generator, taps: rows_o
             agree(rows_of.accumulate_rows, dtype, arguments, taps)
 
 
+@of_each_type
 def test_the_blocks_of_accumulate_rows(dtype: np.dtype, rng: np.random.Generator) -> None:
     t = tile_for(dtype)
     for lanes, columns in ((t.lanes, 2 * t.lanes + 1), (t.lanes // 2, t.lanes // 2 - 1 or 1)):
@@ -84,6 +88,7 @@ def test_the_blocks_of_accumulate_rows(dtype: np.dtype, rng: np.random.Generator
         agree(rows_of.accumulate_row_blocks, dtype, arguments, rows_of.GradientBlock(rows_of.Taps(3, 2), 2, 2, lanes))
 
 
+@of_each_type
 def test_sum_lanes(dtype: np.dtype, rng: np.random.Generator) -> None:
     agree(rows_of.sum_lanes, dtype, (memory(rng, 5, dtype), whole_numbers(rng, 4 * tile_for(dtype).lanes, dtype), 3))
 
@@ -107,6 +112,7 @@ def record(kind: type[Record], **values: int) -> Any:
     return made
 
 
+@of_each_type
 def test_correlate_pixels(dtype: np.dtype, rng: np.random.Generator) -> None:
     """Columns around every block, with and without what lies beside the plane, one run of neighbours and several."""
     n, blocks, depths = tile_for(dtype).lanes, 2, 2
@@ -131,6 +137,7 @@ def test_correlate_pixels(dtype: np.dtype, rng: np.random.Generator) -> None:
             agree(channels_of.correlate_pixels, dtype, arguments, case)
 
 
+@of_each_type
 def test_a_block_of_correlate_pixels(dtype: np.dtype, rng: np.random.Generator) -> None:
     n = tile_for(dtype).lanes
     steps = record(
@@ -144,6 +151,7 @@ def test_a_block_of_correlate_pixels(dtype: np.dtype, rng: np.random.Generator) 
     )
 
 
+@of_each_type
 @pytest.mark.parametrize("in_place", [False, True])
 def test_accumulate_pixels(dtype: np.dtype, rng: np.random.Generator, in_place: bool) -> None:
     """Columns around those at once; in place, with rows and columns of taps beside the plane, and prefetches."""
@@ -187,6 +195,7 @@ def some_lanes(rng: np.random.Generator, count: int, lanes: int) -> np.ndarray:
     return np.array([b if n % 2 == 0 else ((1 << lanes) - 1) ^ (b >> 1) for n, b in enumerate(bits)])
 
 
+@of_each_type
 @with_masks
 @pytest.mark.parametrize(("taps", "stride"), PLANE_TAPS)
 def test_correlate_planes(dtype: np.dtype, rng: np.random.Generator, taps: int, stride: int) -> None:
@@ -212,6 +221,7 @@ def test_correlate_planes(dtype: np.dtype, rng: np.random.Generator, taps: int, 
             agree(planes_of.correlate_planes, dtype, arguments, planes_of.RowBlock(taps, stride, many, part))
 
 
+@of_each_type
 @with_masks
 @pytest.mark.parametrize(("taps", "stride"), [(t, s) for s, some in planes_of.GRADIENT_TAPS.items() for t in some])
 def test_accumulate_planes(dtype: np.dtype, rng: np.random.Generator, taps: int, stride: int) -> None:
@@ -237,6 +247,7 @@ def test_accumulate_planes(dtype: np.dtype, rng: np.random.Generator, taps: int,
             agree(planes_of.accumulate_planes, dtype, arguments, planes_of.Taps(taps, stride, lanes))
 
 
+@of_each_type
 @with_masks
 @pytest.mark.parametrize("parity", [0, 1])
 @pytest.mark.parametrize("taps", [2, 3, 4, 7])
@@ -262,9 +273,13 @@ def test_spread_planes_by_two(dtype: np.dtype, rng: np.random.Generator, taps: i
             agree(planes_of.spread_planes_by_two, dtype, arguments, planes_of.Spreading(taps, parity, lanes))
 
 
+# with half vectors, without multiply-adds, and with vectors of two
+OTHERS = [("avx2", "float32"), ("avx", "float64"), ("sse", "float64")]
+
+
 @needs_x86
-@pytest.mark.parametrize("processor", PROCESSORS)
-def test_on_other_processors(dtype: np.dtype, processor: str) -> None:
+@pytest.mark.parametrize(("processor", "element"), OTHERS)
+def test_on_other_processors(processor: str, element: str) -> None:
     """The cases above, with the vectors and the tile of another processor."""
     code = """
         import sys
@@ -273,5 +288,5 @@ def test_on_other_processors(dtype: np.dtype, processor: str) -> None:
         assert pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[1], "-k", f"{sys.argv[2]} and not other"]) == 0
         print("\\n" + str(tile(int(sys.argv[2][-2:])).lanes))
     """
-    process = run_on(processor, code, __file__, str(dtype))
-    assert output_of(process).split()[-1] == str(PROCESSORS[processor].lanes(dtype.itemsize))
+    process = run_on(processor, code, __file__, element)
+    assert output_of(process).split()[-1] == str(PROCESSORS[processor].lanes(np.dtype(element).itemsize))
