@@ -171,8 +171,8 @@ def expected_error(algorithm: str, operation: str, geometry: ConvGeometry, dtype
         return eps * math.sqrt(0.3 * math.log2(math.prod(tiling.tile)) + added / 50)
     if algorithm == "loops":
         # one chain; that of the weight gradient is one of rows, and of images, whose sums are chains
-        positions = (geometry.batch, math.prod(geometry.output_size[:2]), geometry.output_size[2])
-        chain = sum(positions) if operation == "weight_grad" else terms
+        depth, height, width = geometry.output_size
+        chain: float = geometry.batch + depth * height + width if operation == "weight_grad" else terms
     elif operation == "weight_grad":
         # split over tasks, the fewer the more channels there are; not where channels are the lanes of depthwise vectors
         chain = terms if geometry.in_channels_per_group == 1 else terms / 4

@@ -297,9 +297,8 @@ def cross_entropy(
             return first_position + int(wrong[0]), int(flat[wrong[0]])
         labels = target.astype(np.int64, copy=False)
     reduced = loss is not None and reduction != "none"
-    scale = 1.0
-    if grad_output is not None and np.ndim(grad_output) == 0:  # one number for all positions
-        scale, grad_output = float(grad_output), None
+    rows = grad_output if isinstance(grad_output, np.ndarray) and grad_output.ndim else None
+    scale = 1.0 if grad_output is None or rows is not None else float(grad_output)  # one number for all positions
     labels = _three_space_axes(labels, 1, np.dtype(np.int64))
     weight = np.empty(0, dtype) if weight is None else _aligned(weight)
     denominator, divisor = np.empty(0, dtype), 1
@@ -313,7 +312,7 @@ def cross_entropy(
     cross_entropy_kernel[dtype](
         _aligned(_three_space_axes(logits, 2, dtype)), _aligned(labels),
         _aligned(_three_space_axes(None if hard else target, 2, dtype)), weight,
-        _aligned(_three_space_axes(grad_output, 1, dtype)), ignore_index, real(scale / divisor if divisor else scale),
+        _aligned(_three_space_axes(rows, 1, dtype)), ignore_index, real(scale / divisor if divisor else scale),
         denominator, real(1 - label_smoothing), real(label_smoothing / classes), real(z_loss), real(logit_softcap),
         _three_space_axes(None if reduced else loss, 1, dtype), row_loss, _three_space_axes(grad, 2, dtype),
         _three_space_axes(lse, 1, dtype),
