@@ -1,9 +1,9 @@
 """Convolution and softmax cross-entropy as explicit loops: the definitions, and what every faster method is tested by.
 
 These are the kernels of `cuda_kernels.convolution` and `cuda_kernels.softmax_cross_entropy`, word for word. There, one
-thread computes one element of the result; here, so does one turn of a `prange` loop. No turn depends on another, so
-the result is the same for any number of threads, and a sample's the same in any batch. Arrays have any strides. Sums
-are formed in the type of the elements, from the first term to the last.
+thread computes one element of the result; here, one iteration of a `prange` loop does. No iteration depends on another,
+so the result has the same bits for any number of threads, and for a sample whatever the batch. Arrays have any strides.
+Sums are formed in the type of the elements, from the first term to the last.
 
 Positions, taps and input coordinates have three dimensions, with sizes of one where the caller has fewer. Which input
 element a tap reads is a table (`geometry.input_coordinates`), so that one kernel serves all paddings.
