@@ -49,10 +49,17 @@ class Header(Record):
     next: Integer
 
 
+_NO_HEADER = (0,) * len(Header.fields)
+
+
 class Parameters(Record):
     """Those of a body: a subclass names the rest."""
 
     header: Header
+
+    @classmethod
+    def of(cls, **values: Any) -> np.ndarray:
+        return super().of(header=_NO_HEADER, **values)
 
 
 # Parameters that every body shares, filled by `run_stages`. The others begin at FIRST.

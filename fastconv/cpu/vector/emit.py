@@ -68,6 +68,10 @@ class Emitter:
         lanes = lanes or self.lanes
         return Vec(self, ir.Constant(ir.VectorType(self.element, lanes), [float(x)] * lanes))
 
+    def constants(self, values: Sequence[float]) -> Vec:
+        """A vector of these numbers."""
+        return Vec(self, ir.Constant(ir.VectorType(self.element, len(values)), [float(x) for x in values]))
+
     def zero(self, lanes: int | None = None) -> Vec:
         return self.constant(0.0, lanes)
 
