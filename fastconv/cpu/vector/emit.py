@@ -383,8 +383,37 @@ class Vec(Value):
         wide = ir.VectorType(F64, self.lanes)
         return self if self.ir.type == wide else Vec(self.e, self.e.builder.fpext(self.ir, wide))
 
+    def as_integers(self) -> IntVec:
+        """The bits of the elements."""
+        kind = ir.VectorType(I32 if self.ir.type.element == F32 else I64, self.lanes)
+        return IntVec(self.e, self.e.builder.bitcast(self.ir, kind))
+
     def __getitem__(self, lane: int) -> Real:
         return Real(self.e, self.e.builder.extract_element(self.ir, ir.Constant(I32, lane)))
+
+
+class IntVec(Value):
+    """A vector of integers of as many bits as the elements."""
+
+    def _with(self, operation: str, other: IntVec | int) -> IntVec:
+        kind = self.ir.type
+        second = other.ir if isinstance(other, IntVec) else ir.Constant(kind, [other] * kind.count)
+        return IntVec(self.e, getattr(self.e.builder, operation)(self.ir, second))
+
+    def __sub__(self, other: IntVec | int) -> IntVec:
+        return self._with("sub", other)
+
+    def __lshift__(self, other: int) -> IntVec:
+        return self._with("shl", other)
+
+    def __rshift__(self, other: int) -> IntVec:
+        """Zeros come in from the left."""
+        return self._with("lshr", other)
+
+    def as_numbers(self) -> Vec:
+        """The elements that have these bits."""
+        kind = F32 if self.ir.type.element == I32 else F64
+        return Vec(self.e, self.e.builder.bitcast(self.ir, ir.VectorType(kind, self.ir.type.count)))
 
 
 class Ptr(Value):
