@@ -32,7 +32,7 @@ from llvmlite import ir
 from numba import types
 from numba.core.datamodel import PrimitiveModel, register_default
 from numba.core.typing.templates import AbstractTemplate, AttributeTemplate, infer_getattr, infer_global, signature
-from numba.extending import lower_builtin, lower_getattr_generic, lower_setattr_generic
+from numba.extending import intrinsic, lower_builtin, lower_getattr_generic, lower_setattr_generic
 
 _I64 = ir.IntType(64)
 
@@ -157,6 +157,19 @@ class _Element(AbstractTemplate):
         if isinstance(table, RecordPointer) and isinstance(index, types.Integer):
             return signature(table, table, types.int64)
         return None
+
+
+def record_at(record: type[Record]) -> Any:
+    """``place(address, like)`` of compiled code: the record at an address, with the floating-point type of `like`."""
+
+    @intrinsic
+    def place(typingctx, address, like):
+        def codegen(context, builder, sig, args):
+            return builder.inttoptr(args[0], _I64.as_pointer())
+
+        return RecordPointer(record, like.dtype)(types.int64, like), codegen
+
+    return place
 
 
 def _place(builder: Any, kind: RecordPointer, pointer: Any, name: str) -> Any:

@@ -41,6 +41,37 @@ def pointer_address(typingctx, pointer):
 
 
 @intrinsic
+def given(typingctx, pointer):
+    """Is the pointer not null?"""
+
+    def codegen(context, builder, sig, args):
+        return builder.icmp_unsigned("!=", args[0], ir.Constant(args[0].type, None))
+
+    return types.boolean(pointer), codegen
+
+
+@intrinsic
+def rounded(typingctx, value, like):
+    """The float64 `value` in the floating-point type that the pointer `like` points to."""
+
+    def codegen(context, builder, sig, args):
+        return context.cast(builder, args[0], types.float64, like.dtype)
+
+    return like.dtype(types.float64, like), codegen
+
+
+@intrinsic
+def out_of_line(typingctx):
+    """First in a helper of a body: it is not inlined into each of its callers. LLVM makes vectors of its loops."""
+
+    def codegen(context, builder, sig, args):
+        builder.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
 def no_inline(typingctx):
     """First in a helper of a body: it is not inlined, and its loops are neither vectorised nor unrolled by LLVM.
 
