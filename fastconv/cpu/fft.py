@@ -269,9 +269,9 @@ class Tiles(tasks.Parameters):
 
 
 class Gather(Tiles):
-    """Per dimension `table` has the element of the array for every position of every tile, -1 for a zero."""
+    """Per dimension `tables` has the element of the array for every position of every tile, -1 for a zero."""
 
-    table: Tables
+    tables: Tables
     used: Numbers  # points of a tile that are filled, the others are zero
     run_first: Integer  # positions run_first .. run_end of the last dimension follow one another in the array
     run_end: Integer
@@ -326,7 +326,7 @@ def _gather(task, worker, p, real):
     """Copy tile `task % number` of channel `task // number` from the array."""
     channel, tile = p.first_channel + task // p.number, p.first_tile + task % p.number
     n, d0, h0, w0 = _place(p, tile)
-    table_d, table_h, table_w = offset(p.table.d, d0), offset(p.table.h, h0), offset(p.table.w, w0)
+    table_d, table_h, table_w = offset(p.tables.d, d0), offset(p.tables.h, h0), offset(p.tables.w, w0)
     plane = offset(p.array, n * p.n_step + channel * p.c_step)
     row = offset(p.tiles, task * p.tile.d * p.tile.h * p.tile.w)
     used, step = p.used.w, p.step.w
@@ -485,7 +485,7 @@ def _tiles(array: np.ndarray, source: _Source, tiling: Tiling, channels: range, 
     parameters = Gather.of(
         array=address(array), n_step=n_step, c_step=c_step, step=tuple(step), tiles=address(tiles), tile=tiling.tile,
         first_channel=channels.start, first_tile=chunk.start, number=len(chunk), count=tiling.count,
-        advance=tiling.step, table=tuple(map(address, source.tables)), used=source.used, run_first=first, run_end=end,
+        advance=tiling.step, tables=tuple(map(address, source.tables)), used=source.used, run_first=first, run_end=end,
     )  # fmt: skip
     tasks.run(_gather, array.dtype, len(channels) * len(chunk), parameters, 64, 8 * tiles.size)
     return tiles
