@@ -18,7 +18,7 @@ class Tile:
     lanes: int  # elements in a vector
     vectors: int  # vectors in a row of the panel: `lanes * vectors` columns
     rows: int  # most rows of accumulators: rows * vectors + vectors + 1 registers
-    gradient_vectors: int  # the same two for `gemm.accumulate_outer`, whose rows have an address each
+    gradient_vectors: int  # the same two for `gemm.weight_gradient_kernel`, whose rows have an address each
     gradient_rows: int
     fma: bool  # without the instruction, llvm.fma is a library call, hundreds of times slower
     packs: bool  # can the microkernel pack the panel as it multiplies? That takes masks, and registers to spare
