@@ -58,6 +58,7 @@ from .contraction import (
 from .jit import helper as _jit
 from .records import Integer, Integers, Reals
 from .vector import tile as machine
+from .vector.gemm import ADD, Rows, contract_packed
 from .vector.memory import at, offset, pointer_address
 from .vector.winograd import transform_input, transform_output, transform_weight
 
@@ -133,7 +134,7 @@ def _winograd(task, worker, p, real):
     tap_offset = simd.at(p, p[TAP_OFFSET])
     x, y, v = simd.at(real, p[X]), simd.at(real, p[Y]), simd.at(real, p[W])
     bias, flags = simd.at(real, p[BIAS]), simd.at(p, p[FLAGS])
-    kernels = simd.at(p, p[KERNELS])
+    kernels, kernels_pitch = simd.at(p, p[KERNELS]), columns // lanes + 1
     out_h, out_w = p[OUT_H], p[OUT_W]
     depth, row_channels, row_panels = p[CHANNELS], p[ROW_CHANNELS], p[PANELS]
 
@@ -198,9 +199,9 @@ def _winograd(task, worker, p, real):
                             products, ((i - group) * points * simd.tile_rows(real) + xi * rows) * columns
                         )
                         for c in range(0, depth, CHAIN):
-                            simd.contract(
-                                kernels, rows, vectors, min(CHAIN, depth - c), simd.offset(a, c * rows),
-                                simd.offset(panel, c * columns), place, simd.ADD if c else 0,
+                            contract_packed(
+                                kernels[rows * kernels_pitch + vectors], min(CHAIN, depth - c),
+                                simd.offset(a, c * rows), simd.offset(panel, c * columns), place, ADD if c else 0,
                             )  # fmt: skip
                 for i in range(group, group_end):
                     o = i * row_channels // row_panels
@@ -292,6 +293,21 @@ def tile_axis(out: int, m: int, source: np.ndarray, before: int, size: int) -> c
     return contraction.Axis(tiles, m + 2, m, 1, padded[:needed].copy(), before, size)
 
 
+@functools.cache
+def _kernel_table(dtype: np.dtype) -> np.ndarray:
+    t = simd.tile(dtype.itemsize * 8)
+    return np.zeros((t.rows + 1, t.vectors + 1), np.int64)
+
+
+def _kernels(dtype: np.dtype, rows: int, panels: int) -> int:
+    """Address of the table [rows][vectors] of microkernels, in which are those for `rows` rows in so many panels."""
+    table = _kernel_table(dtype)
+    for n in {rows // panels, -(-rows // panels)}:
+        if not table[n, -1]:
+            table[n, 1:] = contract_packed.addresses(dtype, tuple(Rows(n, v) for v in range(1, table.shape[1])))
+    return tasks.address(table)
+
+
 @functools.lru_cache(maxsize=1024)
 def _plan(
     geometry: ConvGeometry, operation: str, dtype: np.dtype, x: tuple[int, ...], y: tuple[int, ...], workers: int
@@ -335,7 +351,7 @@ def _plan(
     parameters = np.zeros(WINOGRAD_END, np.int64)
     parameters[: contraction.END] = plan.parameters
     parameters[PANEL_SIZE] = 0
-    parameters[KERNELS] = contraction.microkernels(dtype, rows, blocks.panels, False)
+    parameters[KERNELS] = _kernels(dtype, rows, blocks.panels)
     parameters[TABLE_BYTES] = table_bytes
     parameters[TILE:FLAGS] = (
         m, points, image[1], image[2], block, row_group, u_pitch, u_size, m_size, _SLACK,
