@@ -22,7 +22,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..geometry import ConvGeometry
-from . import contraction, simd, tasks
+from . import contraction, tasks
 from .contraction import (
     BIAS,
     BLOCK_CHANNELS,
@@ -58,8 +58,9 @@ from .contraction import (
 from .jit import helper as _jit
 from .records import Integer, Integers, Reals
 from .vector import tile as machine
-from .vector.gemm import ADD, Rows, contract_packed
-from .vector.memory import at, offset, pointer_address
+from .vector.gemm import ADD, Rows, contract_packed, pack_panel, run_stride, run_table_stride
+from .vector.memory import at, fill_zero, offset, pointer_address
+from .vector.move import copy_span, transpose
 from .vector.winograd import transform_input, transform_output, transform_weight
 
 # Parameters beyond those of `correlate`, whose pixels are the tiles here.
@@ -97,7 +98,7 @@ _M_BYTES = 192 * 1024
 def _store_tiles(p, y, outputs, tile, end, m):
     """Put the outputs [row of the tile][tile, column of the tile] of tiles tile .. end where they belong in a plane."""
     out_h, out_w = p[OUT_H], p[OUT_W]
-    pitch = simd.columns(outputs) * m
+    pitch = machine.columns(outputs) * m
     column = 0
     while tile < end:
         row = tile // out_w
@@ -105,10 +106,10 @@ def _store_tiles(p, y, outputs, tile, end, m):
         n, h, w = row // out_h, row % out_h * m, (tile - row * out_w) * m
         length = min(p[IMAGE_W] - w, count * m)
         for i in range(min(m, p[IMAGE_H] - h)):
-            target = simd.offset(y, n * p[Y_N] + (h + i) * p[Y_H] + w * p[Y_W])
-            source = simd.offset(outputs, i * pitch + column * m)
+            target = offset(y, n * p[Y_N] + (h + i) * p[Y_H] + w * p[Y_W])
+            source = offset(outputs, i * pitch + column * m)
             if p[Y_W] == 1:
-                simd.copy_span(target, source, length)
+                copy_span(target, source, length)
             else:
                 for k in range(length):
                     target[k * p[Y_W]] = source[k]
@@ -119,22 +120,22 @@ def _store_tiles(p, y, outputs, tile, end, m):
 @tasks.Body
 def _winograd(task, worker, p, real):
     """Task = a range of tiles and a range of output channels."""
-    slab = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    u = simd.offset(slab, p[SLAB_SIZE])
-    products = simd.offset(u, p[U_SIZE])
-    inputs = simd.offset(products, p[M_SIZE])
-    columns, lanes = simd.columns(real), simd.lanes(real)
+    slab = at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
+    u = offset(slab, p[SLAB_SIZE])
+    products = offset(u, p[U_SIZE])
+    inputs = offset(products, p[M_SIZE])
+    columns, lanes = machine.columns(real), machine.lanes(real)
     m, points = p[TILE], p[POINTS]
-    outputs = simd.offset(inputs, points * columns)
-    suspect = simd.offset(outputs, m * m * columns)
-    tables = simd.at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[TABLE_BYTES])
-    table_pitch = columns // lanes * simd.piece_table_stride(real)
-    tables_end = simd.offset(tables, p[BLOCK] * table_pitch)
-    rows_table = simd.offset(tables_end, 4)
-    tap_offset = simd.at(p, p[TAP_OFFSET])
-    x, y, v = simd.at(real, p[X]), simd.at(real, p[Y]), simd.at(real, p[W])
-    bias, flags = simd.at(real, p[BIAS]), simd.at(p, p[FLAGS])
-    kernels, kernels_pitch = simd.at(p, p[KERNELS]), columns // lanes + 1
+    outputs = offset(inputs, points * columns)
+    suspect = offset(outputs, m * m * columns)
+    tables = at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[TABLE_BYTES])
+    table_pitch = columns // lanes * run_table_stride(real)
+    tables_end = offset(tables, p[BLOCK] * table_pitch)
+    rows_table = offset(tables_end, 4)
+    tap_offset = at(p, p[TAP_OFFSET])
+    x, y, v = at(real, p[X]), at(real, p[Y]), at(real, p[W])
+    bias, flags = at(real, p[BIAS]), at(p, p[FLAGS])
+    kernels, kernels_pitch = at(p, p[KERNELS]), columns // lanes + 1
     out_h, out_w = p[OUT_H], p[OUT_W]
     depth, row_channels, row_panels = p[CHANNELS], p[ROW_CHANNELS], p[PANELS]
 
@@ -151,7 +152,7 @@ def _winograd(task, worker, p, real):
         first = block * all_panels // p[PIXEL_TASKS] * columns
         last = min((block + 1) * all_panels // p[PIXEL_TASKS] * columns, p[PIXELS])
     if p[PADDED]:
-        simd.fill_zero(slab, p[SLAB_SIZE])
+        fill_zero(slab, p[SLAB_SIZE])
 
     for start in range(first, last, p[BLOCK] * columns):
         stop = min(start + p[BLOCK] * columns, last)
@@ -159,29 +160,29 @@ def _winograd(task, worker, p, real):
         panels = (stop - start + columns - 1) // columns
         for q in range(panels):
             tile = start + q * columns
-            table = simd.offset(tables, q * table_pitch)
+            table = offset(tables, q * table_pitch)
             contraction._find_pieces(p, table, tile, min(tile + columns, stop), first_row, first_column, real)
         listed = contraction._find_rows(p, rows_table, first_row, last_row)
         # U[panel][xi][channel][tile]
         if start != first and p[PADDED]:
-            simd.fill_zero(slab, p[SLAB_SIZE])
+            fill_zero(slab, p[SLAB_SIZE])
         for c in range(0, p[CHANNELS], p[BLOCK_CHANNELS]):
             channels = min(p[BLOCK_CHANNELS], p[CHANNELS] - c)
             tasks.ask(p[FILL], (
-                p, slab, simd.offset(x, c * p[X_C]), channels, rows_table, listed, first_column * p[STRIDE_W],
+                p, slab, offset(x, c * p[X_C]), channels, rows_table, listed, first_column * p[STRIDE_W],
                 tables_end,
             ))  # fmt: skip
             for k in range(channels):
                 for q in range(panels):
-                    simd.pack_panel(
-                        inputs, simd.offset(slab, k * p[CHANNEL_PITCH]), 1, 0, points, tap_offset,
-                        simd.offset(tables, q * table_pitch), 0,
+                    pack_panel(
+                        inputs, offset(slab, k * p[CHANNEL_PITCH]), 1, 0, points, tap_offset,
+                        offset(tables, q * table_pitch), 0,
                     )  # fmt: skip
-                    target = simd.offset(u, q * points * p[U_PITCH] + (c + k) * columns)
+                    target = offset(u, q * points * p[U_PITCH] + (c + k) * columns)
                     for lane in range(0, columns, lanes):
                         transform_input(m, offset(target, lane), p[U_PITCH], offset(inputs, lane), columns)
         # some panels of output channels at a time: M[panel][xi][row][tile], and out
-        simd.fill_zero(suspect, panels * columns)
+        fill_zero(suspect, panels * columns)
         for group in range(first_panel, last_panel, p[ROW_GROUP]):
             group_end = min(group + p[ROW_GROUP], last_panel)
             for q in range(panels):
@@ -189,32 +190,32 @@ def _winograd(task, worker, p, real):
                 end = min(tile + columns, stop)
                 vectors = (end - tile + lanes - 1) // lanes
                 for xi in range(points):
-                    panel = simd.offset(u, (q * points + xi) * p[U_PITCH])
+                    panel = offset(u, (q * points + xi) * p[U_PITCH])
                     for i in range(group, group_end):
                         o = i * row_channels // row_panels
                         rows = (i + 1) * row_channels // row_panels - o
-                        a = simd.offset(v, points * (o * depth + i * p[V_SLACK]))
-                        a = simd.offset(a, xi * (rows * depth + p[V_SLACK]))
-                        place = simd.offset(
-                            products, ((i - group) * points * simd.tile_rows(real) + xi * rows) * columns
+                        a = offset(v, points * (o * depth + i * p[V_SLACK]))
+                        a = offset(a, xi * (rows * depth + p[V_SLACK]))
+                        place = offset(
+                            products, ((i - group) * points * machine.tile_rows(real) + xi * rows) * columns
                         )
                         for c in range(0, depth, CHAIN):
                             contract_packed(
                                 kernels[rows * kernels_pitch + vectors], min(CHAIN, depth - c),
-                                simd.offset(a, c * rows), simd.offset(panel, c * columns), place, ADD if c else 0,
+                                offset(a, c * rows), offset(panel, c * columns), place, ADD if c else 0,
                             )  # fmt: skip
                 for i in range(group, group_end):
                     o = i * row_channels // row_panels
                     rows = (i + 1) * row_channels // row_panels - o
-                    place = simd.offset(products, (i - group) * points * simd.tile_rows(real) * columns)
+                    place = offset(products, (i - group) * points * machine.tile_rows(real) * columns)
                     for row in range(rows):
                         for vector in range(vectors):
                             transform_output(
-                                m, simd.offset(outputs, vector * lanes * m), columns * m,
-                                simd.offset(place, row * columns + vector * lanes), rows * columns,
-                                simd.offset(bias, o + row), p[RELU], simd.offset(suspect, q * columns + vector * lanes),
+                                m, offset(outputs, vector * lanes * m), columns * m,
+                                offset(place, row * columns + vector * lanes), rows * columns,
+                                offset(bias, o + row), p[RELU], offset(suspect, q * columns + vector * lanes),
                             )  # fmt: skip
-                        _store_tiles(p, simd.offset(y, (o + row) * p[Y_O]), outputs, tile, end, m)
+                        _store_tiles(p, offset(y, (o + row) * p[Y_O]), outputs, tile, end, m)
         for tile in range(start, stop):
             if suspect[tile - start] != 0:
                 flags[tile // out_w // out_h] = 1
@@ -241,7 +242,7 @@ def _transform_weights(task, worker, p, real):
             taken = 0
             last = offset(source, (count - 1) * step + lanes)
             if p.contiguous and step >= 0 and pointer_address(last) <= p.w_end:
-                simd.transpose(kernels, lanes, source, step, count, 4 * p.channel_step)
+                transpose(kernels, lanes, source, step, count, 4 * p.channel_step)
                 taken = min(9, lanes)
             for tap in range(taken, 9):
                 place = tap if p.contiguous else offsets[tap]
@@ -295,7 +296,7 @@ def tile_axis(out: int, m: int, source: np.ndarray, before: int, size: int) -> c
 
 @functools.cache
 def _kernel_table(dtype: np.dtype) -> np.ndarray:
-    t = simd.tile(dtype.itemsize * 8)
+    t = machine.tile(dtype.itemsize * 8)
     return np.zeros((t.rows + 1, t.vectors + 1), np.int64)
 
 
@@ -313,7 +314,7 @@ def _plan(
     geometry: ConvGeometry, operation: str, dtype: np.dtype, x: tuple[int, ...], y: tuple[int, ...], workers: int
 ) -> tuple[contraction.Plan, int]:
     """The plan, and the outputs of a tile in each dimension."""
-    t = simd.tile(dtype.itemsize * 8)
+    t = machine.tile(dtype.itemsize * 8)
     m = tile_size(geometry, operation)
     points = (m + 2) ** 2
     if operation == "forward":
@@ -347,7 +348,7 @@ def _plan(
     u_size = block * points * u_pitch
     m_size = row_group * points * t.rows * t.columns
     slab = contraction._slab_shape(axes, block * t.columns, geometry.batch, t.columns)
-    table_bytes = -(-(block * t.vectors * simd.piece_stride(t) + 4 + slab.table) * 8 // 64) * 64
+    table_bytes = -(-(block * t.vectors * run_stride(t.lanes) + 4 + slab.table) * 8 // 64) * 64
     parameters = np.zeros(WINOGRAD_END, np.int64)
     parameters[: contraction.END] = plan.parameters
     parameters[PANEL_SIZE] = 0
@@ -364,7 +365,7 @@ def transform_weights(
     weight: np.ndarray, dtype: np.dtype, operation: str, m: int, strides: tuple[int, ...], keep: bool = False
 ) -> np.ndarray:
     """V for the forward pass or the input gradient, [panel of rows][xi][channel][row]; in a workspace unless `keep`."""
-    t = simd.tile(dtype.itemsize * 8)
+    t = machine.tile(dtype.itemsize * 8)
     out_step, in_step, _, *steps = strides
     offsets = (np.arange(3)[:, None] * steps[0] + np.arange(3) * steps[1]).ravel().astype(np.int64)
     contiguous = np.array_equal(offsets, np.arange(9))

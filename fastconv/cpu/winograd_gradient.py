@@ -11,7 +11,7 @@ tiles of all samples makes a matrix product of each element xi of the transforme
 
 A task has a block of channels, a block of output channels, and a part of the tiles, which it goes through some rows of
 tiles at a time: both operands are transposed, so that channels are the lanes of vectors, and transformed into U and V;
-`simd.accumulate_outer`, the microkernel of the direct weight gradient, adds their product to M, which stays in the
+`weight_gradient_kernel`, the microkernel of the direct weight gradient, adds their product to M, which stays in the
 cache. At the end M becomes the gradient of the kernels.
 
 An infinite or nan operand, or an overflow on the way, makes the result infinite or nan, and spreads over all nine taps
@@ -27,7 +27,7 @@ import math
 import numpy as np
 
 from ..geometry import ConvGeometry
-from . import contraction, simd, tasks
+from . import contraction, tasks
 from .contraction import (
     BIAS,
     CHANNEL_BLOCKS,
@@ -57,6 +57,10 @@ from .contraction import (
     Y,
 )  # fmt: skip
 from .jit import helper as _jit
+from .vector import tile as machine
+from .vector.gemm import weight_gradient_kernel
+from .vector.memory import at, fill_zero, no_inline, offset
+from .vector.move import copy_block, copy_span, transpose_block, transpose_start
 from .vector.winograd import transform_output_gradient, transform_pixels, transform_weight_gradient
 from .winograd import tile_axis, tile_size
 
@@ -75,40 +79,40 @@ END = OUTPUT + FIELDS
 @_jit
 def _take_pixels(d, pixels, plane, channels, first_h, height, first_w, width):
     """pixels[i][j][lane] = channel `lane` at the padded coordinates (first_h + i, first_w + j) of a plane."""
-    simd.keep_apart()
-    lanes, step, channel_step = simd.lanes(pixels), d[STEP_W], d[STEP_C]
-    source_h, source_w = simd.at(d, d[SOURCE_H]), simd.at(d, d[SOURCE_W])
+    no_inline()
+    lanes, step, channel_step = machine.lanes(pixels), d[STEP_W], d[STEP_C]
+    source_h, source_w = at(d, d[SOURCE_H]), at(d, d[SOURCE_W])
     low = max(d[BEFORE_W], first_w)
     count = max(0, min(d[BEFORE_W] + d[SIZE_W], first_w + width) - low)
     low -= first_w
     for i in range(height):
-        row = simd.offset(pixels, i * width * lanes)
+        row = offset(pixels, i * width * lanes)
         if source_h[first_h + i] < 0:
-            simd.fill_zero(row, width * lanes)
+            fill_zero(row, width * lanes)
             continue
-        line = simd.offset(plane, source_h[first_h + i] * d[STEP_H])
-        source = simd.offset(line, (low + first_w - d[BEFORE_W]) * step)
-        target = simd.offset(row, low * lanes)
+        line = offset(plane, source_h[first_h + i] * d[STEP_H])
+        source = offset(line, (low + first_w - d[BEFORE_W]) * step)
+        target = offset(row, low * lanes)
         if step == 1:
             for k in range(0, count, lanes):
                 if channels == lanes:
-                    simd.transpose_start(
-                        simd.offset(target, k * lanes), simd.offset(source, k), channel_step, min(lanes, count - k)
+                    transpose_start(
+                        offset(target, k * lanes), offset(source, k), channel_step, min(lanes, count - k)
                     )
                 else:
-                    simd.transpose_block(
-                        simd.offset(target, k * lanes), lanes, simd.offset(source, k), channel_step, channels,
+                    transpose_block(
+                        offset(target, k * lanes), lanes, offset(source, k), channel_step, channels,
                         min(lanes, count - k),
                     )  # fmt: skip
         elif channel_step == 1 and count > 0:
-            simd.copy_block(target, lanes, source, step, count, channels)
+            copy_block(target, lanes, source, step, count, channels)
         else:
             for k in range(count):
                 for lane in range(channels):
                     target[k * lanes + lane] = source[k * step + lane * channel_step]
         left, right = min(low, width), min(low, width) + count
-        simd.fill_zero(row, left * lanes)
-        simd.fill_zero(simd.offset(row, right * lanes), (width - right) * lanes)
+        fill_zero(row, left * lanes)
+        fill_zero(offset(row, right * lanes), (width - right) * lanes)
         if not d[ZEROS]:
             for j in range(width):
                 from_w = source_w[first_w + j]
@@ -120,42 +124,42 @@ def _take_pixels(d, pixels, plane, channels, first_h, height, first_w, width):
 @_jit
 def _transform(p, d, source, channels, target, tile_pitch, xi_pitch, pixels, first_row, last_row, first_column, width):
     """target[xi * xi_pitch + tile * tile_pitch + channel] for rows of `width` tiles: B^T d B, or A dy A^T."""
-    simd.keep_apart()
-    m, tiles_h, span, lanes = p[OUTPUTS], p[TILES_H], d[SPAN], simd.lanes(pixels)
+    no_inline()
+    m, tiles_h, span, lanes = p[OUTPUTS], p[TILES_H], d[SPAN], machine.lanes(pixels)
     pixel_width = (width - 1) * m + span
     for first in range(0, channels, lanes):
         if channels - first < lanes:  # those that are not there are added up too
-            simd.fill_zero(pixels, p[PIXELS_SIZE])
-        row, place = first_row, simd.offset(target, first)
+            fill_zero(pixels, p[PIXELS_SIZE])
+        row, place = first_row, offset(target, first)
         while row < last_row:  # those of one sample
             n, h = row // tiles_h, row % tiles_h
             rows = min(last_row - row, tiles_h - h)
             _take_pixels(
-                d, pixels, simd.offset(source, n * d[STEP_N] + first * d[STEP_C]), min(lanes, channels - first), h * m,
+                d, pixels, offset(source, n * d[STEP_N] + first * d[STEP_C]), min(lanes, channels - first), h * m,
                 (rows - 1) * m + span, first_column * m, pixel_width,
             )  # fmt: skip
             for i in range(rows):
                 for j in range(width):
-                    tile, pitch = simd.offset(pixels, (i * pixel_width + j) * m * lanes), pixel_width * lanes
+                    tile, pitch = offset(pixels, (i * pixel_width + j) * m * lanes), pixel_width * lanes
                     if span == m:
                         transform_output_gradient(m, place, xi_pitch, tile, pitch)
                     else:
                         transform_pixels(m, place, xi_pitch, tile, pitch)
-                    place = simd.offset(place, tile_pitch)
+                    place = offset(place, tile_pitch)
             row += rows
 
 
 @tasks.Body
 def _gradient(task, worker, p, real):
     """Task = a block of channels, a block of output channels, and a part of the tiles."""
-    m, lanes = p[OUTPUTS], simd.lanes(real)
+    m, lanes = p[OUTPUTS], machine.lanes(real)
     points = (m + 2) * (m + 2)
-    u = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    v = simd.offset(u, p[U_SIZE])
-    sums = simd.offset(v, p[V_SIZE])
-    suspect = simd.offset(sums, p[M_SIZE])
-    pixels = simd.offset(suspect, lanes)
-    row_offset = simd.at(p, p[ROW_OFFSET])  # 0, 1, 2, ...
+    u = at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
+    v = offset(u, p[U_SIZE])
+    sums = offset(v, p[V_SIZE])
+    suspect = offset(sums, p[M_SIZE])
+    pixels = offset(suspect, lanes)
+    row_offset = at(p, p[ROW_OFFSET])  # 0, 1, 2, ...
     tiles_w = p[TILES_W]
 
     split, rest = task % p[SPLITS], task // p[SPLITS]
@@ -166,11 +170,11 @@ def _gradient(task, worker, p, real):
     last_panel = (out_block + 1) * p[VECTOR_PANELS] // p[OUT_BLOCKS]
     first_vector = first_panel * p[VECTORS] // p[VECTOR_PANELS]
     last_vector = last_panel * p[VECTORS] // p[VECTOR_PANELS]
-    row_panels = (channels + simd.gradient_rows(real) - 1) // simd.gradient_rows(real)
-    x_fields, dy_fields = simd.offset(p, INPUT), simd.offset(p, OUTPUT)
-    x = simd.offset(simd.at(real, p[X]), first_channel * x_fields[STEP_C])
-    dy = simd.at(real, p[Y])
-    simd.fill_zero(sums, p[M_SIZE] + lanes)  # and what is suspect
+    row_panels = (channels + machine.gradient_rows(real) - 1) // machine.gradient_rows(real)
+    x_fields, dy_fields = offset(p, INPUT), offset(p, OUTPUT)
+    x = offset(at(real, p[X]), first_channel * x_fields[STEP_C])
+    dy = at(real, p[Y])
+    fill_zero(sums, p[M_SIZE] + lanes)  # and what is suspect
 
     for unit in range(split * p[UNITS] // p[SPLITS], (split + 1) * p[UNITS] // p[SPLITS]):
         # a unit is some whole rows of tiles, or a piece of a long one
@@ -190,45 +194,45 @@ def _gradient(task, worker, p, real):
             vectors = (panel + 1) * p[VECTORS] // p[VECTOR_PANELS] - first
             row = vectors * lanes
             _transform(
-                p, dy_fields, simd.offset(dy, first * lanes * dy_fields[STEP_C]),
+                p, dy_fields, offset(dy, first * lanes * dy_fields[STEP_C]),
                 min(row, p[ROW_CHANNELS] - first * lanes), v, row, p[V_PITCH] * row + lanes, pixels, first_row,
                 last_row, first_column, width,
             )  # fmt: skip
-            part = simd.offset(sums, (first - first_vector) * lanes * (p[M_PITCH] + 1) * points)
+            part = offset(sums, (first - first_vector) * lanes * (p[M_PITCH] + 1) * points)
             for xi in range(points):
                 for i in range(row_panels):
                     c = i * channels // row_panels
                     rows = (i + 1) * channels // row_panels - c
-                    products = simd.offset(part, xi * (p[M_PITCH] * row + lanes) + c * row)
-                    simd.accumulate_outer(
+                    products = offset(part, xi * (p[M_PITCH] * row + lanes) + c * row)
+                    weight_gradient_kernel(
                         rows, vectors, 1, row_offset, (last_row - first_row) * width, p[U_ROW],
-                        simd.offset(u, xi * p[U_PITCH] + c), row_offset,
-                        simd.offset(v, xi * (p[V_PITCH] * row + lanes)), products, row,
-                        simd.offset(products, rows * row), lanes, lanes * lanes,  # the next ones are asked for
+                        offset(u, xi * p[U_PITCH] + c), row_offset,
+                        offset(v, xi * (p[V_PITCH] * row + lanes)), products, row,
+                        offset(products, rows * row), lanes, lanes * lanes,  # the next ones are asked for
                     )  # fmt: skip
 
     # u and v are needed no more: their memory takes the kernels, [vector panel][(channel, tap)][column]
     for panel in range(first_panel, last_panel):
         first = panel * p[VECTORS] // p[VECTOR_PANELS]
         row = ((panel + 1) * p[VECTORS] // p[VECTOR_PANELS] - first) * lanes
-        part = simd.offset(sums, (first - first_vector) * lanes * (p[M_PITCH] + 1) * points)
-        kernels = simd.offset(u, (first - first_vector) * lanes * channels * 9)
+        part = offset(sums, (first - first_vector) * lanes * (p[M_PITCH] + 1) * points)
+        kernels = offset(u, (first - first_vector) * lanes * channels * 9)
         for c in range(channels):
             for vector in range(0, row, lanes):
                 transform_weight_gradient(
-                    m, simd.offset(kernels, c * 9 * row + vector), row, simd.offset(part, c * row + vector),
+                    m, offset(kernels, c * 9 * row + vector), row, offset(part, c * row + vector),
                     p[M_PITCH] * row + lanes, suspect,
                 )  # fmt: skip
     for lane in range(lanes):
         if suspect[lane] != 0:
-            simd.at(p, p[FLAGS])[0] = 1
+            at(p, p[FLAGS])[0] = 1
     if p[SPLITS] == 1:
         contraction._store_gradient(
-            p, u, 0, first_channel, channels * 9, first_vector, last_vector, simd.at(real, p[W])
+            p, u, 0, first_channel, channels * 9, first_vector, last_vector, at(real, p[W])
         )
     else:
         size = channels * 9 * (last_vector - first_vector) * lanes
-        simd.copy_span(simd.offset(simd.at(real, p[PARTIAL]), task * p[TILE_SIZE]), u, size)
+        copy_span(offset(at(real, p[PARTIAL]), task * p[TILE_SIZE]), u, size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,7 +251,7 @@ _WORTH_SHARING = 3_000_000  # operations: fewer take longer in several tasks tha
 _INPUT_COST, _OUTPUT_COST, _KERNEL_COST = 400, 300, 300
 
 
-def _cut(geometry: ConvGeometry, m: int, units: int, tiles: int, t: simd.Tile, size: int) -> tuple[int, int, int]:
+def _cut(geometry: ConvGeometry, m: int, units: int, tiles: int, t: machine.Tile, size: int) -> tuple[int, int, int]:
     """Into how many blocks the input channels, the output channels and the units of tiles are cut.
 
     Each block of input channels transforms the output gradient again, each block of output channels the input, and each
@@ -281,7 +285,7 @@ def _cut(geometry: ConvGeometry, m: int, units: int, tiles: int, t: simd.Tile, s
 @functools.lru_cache(maxsize=1024)
 def _plan(geometry: ConvGeometry, dtype: np.dtype, x: Strides, dy: Strides, dw: Strides) -> contraction.Plan:
     """The plan for arrays of these strides, in elements."""
-    t = simd.tile(dtype.itemsize * 8)
+    t = machine.tile(dtype.itemsize * 8)
     size = dtype.itemsize
     m = tile_size(geometry, "weight_grad")
     points = (m + 2) ** 2
