@@ -6,10 +6,11 @@
 #   make test-cuda   compile the CUDA kernels and inspect their machine code (no GPU needed)
 #   make lint        ruff and mypy
 #   make bench       measure fastconv beside the peers that are installed; BENCH=quick: in under 5 minutes;
-#                    BENCH=readme: what the README shows
+#                    BENCH=readme: what the README and docs/performance.md show
 #   make bench-growth  how time and memory grow with the sizes of a layer
 #   make bench-cuda  the kernels on a CUDA GPU, checked and timed in under 8 minutes; installs nothing
-#   make bench-report  the README's tables and the plots, from bench/results/
+#   make bench-report  the tables of docs/performance.md and the README, and the plots, from bench/results/;
+#                    ARGS=bench/measured: a page of what you have measured yourself
 #   make clean       remove the virtual environments and caches
 #
 # PYTHON=python3.12 chooses the interpreter; ARGS="..." goes to the demo, to pytest or to the benchmarks.
@@ -39,22 +40,24 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/python -m ruff check
 	$(VENV)/bin/python -m mypy
 
-BENCH_quick := --quick
-BENCH_readme := --readme all
+# Rows of your own go to bench/measured, which git ignores; those that the pages are made of are in bench/results.
+BENCH_full := --output bench/measured
+BENCH_quick := --quick --output bench/measured
+BENCH_readme := --readme all --output bench/results
 
 # The peers are whatever is installed beside fastconv, for example by `.venv/bin/pip install torch onnxruntime onnx`.
 bench: $(VENV)/.installed-bench
-	$(VENV)/bin/python -m fastconv bench $(BENCH_$(BENCH)) --output bench/results $(ARGS)
+	$(VENV)/bin/python -m fastconv bench $(BENCH_$(BENCH)) $(ARGS)
 
 bench-growth: $(VENV)/.installed-bench
-	$(VENV)/bin/python -m fastconv bench --growth all --peer torch --output bench/results $(ARGS)
+	$(VENV)/bin/python -m fastconv bench --growth all --peer torch --output bench/measured $(ARGS)
 
 # With the packages that $(PYTHON) has: numba-cuda, and torch or CuPy.
 bench-cuda:
 	$(PYTHON) -m bench.cuda $(ARGS)
 
 bench-report: $(VENV)/.installed-bench
-	$(VENV)/bin/python -m fastconv.bench.report
+	$(VENV)/bin/python -m fastconv.bench.report $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV_CUDA) build fastconv.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

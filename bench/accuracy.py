@@ -1,7 +1,7 @@
-"""The error of each algorithm against float64, over the layers of shapes/, as the table in docs/accuracy.md.
+"""The error of each algorithm against float64, over the layers of shapes/, as the table of docs/figures/accuracy.md.
 
     python -m bench.accuracy              # prints the table
-    python -m bench.accuracy --write      # and puts it into docs/accuracy.md
+    python -m bench.accuracy --write      # and puts it into docs/figures/accuracy.md
 
 A layer runs with a batch of one, in float32, by every algorithm that applies to it; the same numbers in float64 by the
 direct sum are the truth (which the tests compare with plain loops). Errors are relative to the root mean square of the
@@ -20,10 +20,10 @@ import numpy as np
 import fastconv as fc
 from fastconv import algorithms, arguments
 
-from . import cases
+from . import cases, tables
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "accuracy.md"
-BEGIN, END = "<!-- table: python -m bench.accuracy --write -->", "<!-- end of table -->"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "figures" / "accuracy.md"
+COMMAND = "python -m bench.accuracy --write"
 MOST_FLOPS = 2e9  # larger layers take minutes, and have neighbours whose sums are as long
 OFFSET = 3.0  # added to inputs and output gradients of unit variance
 ALGORITHMS = ("direct", "winograd", "fft")
@@ -100,19 +100,17 @@ def measure(networks: tuple[str, ...], offset: float, progress: Callable[[str], 
 
 
 def table(networks: tuple[str, ...], progress: Callable[[str], None]) -> str:
-    lines = [
-        "| data | layers | pass | algorithm | layers | rms error, median | worst | largest error, worst | rms of the "
-        "direct sum's, worst | largest of the direct sum's, worst |",
-        "| --- | --- | --- | --- | --: | --: | --: | --: | --: | --: |",
-    ]
+    titles = (
+        "data", "network", "pass", "algorithm", "layers", "rms error, median", "worst", "largest error, worst",
+        "rms, by that of the direct sum, worst", "largest, by that of the direct sum, worst",
+    )  # fmt: skip
+    rows = []
     for what, offset in (("unit variance", 0.0), (f"offset by {OFFSET:g}", OFFSET)):
         for network, operation, name, e in measure(networks, offset, progress):
             ratios = ("", "") if name == "direct" else (f"{max(e.rms_ratio):.2f}", f"{max(e.largest_ratio):.2f}")
-            lines.append(
-                f"| {what} | {network} | {operation} | {name} | {len(e.rms)} | {np.median(e.rms):.1e} | "
-                f"{max(e.rms):.1e} | {max(e.largest):.1e} | {ratios[0]} | {ratios[1]} |"
-            )
-    return "\n".join(lines)
+            errors = (np.median(e.rms), max(e.rms), max(e.largest))
+            rows.append([what, network, operation, name, len(e.rms), *(f"{x:.1e}" for x in errors), *ratios])
+    return tables.table(titles, rows, words=4)
 
 
 def main() -> None:
@@ -124,8 +122,7 @@ def main() -> None:
     text = table(tuple(options.networks), print if options.verbose else lambda line: None)
     print(text)
     if options.write:
-        before, rest = DOCUMENT.read_text().split(BEGIN)
-        DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+        tables.write(DOCUMENT, COMMAND, text)
 
 
 if __name__ == "__main__":

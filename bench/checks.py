@@ -24,8 +24,8 @@ import numpy as np
 from .cases import Case, ConvolutionCase, CrossEntropyCase
 
 # How far a result may be off, in units of eps * sqrt(number of terms) * norm of the terms. Plain summation in any order
-# takes about 0.3 (tests/support/tolerance.py); peers may use Winograd's transforms or an FFT, which take several times as
-# much.
+# takes about 0.3 (tests/support/tolerance.py); peers may use Winograd's transforms or an FFT, which take several times
+# as much.
 ALLOWANCE = 16.0
 
 # Elements that are in float64 at a time.
@@ -145,7 +145,7 @@ def _project(case, which, operands, v, change):
         for y, x in zip(result, padded(in_groups("input")), strict=True):
             for tap in taps:
                 for some in _blocks(x, case):
-                    y += np.einsum("gc...,gc->g...", x[:, some][_meets(case, tap)], filters[(..., *tap)][:, some])
+                    y += np.einsum("gc...,gc->g...", x[:, some][_read_by(case, tap)], filters[(..., *tap)][:, some])
         return result
     if which == "weight_grad":
         result = np.zeros((g, case.in_channels // g, *case.kernel))
@@ -153,22 +153,23 @@ def _project(case, which, operands, v, change):
             slope = np.einsum("go...,go->g...", dy, v).reshape(g, -1)
             for tap in taps:
                 for some in _blocks(x, case):
-                    met = x[:, some][_meets(case, tap)]
-                    result[(slice(None), some, *tap)] += np.einsum("gcp,gp->gc", met.reshape(*met.shape[:2], -1), slope)
+                    read = x[:, some][_read_by(case, tap)]
+                    read = read.reshape(*read.shape[:2], -1)
+                    result[(slice(None), some, *tap)] += np.einsum("gcp,gp->gc", read, slope)
         return result
     filters = np.einsum("goc...,gc->go...", weight, v)
     result = np.zeros((n, g, *size))
     for dx, dy in zip(result, in_groups("grad_output"), strict=True):
         whole = np.zeros((g, 1, *(s + 2 * p for s, p in zip(size, case.padding, strict=True))))
         for tap in taps:
-            whole[_meets(case, tap)][:, 0] += np.einsum("go...,go->g...", dy, filters[(..., *tap)])
+            whole[_read_by(case, tap)][:, 0] += np.einsum("go...,go->g...", dy, filters[(..., *tap)])
         inside = tuple(slice(p, p + s) for s, p in zip(size, case.padding, strict=True))
         dx += whole[(slice(None), 0, *inside)]
     return result
 
 
-def _meets(case: ConvolutionCase, tap: Sequence[int]) -> tuple[slice, ...]:
-    """Where the output positions meet this tap in a padded array (G, C, *S)."""
+def _read_by(case: ConvolutionCase, tap: Sequence[int]) -> tuple[slice, ...]:
+    """The elements of a padded array (G, C, *S) that this tap reads, for all output positions."""
     out = case.output_shape[2:]
     return (
         slice(None),

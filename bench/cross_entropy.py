@@ -1,7 +1,7 @@
 """What softmax cross-entropy does and how fast, as the tables of docs/cross-entropy.md.
 
     python -m bench.cross_entropy                         # prints every table
-    python -m bench.cross_entropy truth --write           # makes one, and puts it into docs/cross-entropy.md
+    python -m bench.cross_entropy truth --write           # makes one, and puts it into its page of docs/
 
 The tables: `speed` (fastconv, PyTorch and a copy of the array by turns in one process), `options` (the time of each
 option by that of none), `memory`, `truth` (every combination of options against PyTorch in float64) and `functions`
@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # PyTorch's threads must not spin while another one is measured
 
 import numba
 import numpy as np
@@ -28,18 +26,13 @@ import numpy as np
 import fastconv as fc
 from fastconv.cpu import elementary
 
-from . import results
+from . import results, tables, timing
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "cross-entropy.md"
+DOCS = Path(__file__).parents[1] / "docs"
 THREADS = 2
 SHAPES = ((4096, 10), (1024, 1000), (256, 32000), (64, 128256), (4, 21, 256, 256), (8, 1000, 7, 7))
 LINEAR = (2048, 1024, 32000)  # rows, features, classes
 IN_A_ROUND_FOR = 2e6  # elements; of smaller arrays there are more rounds
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    ruler = ["---"] + ["--:"] * (len(head) - 1)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ruler, *rows))
 
 
 def where() -> str:
@@ -64,18 +57,10 @@ def _copy(source, target):
             target[i, j] = source[i, j]
 
 
-def by_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """The seconds of each call, in an order that is drawn anew for each round: none always follows the same other."""
-    rng = np.random.default_rng(0)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for _ in range(rounds):
-        for name in rng.permutation(list(calls)):
-            begin = time.perf_counter()
-            calls[name]()
-            samples[name].append(time.perf_counter() - begin)
-    return {name: np.array(values) for name, values in samples.items()}
+def by_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """The seconds of each call, in a new random order for each round: what precedes a call leaves other arrays in the
+    caches, and each is measured as in a training step."""
+    return timing.single_calls(calls, least=rounds, order=timing.drawn())
 
 
 def data(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -107,8 +92,8 @@ def speed() -> str:
             "copy": lambda flat=flat: _copy(*flat),
         }
         times = by_turns(calls, 15 if logits.size > IN_A_ROUND_FOR else 100)
-        best = {name: float(t.min()) for name, t in times.items()}
-        middle = {name: float(np.median(t)) for name, t in times.items()}
+        best = {name: min(t) for name, t in times.items()}
+        middle = {name: statistics.median(t) for name, t in times.items()}
         rows.append(
             [
                 str(shape),
@@ -124,8 +109,8 @@ def speed() -> str:
     logits, target = data((32, 10))
     small = by_turns({"small": lambda: fc.softmax_cross_entropy_with_grad(logits, target)}, 5000)["small"]
     rows_linear = linear_speed(torch, F)
-    note = f"(32, 10): {1e6 * small.min():.1f} us a call at best, {1e6 * np.median(small):.1f} us in the middle."
-    return f"{where()}\n\n{table(head, rows)}\n\n{note}\n\n{rows_linear}"
+    note = f"(32, 10): {1e6 * min(small):.1f} us a call at best, {1e6 * statistics.median(small):.1f} us in the median."
+    return f"{where()}\n\n{tables.table(head, rows)}\n\n{note}\n\n{rows_linear}"
 
 
 def linear_speed(torch: Any, F: Any) -> str:
@@ -151,10 +136,10 @@ def linear_speed(torch: Any, F: Any) -> str:
     flops = 3 * 2 * n * features * classes
     head = [f"hidden ({n}, {features}), weight ({classes}, {features})", "best, s", "median, s", "GFLOP/s"]
     rows = [
-        [name, f"{t.min():.2f}", f"{np.median(t):.2f}", f"{flops / t.min() / 1e9:.0f}"]
+        [name, f"{min(t):.2f}", f"{statistics.median(t):.2f}", f"{flops / min(t) / 1e9:.0f}"]
         for name, t in by_turns(calls, 4).items()
     ]
-    return table(head, rows)
+    return tables.table(head, rows)
 
 
 def options() -> str:
@@ -189,9 +174,9 @@ def options() -> str:
         calls["float16 by hand"] = by_hand
         times = by_turns(calls, 10 if logits.size > IN_A_ROUND_FOR else 50)
         names = list(calls)
-        base = times["none"].min()
-        rows.append([str(shape), f"{1e3 * base:.3f}", *(f"{times[name].min() / base:.2f}" for name in names[1:])])
-    return f"{where()}\n\n{table(['logits', 'no option, ms', *names[1:]], rows)}"
+        base = min(times["none"])
+        rows.append([str(shape), f"{1e3 * base:.3f}", *(f"{min(times[name]) / base:.2f}" for name in names[1:])])
+    return f"{where()}\n\n{tables.table(['logits', 'no option, ms', *names[1:]], rows)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +244,7 @@ def memory() -> str:
     for name, size, *code in cases:
         extra = min(peak(*code) for _ in range(2))  # the first run may compile
         rows.append([f"`{name}`", f"{size / 2**20:.1f}", f"{extra / 2**20:.1f}"])
-    return table(["call", "logits, MiB", "above inputs and results, MiB"], rows)
+    return tables.table(["call", "logits, MiB", "above inputs and results, MiB"], rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,7 +322,7 @@ def truth() -> str:
         )  # fmt: skip
     head = ["target", "weight", "ignore_index", "label_smoothing", "z_loss", "logit_softcap"]
     head += [f"{reduction}: {what}" for reduction in ("mean", "sum", "none") for what in ("loss", "gradient")]
-    return table(head, rows)
+    return tables.table(head, rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,24 +390,33 @@ def functions() -> str:
         double = largest_error(x, y, getattr(np, name)(x.astype(np.longdouble)))
         rows.append([name, *(text for error, at in (single, double) for text in (f"{error:.3f}", f"{at:.9g}"))])
     head = ["function", "float32: largest error, ulp", "at", "float64: largest error, ulp", "at"]
-    return table(head, rows)
+    return tables.table(head, rows)
 
 
 TABLES = {"speed": speed, "options": options, "memory": memory, "truth": truth, "functions": functions}
 
 
+def page(name: str) -> Path:
+    """Where the table stands: in the text, unless it is too long for that."""
+    return DOCS / ("figures/cross-entropy-truth.md" if name == "truth" else "cross-entropy.md")
+
+
+def command(name: str) -> str:
+    return f"python -m bench.cross_entropy {name} --write"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.cross_entropy", description=__doc__.splitlines()[0])
     parser.add_argument("tables", nargs="*", default=list(TABLES), choices=list(TABLES))
-    parser.add_argument("--write", action="store_true", help=f"put the tables into {DOCUMENT.name}")
+    parser.add_argument("--write", action="store_true", help="put the tables into the pages of docs/")
     chosen = parser.parse_args()
+    # PyTorch's threads must not spin while another call is measured; it is imported by the tables that need it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for name in chosen.tables:
         text = TABLES[name]()
         print(text, flush=True)
         if chosen.write:
-            begin, end = f"<!-- table: python -m bench.cross_entropy {name} --write -->", f"<!-- end of {name} -->"
-            before, rest = DOCUMENT.read_text().split(begin)
-            DOCUMENT.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+            tables.write(page(name), command(name), text)
 
 
 if __name__ == "__main__":

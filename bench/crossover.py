@@ -1,7 +1,7 @@
-"""Where the FFT and Winograd overtake the direct sum, over kernel, size and channels; docs/algorithms.md.
+"""Where the FFT and Winograd overtake the direct sum, over kernel, size and channels; docs/figures/crossover-*.md.
 
     python -m bench.crossover fft                 # prints the table
-    python -m bench.crossover winograd --write    # and puts it into docs/algorithms.md, with its picture beside it
+    python -m bench.crossover winograd --write    # and puts it into docs/figures/, with its picture beside it
 
 Each figure is the best of many calls, the two algorithms taking turns, so that what else runs on the machine disturbs
 both alike. float32, stride 1, "same" padding. The FFT: forward pass, a batch of one, one thread. Winograd: forward pass
@@ -11,7 +11,6 @@ and both gradients, batches of one and four, all threads.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ import numpy as np
 
 import fastconv as fc
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "algorithms.md"
-BEGIN, END = "<!-- table: python -m bench.crossover {} --write -->", "<!-- end of table -->"
+from . import tables, timing
+
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 SECONDS = 0.5  # for each row, or figure
 
 # (spatial size, in channels, out channels, groups), and the kernels to try in each dimension
@@ -36,18 +36,9 @@ SHAPES = [
 
 
 def best_of(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Seconds of the best call of each, taking turns for `seconds`, at least three times."""
-    best = dict.fromkeys(calls, float("inf"))
-    for call in calls.values():
-        call()
-    end, turns = time.perf_counter() + seconds, 0
-    while turns < 3 or time.perf_counter() < end:
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            best[name] = min(best[name], time.perf_counter() - begin)
-        turns += 1
-    return best
+    """Seconds of the best call of each. Always the same order: of two calls each then follows the other one."""
+    samples = timing.single_calls(calls, seconds=seconds, least=3, order=timing.as_given)
+    return {name: min(values) for name, values in samples.items()}
 
 
 CHANNELS = (16, 32, 48, 64, 128, 256)  # of Winograd, for each batch and size
@@ -61,9 +52,8 @@ class Row:
     points: tuple[tuple[str, str, float, float], ...]  # (panel, curve, x, direct / other)
 
 
-FFT_HEAD = (
-    "| size | channels | kernel | direct, ms | FFT, ms | direct / FFT | auto takes | and loses |",
-    "| --- | --- | --- | --: | --: | --: | --- | --: |",
+FFT_HEAD = tables.head(
+    ["size", "channels", "kernel", "direct, ms", "FFT, ms", "direct / FFT", "auto takes", "and loses"], words=3
 )
 
 
@@ -84,17 +74,13 @@ def fft_row(size: tuple[int, ...], channels: int, out_channels: int, groups: int
     shape, kernel = "x".join(map(str, size)), "x".join([str(k)] * ndim)
     label = f"{channels} -> {out_channels}{' depthwise' if groups > 1 else ''}"
     gain = best["direct"] / best["fft"]
-    line = (
-        f"| {shape} | {label} | {kernel} | {best['direct'] * 1e3:.3g} | {best['fft'] * 1e3:.3g} "
-        f"| {gain:.2f} | {e.algorithm} | {f'{loss:.0%}'.replace('%', ' %') if loss > 0.02 else ''} |"
-    )
+    figures = (f"{1e3 * best['direct']:.3g}", f"{1e3 * best['fft']:.3g}", f"{gain:.2f}")
+    loses = f"{100 * loss:.0f} %" if loss > 0.02 else ""
+    line = tables.row([shape, label, kernel, *figures, e.algorithm, loses])
     return Row(line, ((f"{ndim}-D", f"{shape}, {label}", k, gain),))
 
 
-WINOGRAD_HEAD = (
-    f"| batch | size | {' | '.join(f'{c} channels' for c in CHANNELS)} |",
-    f"| --: | --- |{' --: |' * len(CHANNELS)}",
-)
+WINOGRAD_HEAD = tables.head(["batch", "size", *(f"{c} channels" for c in CHANNELS)], words=2)
 
 
 def winograd_row(batch: int, n: int) -> Row:
@@ -125,11 +111,11 @@ def winograd_row(batch: int, n: int) -> Row:
             ratios.append(f"**{gain:.2f}**" if taken else f"{gain:.2f}")
             points.append((f"{name}, batch {batch}", f"{n}x{n}", float(channels), gain))
         figures.append(" / ".join(ratios))
-    return Row(f"| {batch} | {n}x{n} | {' | '.join(figures)} |", tuple(points))
+    return Row(tables.row([batch, f"{n}x{n}", *figures]), tuple(points))
 
 
 def picture(algorithm: str, rows: list[Row]) -> Path:
-    """Draw how many times as fast as the direct sum `algorithm` is, beside the document; return the file."""
+    """Draw how many times as fast as the direct sum `algorithm` is, beside its table; return the file."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -159,16 +145,24 @@ def picture(algorithm: str, rows: list[Row]) -> Path:
         axis.set_yticks([], minor=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    path = DOCUMENT.with_name(f"crossover-{algorithm}.svg")
+    path = FIGURES / f"crossover-{algorithm}.svg"
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     return path
 
 
+def page(algorithm: str) -> Path:
+    return FIGURES / f"crossover-{algorithm}.md"
+
+
+def command(algorithm: str) -> str:
+    return f"python -m bench.crossover {algorithm} --write"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.crossover", description=__doc__.splitlines()[0])
     parser.add_argument("algorithm", choices=["fft", "winograd"])
-    parser.add_argument("--write", action="store_true", help=f"put the table and its picture into {DOCUMENT.name}")
+    parser.add_argument("--write", action="store_true", help="put the table and its picture into docs/figures/")
     options = parser.parse_args()
     if options.algorithm == "fft":
         fc.set_num_threads(1)
@@ -181,10 +175,8 @@ def main() -> None:
         rows.append(measure(*case))
         print(rows[-1].line, flush=True)
     if options.write:
-        begin = BEGIN.format(options.algorithm)
-        before, rest = DOCUMENT.read_text().split(begin)
         table = "\n".join([*head, *(row.line for row in rows)])
-        DOCUMENT.write_text(f"{before}{begin}\n{table}\n{END}{rest.split(END, 1)[1]}")
+        tables.write(page(options.algorithm), command(options.algorithm), table)
         picture(options.algorithm, rows)
 
 

@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 
+from . import tables
+
 # What is called, on arrays so small that compiling is all the time there is.
 SETUP = """
 import json, time
@@ -67,15 +69,14 @@ def seconds(call: str, dtype: str, cache: str) -> tuple[float, float]:
 
 def main() -> None:
     imports = []
-    print("| first call | dtype | compiled, s | from the cache, s |")
-    print("| --- | --- | ---: | ---: |")
+    print(*tables.head(["first call", "dtype", "compiled, s", "from the cache, s"], words=2), sep="\n")
     for dtype in DTYPES:
         for name, call in CALLS.items():
             with tempfile.TemporaryDirectory(prefix="fastconv-first-call-") as cache:
                 cold = seconds(call, dtype, cache)
                 warm = min((seconds(call, dtype, cache) for _ in range(2)), key=lambda pair: pair[1])
             imports += [cold[0], warm[0]]
-            print(f"| {name} | {dtype} | {cold[1]:.2f} | {warm[1]:.3f} |", flush=True)
+            print(tables.row([name, dtype, f"{cold[1]:.2f}", f"{warm[1]:.3f}"]), flush=True)
     with tempfile.TemporaryDirectory(prefix="fastconv-first-call-") as cache:
         numba = min(seconds(NUMBA, "float32", cache)[1] for _ in range(3))
     print(f"\n`import fastconv`: {min(imports):.2f} s at best, NumPy included.")

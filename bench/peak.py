@@ -8,11 +8,13 @@ so it is measured in the same minute as each layer.
 from __future__ import annotations
 
 import functools
-import time
+from collections.abc import Callable
 
 import numpy as np
 
 from fastconv.cpu import contraction, simd, tasks, threads
+
+from . import timing
 
 # Half of the smallest L1 data cache in use (32 KiB), so that both panels and the tile of results stay.
 PANEL_BYTES = 16 * 1024
@@ -64,16 +66,15 @@ def microkernel_rate(dtype: np.dtype | type = np.float32, seconds: float = 0.1) 
     workers = threads.get_num_threads()
     kernels = contraction.microkernels(dtype, tile.rows, 1, output=False)
 
-    def run(count: int) -> float:
+    def run(count: int) -> list[float]:
         parameters = np.array([0] * tasks.FIRST + [kernels, tile.rows, tile.vectors, depth, tile.columns], np.int64)
-        begin = time.perf_counter()
-        tasks.run(_contract_panels, dtype, count, parameters, scratch, count * flops)
-        return count * flops / (time.perf_counter() - begin)
+        work = count * flops
+        return [timing.seconds_of(lambda: tasks.run(_contract_panels, dtype, count, parameters, scratch, work))]
 
     count = 16 * workers
     run(count)  # compiles, and wakes the threads
-    count = max(count, int(0.01 * run(count) / flops))
-    return _best(lambda: run(count), seconds) / 1e9
+    count = max(count, int(0.01 * count / run(count)[0]))
+    return count * flops / _best(lambda: run(count), seconds) / 1e9
 
 
 def copy_rate(seconds: float = 0.1) -> float:
@@ -81,15 +82,14 @@ def copy_rate(seconds: float = 0.1) -> float:
     values, target = _copy_arrays()
     length = 1 << 16
 
-    def run() -> float:
+    def run() -> list[float]:
         addresses = [a.__array_interface__["data"][0] for a in (values, target)]
         parameters = np.array([0] * tasks.FIRST + [*addresses, length], np.int64)
-        begin = time.perf_counter()
-        tasks.run(_copy, values.dtype, values.size // length, parameters, 64, values.size)
-        return 2 * values.nbytes / (time.perf_counter() - begin)
+        count = values.size // length
+        return [timing.seconds_of(lambda: tasks.run(_copy, values.dtype, count, parameters, 64, values.size))]
 
     run()
-    return _best(run, seconds) / 1e9
+    return 2 * values.nbytes / _best(run, seconds) / 1e9
 
 
 @functools.cache
@@ -99,13 +99,9 @@ def _copy_arrays() -> tuple[np.ndarray, np.ndarray]:
     return values, np.zeros_like(values)
 
 
-def _best(run, seconds: float) -> float:
-    """The best of at least three runs, and as many as `seconds` allow."""
-    rates = []
-    end = time.perf_counter() + seconds
-    while len(rates) < 3 or time.perf_counter() < end:
-        rates.append(run())
-    return max(rates)
+def _best(run: Callable[[], list[float]], seconds: float) -> float:
+    """The fewest seconds of at least three runs, and of as many as `seconds` allow."""
+    return min(timing.by_turns({"run": run}, seconds=seconds, least=3)["run"])
 
 
 if __name__ == "__main__":

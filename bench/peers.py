@@ -452,11 +452,11 @@ def _numpy(problem: Problem) -> Prepared:
         padded = np.zeros((n, case.in_channels, *(s + 2 * p for s, p in zip(case.size, case.padding, strict=True))),
                           x.dtype)  # fmt: skip
         for tap in np.ndindex(*case.kernel):
-            meets = tuple(
+            read = tuple(
                 slice(k * d, k * d + (o - 1) * s + 1, s)
                 for k, d, o, s in zip(tap, case.dilation, positions, case.stride, strict=True)
             )
-            padded[(slice(None), slice(None), *meets)] += each[(slice(None), slice(None), *tap)]
+            padded[(slice(None), slice(None), *read)] += each[(slice(None), slice(None), *tap)]
         inside = (slice(p, p + s) for s, p in zip(case.size, case.padding, strict=True))
         return padded[(slice(None), slice(None), *inside)]
 

@@ -15,7 +15,7 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,12 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
     return [dataclasses.replace(row, ratio=row.cost / ours) if ours and row.cost is not None else row for row in rows]
 
 
+def note_of(error: BaseException) -> str:
+    """What a row says of an error in the place of figures: its type and the first line of its message."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
+
+
 def read(path: Path) -> list[Row]:
     """The rows of a results file. Raises ResultsError, OSError."""
     with path.open(newline="", encoding="utf-8") as file:
@@ -192,6 +198,50 @@ def compared(old: Iterable[Row], new: Iterable[Row]) -> int:
 def geometric_mean(values: Iterable[float]) -> float:
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs))
+
+
+class Results:
+    """The rows of one machine, and what the machine is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows = read(path)
+        facts = path.with_suffix(".json")
+        self.facts: dict[str, Any] = json.loads(facts.read_text()) if facts.exists() else {}
+
+    def groups(self) -> Iterator[tuple[tuple[str, str, int], list[Row]]]:
+        """The timed rows of the networks by (backend, dtype, threads), of the protocol to be quoted."""
+        for key, rows in self._by_conditions(lambda row: row.protocol != "memory"):
+            alone = [row for row in rows if row.protocol == "alone"]
+            yield key, alone or rows
+
+    def _by_conditions(self, wanted: Callable[[Row], bool]) -> Iterator[tuple[tuple[str, str, int], list[Row]]]:
+        found: dict[tuple[str, str, int], list[Row]] = {}
+        for row in self.rows:
+            if not row.network.startswith("growth_") and wanted(row):
+                found.setdefault((row.backend, row.dtype, row.threads), []).append(row)
+        yield from found.items()
+
+    def protocol(self, name: str, key: tuple[str, str, int]) -> list[Row]:
+        """The rows of the networks of one protocol under the conditions `key`."""
+        return next((rows for k, rows in self._by_conditions(lambda row: row.protocol == name) if k == key), [])
+
+    def memory_groups(self) -> Iterator[tuple[tuple[str, str, int], list[Row]]]:
+        """The rows of the networks whose memory was measured, by (backend, dtype, threads)."""
+        yield from self._by_conditions(lambda row: row.protocol == "memory" and row.memory_mb is not None)
+
+
+def read_all(folder: Path) -> list[Results]:
+    return [Results(path) for path in sorted(folder.glob("*.csv"))]
+
+
+def ratios(rows: Iterable[Row], names: Sequence[str]) -> dict[tuple[Any, ...], float]:
+    """For each layer and pass, the ratio of the fastest of the peers `names` to fastconv."""
+    best: dict[tuple[Any, ...], float] = {}
+    for row in rows:
+        if row.peer in names and row.ratio is not None:
+            best[row.pair] = min(best.get(row.pair, math.inf), row.ratio)
+    return best
 
 
 # ---------------------------------------------------------------------------------------------------------------------

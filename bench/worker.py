@@ -12,60 +12,17 @@ import gc
 import json
 import os
 import sys
-import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-# A sample is as many calls as take this long, so that the clock's resolution and a call's overhead stay out of it.
-SAMPLE_SECONDS = 1e-3
-LEAST_SAMPLES = 3
+from . import results, timing
 
 
 def pin(threads: int) -> None:
     """Keep the process on as many CPUs as it has threads, the same ones for every side."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-
-
-def sample(calls: list[tuple[Callable[[], Any], Callable[[], object] | None]], seconds: float) -> list[list[float]]:
-    """Seconds of each call, sample by sample; several calls take turns, the order turning too.
-
-    Takes `seconds` for each call, and at least three samples unless a single call is longer than that.
-    """
-    counts = []
-    for call, wait in calls:
-        taken = _time(call, wait, 1)  # caches and threads wake up
-        if taken < seconds:
-            taken = _time(call, wait, 1)
-        counts.append(max(1, round(SAMPLE_SECONDS / max(taken, 1e-7))))
-    samples: list[list[float]] = [[] for _ in calls]
-    order = list(range(len(calls)))
-    end = time.perf_counter() + seconds * len(calls)
-    gc.collect()
-    gc.disable()
-    try:
-        while True:
-            begin = time.perf_counter()
-            for at in order:
-                samples[at].append(_time(*calls[at], counts[at]))
-            order = order[1:] + order[:1]
-            now = time.perf_counter()
-            slow = now - begin > seconds * len(calls)
-            if now >= end and (slow or len(samples[0]) >= LEAST_SAMPLES):
-                return samples
-    finally:
-        gc.enable()
-
-
-def _time(call: Callable[[], Any], wait: Callable[[], object] | None, count: int) -> float:
-    begin = time.perf_counter()
-    for _ in range(count):
-        call()
-    if wait is not None:
-        wait()
-    return (time.perf_counter() - begin) / count
 
 
 class Worker:
@@ -108,7 +65,7 @@ class Worker:
         with contextlib.ExitStack() as contexts:
             for one in chosen:
                 contexts.enter_context(one.context())
-            return {"samples": sample([(one.call, one.wait) for one in chosen], seconds)}
+            return {"samples": timing.repeated_calls([(one.call, one.wait) for one in chosen], seconds)}
 
     def do_peak(self, dtype: str, copy: bool, seconds: float) -> dict[str, Any]:
         """The microkernel's rate, that of 16-bit types in float32, as they are computed; `copy`: memory's as well."""
@@ -200,8 +157,7 @@ def main() -> None:
             answer = worker.answer(json.loads(line))
         except Exception as error:  # whatever a peer raises is reported, and the next one has its turn
             traceback.print_exc()
-            said = str(error).strip().splitlines() or [""]
-            answer = {"failed": f"{type(error).__name__}: {said[0]}"[:300]}
+            answer = {"failed": results.note_of(error)}
         print(json.dumps(answer), file=output, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""The README: its examples run, its links lead somewhere. (The examples of docstrings run in test_contract.)"""
+"""The README: its examples run. Its links and those of the docs lead somewhere. (test_contract runs docstrings.)"""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 import fastconv as fc
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
@@ -23,7 +24,12 @@ def test_readme_examples(block, tmp_path):
         exec(compile(block, str(script), "exec"), {"__name__": "readme"})
 
 
-def test_links_of_the_readme_lead_somewhere():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", README)
-    assert links
-    assert [link for link in links if not (Path(__file__).parents[2] / link).exists()] == []
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    assert links or page.name == "CHANGELOG.md"
+    assert [link for link in links if not (page.parent / link).exists()] == []

@@ -1,4 +1,4 @@
-"""The benchmarks: shapes files, the check of peers against the reference, results files, and the README's section."""
+"""The benchmarks: shapes files, the check of peers against the reference, results files, and the pages made of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,23 @@ import numpy as np
 import pytest
 
 from fastconv import reference
-from fastconv.bench import cases, checks, command, first_call, peak, peers, report, results, run, worker
+from fastconv.bench import (
+    accuracy,
+    cases,
+    checks,
+    command,
+    cross_entropy,
+    crossover,
+    first_call,
+    peak,
+    peers,
+    plots,
+    report,
+    results,
+    run,
+    tables,
+    worker,
+)
 
 HEADER = "name,batch,in_channels,size,out_channels,kernel,stride,padding,dilation,groups,count\n"
 SMALL = [
@@ -126,45 +142,6 @@ def test_peers_agree_with_the_reference(name, case, which, tmp_path):
         checks.check(case, which, problem.operands, prepared.fetch(prepared.call()), tmp_path)
 
 
-class Clock:
-    """Stands in for `time` in the worker: a call takes as long as it says."""
-
-    def __init__(self):
-        self.now = 0.0
-
-    def perf_counter(self):
-        return self.now
-
-    def calls(self, *seconds):
-        self.called = []
-
-        def take(at):
-            self.called.append(at)
-            self.now += seconds[at]
-
-        return [(lambda at=at: take(at), None) for at in range(len(seconds))]
-
-
-def test_samples_take_turns(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(worker, "time", clock)
-    calls = clock.calls(0.0005, 0.002)
-    first, second = worker.sample(calls, 0.1)
-    assert first == pytest.approx([0.0005] * len(first))  # of one call, though a sample is of two
-    assert second == pytest.approx([0.002] * len(second))
-    assert len(first) == len(second) == 67  # of 3 ms each, until 0.2 s have passed
-    assert clock.called[:10] == [0, 0, 1, 1, 0, 0, 1, 1, 0, 0]  # two warm-ups each, then turns that turn
-
-
-def test_a_call_that_is_longer_than_its_samples_should_be_is_not_repeated(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(worker, "time", clock)
-    assert worker.sample(clock.calls(5.0), 0.1) == [[5.0]]
-    assert len(clock.called) == 2
-    clock.now = 0.0
-    assert worker.sample(clock.calls(0.09), 0.1) == [pytest.approx([0.09] * worker.LEAST_SAMPLES)]
-
-
 # Results
 
 
@@ -212,7 +189,7 @@ def test_memory_below_a_megabyte_counts_as_one():
 
 def test_plots_show_layers_in_the_order_of_the_network():
     names = [case.name for case in cases.network("resnet50")]
-    assert report._in_order([row(case=name) for name in reversed([*names, "mine"])]) == [*names, "mine"]
+    assert plots.in_order([row(case=name) for name in reversed([*names, "mine"])]) == [*names, "mine"]
 
 
 def test_a_results_file_is_read_as_it_was_written(tmp_path):
@@ -264,7 +241,7 @@ def test_the_section_has_both_protocols_the_overhead_and_the_memory(tmp_path):
     assert "| alone | forward | 1 | 2.00 | " in text
     assert "| interleaved | forward | 1 | 3.00 | " in text
     assert "| conv1 | forward | 10.0 | 20.0 |" in text
-    assert "| resnet50 | float32 | forward | 1 | 10.0 | torch 2.50 |" in text
+    assert "| resnet50 | float32 | forward | torch 2.50 | 1 | 10.0 |" in text
     assert "| small |" not in text
 
 
@@ -272,26 +249,67 @@ def test_plots_of_an_example(tmp_path):
     pytest.importorskip("matplotlib", reason="the bench extra is not installed")
     growth = [measured("torch", 0.01 * n, network="growth_batch", case=f"batch={n}") for n in (1, 2, 4)]
     results.write(tmp_path / "example.csv", example() + growth)
-    drawn = {path.name for path in report.plots(report.Results(tmp_path / "example.csv"), tmp_path, ["svg"])}
+    drawn = {path.name for path in plots.draw(results.Results(tmp_path / "example.csv"), tmp_path, ["svg"])}
     tag = "cpu-float32-2threads"
     assert drawn == {f"example-{n}.svg" for n in (f"roofline-{tag}", f"ratios-resnet50-{tag}", "growth-batch-forward")}
     assert "slope 1.00" in (tmp_path / "example-growth-batch-forward.svg").read_text()
 
 
 def test_slope_of_a_power_law():
-    assert report.slope([1, 2, 4, 8], [5, 20, 80, 320]) == pytest.approx(2)
+    assert plots.slope([1, 2, 4, 8], [5, 20, 80, 320]) == pytest.approx(2)
 
 
-def test_the_section_of_the_readme_is_that_of_the_results():
-    text = report.README.read_text()
-    assert report.with_section(text, report.section()) == text, "run `make bench-report`"
+@pytest.mark.parametrize(("page", "made"), [(report.PAGE, report.section), (report.README, report.short_section)],
+                         ids=["performance.md", "README.md"])  # fmt: skip
+def test_the_pages_are_those_of_the_results(page, made):
+    text = page.read_text()
+    assert tables.replaced(text, report.COMMAND, made()) == text, "run `make bench-report`"
 
 
-def test_a_changed_section_is_seen():
-    text = f"a\n{report.BEGIN}\nold\n{report.END}\nb\n"
-    assert report.with_section(text, "new\n") == f"a\n{report.BEGIN}\nnew\n{report.END}\nb\n"
-    with pytest.raises(ValueError, match="once each"):
-        report.with_section("no markers", "new")
+def test_the_short_section_has_the_better_layout_of_torch_and_one_picture(tmp_path):
+    few = [row("fastconv", 1.0, case="x", dtype="float64"), row("torch", 9.0, case="x", dtype="float64")]
+    results.write(tmp_path / "example.csv", [*example(), *few])
+    picture = tmp_path / "example-roofline-cpu-float32-2threads.svg"
+    page = tmp_path / "docs" / "page.md"
+    assert "![" not in report.short_section(tmp_path, page)
+    picture.write_text("<svg/>")
+    text = report.short_section(tmp_path, page)
+    assert "| network | layers | forward |" in text
+    assert "| resnet50 | 2 | 0.87 |" in text  # of 1.5 and 0.5
+    assert "float32, 2 threads; fastconv 1.0, torch 1.0, torch channels-last 1.0; 2000-01-01." in text
+    assert "Of these 2 cases (a layer and a pass) 1 are slower than the fastest of torch and onnxruntime." in text
+    assert text.count("![") == 1
+    assert "](../example-roofline-cpu-float32-2threads.svg)" in text
+
+
+def test_a_folder_without_rows_has_no_tables(tmp_path):
+    assert report.section(tmp_path) == report.short_section(tmp_path) == report.NOTHING
+
+
+def test_rows_of_another_folder_make_a_page_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report.plots, "draw", lambda machine, folder, suffixes: [])
+    results.write(tmp_path / "mine.csv", example())
+    assert report.main([str(tmp_path)]) == 0
+    text = (tmp_path / "performance.md").read_text()
+    assert text.startswith("# Measured here\n\nTimes as fast as PyTorch")
+    assert "## mine: cpu, float32, 2 threads" in text
+    assert report.main([str(tmp_path / "nowhere")]) == 1
+    assert "nowhere does not exist" in capsys.readouterr().err
+
+
+PAGES_OF_COMMANDS = [
+    (accuracy.DOCUMENT, accuracy.COMMAND),
+    *((crossover.page(name), crossover.command(name)) for name in ("fft", "winograd")),
+    *((cross_entropy.page(name), cross_entropy.command(name)) for name in cross_entropy.TABLES),
+]
+
+
+@pytest.mark.parametrize(("page", "written_by"), PAGES_OF_COMMANDS, ids=[name for _, name in PAGES_OF_COMMANDS])
+def test_the_pages_have_a_table_where_a_command_puts_one(page, written_by):
+    text = page.read_text(encoding="utf-8")
+    assert "\nnew\n" in tables.replaced(text, written_by, "new")
+    _, _, rest = text.partition(tables.begin(written_by))
+    assert "\n| --- |" in rest.partition(tables.END)[0]
 
 
 # The command, and what becomes of failures

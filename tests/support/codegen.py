@@ -3,7 +3,7 @@
 A launch of numba-cuda compiles LTO-IR for the device's architecture (sm_90a, not sm_90, on Hopper) and links it with
 nvJitLink. `compile_for_launch` takes the same path with two private functions replaced, those that ask the device for
 its architecture; numba-cuda is pinned. `inspect_code` reads registers, stack, shared and local memory, and the opcodes;
-`record` keeps them for the table of docs/cuda-codegen.md (`codegen_table.py`).
+`record` keeps them for the tables of docs/figures/cuda-codegen.md (`codegen_table.py`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ class MachineCode:
     local: int
     opcodes: collections.Counter[str]
     blocks: list[collections.Counter[str]]  # the same by basic block
-    loops: list[collections.Counter[str]]  # and by loop, from its first instruction to the branch back
 
     def share(self, pattern: str) -> tuple[int, int]:
         """Instructions whose opcode begins with `pattern`, and all instructions, of the block that has most of them.
@@ -187,7 +186,7 @@ def inspect_code(cubin: bytes) -> MachineCode:
     if usage is None:
         raise RuntimeError("cuobjdump -res-usage says nothing of the kernel's resources")
     sass = _run("nvdisasm", "-c", cubin)
-    return MachineCode(*map(int, usage.groups()), opcodes(sass), basic_blocks(sass), loops(sass))
+    return MachineCode(*map(int, usage.groups()), opcodes(sass), basic_blocks(sass))
 
 
 def opcodes(sass: str) -> collections.Counter[str]:
@@ -200,18 +199,6 @@ def basic_blocks(sass: str) -> list[collections.Counter[str]]:
     """The opcodes between one label or branch and the next."""
     parts = re.split(r"^\.L_\w+:.*$|^.*\b(?:BRA|EXIT|RET)\b.*$", sass, flags=re.MULTILINE)
     return [counted for counted in map(opcodes, parts) if counted]
-
-
-def loops(sass: str) -> list[collections.Counter[str]]:
-    """The opcodes between each label and a branch back to it."""
-    lines = sass.splitlines()
-    labels = {match[1]: i for i, match in enumerate(map(re.compile(r"^(\.L_\w+):").match, lines)) if match}
-    found = []
-    for i, line in enumerate(lines):
-        branch = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
-        if branch and labels.get(branch[1], i) < i:
-            found.append(opcodes("\n".join(lines[labels[branch[1]] : i + 1])))
-    return [loop for loop in found if sum(loop.values()) > 1]  # a branch to itself ends the code
 
 
 def _run(tool: str, option: str, cubin: bytes) -> str:

@@ -1,7 +1,7 @@
-"""docs/cuda-codegen.md: what the code-generation gate has measured of every kernel and architecture.
+"""docs/figures/cuda-codegen.md: what the code-generation gate has measured of every kernel and architecture.
 
-    rm -f docs/cuda-codegen.csv
-    FASTCONV_CODEGEN_RECORD=docs/cuda-codegen.csv make test-cuda ARGS='-m codegen'
+    rm -f tests/cuda/codegen.csv
+    FASTCONV_CODEGEN_RECORD=tests/cuda/codegen.csv make test-cuda ARGS='-m codegen'
     .venv-cuda/bin/python tests/support/codegen_table.py
 
 The gate appends a row for each kernel that it compiles (`codegen.record`), in as many runs as one likes; this script
@@ -11,34 +11,20 @@ keeps the last of each kernel and architecture, sorts the file and makes the pag
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from codegen import COLUMNS
+from fastconv.bench import tables
 
-DOCS = Path(__file__).parents[2] / "docs"
-TABLE, PAGE = DOCS / "cuda-codegen.csv", DOCS / "cuda-codegen.md"
+ROOT = Path(__file__).parents[2]
+TABLE, PAGE = ROOT / "tests" / "cuda" / "codegen.csv", ROOT / "docs" / "figures" / "cuda-codegen.md"
 
 Row = dict[str, str]
 
-HEAD = """# Machine code of the CUDA kernels
+HEAD = """# Machine code of the CUDA kernels: figures
 
-Every kernel, compiled as a launch would compile it (numba-cuda 0.30.4, CUDA 13.0, nvJitLink; sm_90 is sm_90a, sm_100
-sm_100a, sm_120 sm_120a), and its machine code counted. No GPU was needed or used: nothing on this page says how fast a
-kernel is. [cuda-codegen.csv](cuda-codegen.csv) has a row for each kernel and architecture, with all columns; here are
-the figures that differ between architectures, and for sm_90 what the machine code is made of. It is made by
-
-    rm -f docs/cuda-codegen.csv
-    FASTCONV_CODEGEN_RECORD=docs/cuda-codegen.csv make test-cuda ARGS='-m codegen'
-    .venv-cuda/bin/python tests/support/codegen_table.py
-
-- *registers*: of a thread; *shared*: static bytes of a block, without the 1024 that sm_90 and later reserve. No kernel
-  asks for dynamic shared memory, so that 48 KiB, which every GPU has without being asked, are the limit.
-- *hot*: in the basic block that has most of them, the share of multiply-adds (FFMA of float32, DFMA of float64, HMMA of
-  the tensor cores), in per cent; for sm_90 their number and that of all instructions of that block.
-- *LDG* and *STG*: loads and stores of global memory, those of 128 or 64 bits among them; *LDGSTS*: asynchronous copies
-  of 16 bytes; *LDS*, *STS*: shared memory, those of 128 bits among them; *LDSM*: `ldmatrix`; *SHFL*: shuffles of a
-  warp; *BAR*: barriers of a block.
+What the columns mean, and how this page is made: [cuda-codegen](../cuda-codegen.md).
 """
 
 FAMILIES = {
@@ -96,12 +82,11 @@ def _among(row: Row, opcode: str) -> str:
     return f"{wide} of {total}" if total else "0"
 
 
-def _table(kernels: dict[str, dict[str, Row]], architectures: list[str]) -> Iterator[str]:
+def _table(kernels: dict[str, dict[str, Row]], architectures: list[str]) -> str:
     head = ["kernel", "threads", "shared", "stack, local, spills"]
     head += [f"registers {a}" for a in architectures] + [f"hot {a}" for a in architectures]
     head += ["hot sm_90", "LDG", "STG", "LDGSTS", "LDS", "STS", "LDSM", "SHFL", "BAR"]
-    yield "| " + " | ".join(head) + " |"
-    yield "| --- |" + " ---: |" * (len(head) - 1)
+    lines = []
     for kernel, rows in kernels.items():
         hopper = rows["sm_90"]
         shared = sorted({int(row["static shared"]) for row in rows.values()})
@@ -113,7 +98,8 @@ def _table(kernels: dict[str, dict[str, Row]], architectures: list[str]) -> Iter
         cells.append(multiplies if int(hopper["hot count"]) else "-")
         cells += [_among(hopper, "LDG"), _among(hopper, "STG"), hopper["LDGSTS"]]
         cells += [_among(hopper, "LDS"), _among(hopper, "STS"), hopper["LDSM"], hopper["SHFL"], hopper["BAR"]]
-        yield "| " + " | ".join(cells) + " |"
+        lines.append(cells)
+    return tables.table(head, lines)
 
 
 def page(rows: list[Row]) -> str:
@@ -133,7 +119,7 @@ def page(rows: list[Row]) -> str:
     for name, members in kernels.items():
         if members:
             architectures = sorted({a for rows in members.values() for a in rows}, key=_number)
-            parts += [f"\n## {name}\n\n", "\n".join(_table(members, architectures)), "\n"]
+            parts += [f"\n## {name}\n\n", _table(members, architectures), "\n"]
     return "".join(parts)
 
 
