@@ -59,7 +59,7 @@ from .jit import helper as _jit
 from .records import Integer, Integers, Reals
 from .vector import tile as machine
 from .vector.gemm import ADD, Rows, contract_packed, pack_panel, run_stride, run_table_stride
-from .vector.memory import at, fill_zero, offset, pointer_address
+from .vector.memory import at, fill_zero, no_inline, offset, pointer_address
 from .vector.move import copy_span, transpose
 from .vector.winograd import transform_input, transform_output, transform_weight
 
@@ -117,6 +117,61 @@ def _store_tiles(p, y, outputs, tile, end, m):
         tile += count
 
 
+@_jit
+def _transform_inputs(p, u, inputs, slab, channels, tables, panels):
+    """U[panel][xi][channel][tile] for the channels that are in the slab."""
+    no_inline()
+    columns, lanes = machine.columns(slab), machine.lanes(slab)
+    m, points, tap_offset = p[TILE], p[POINTS], at(p, p[TAP_OFFSET])
+    table_pitch = columns // lanes * run_table_stride(slab)
+    for k in range(channels):
+        for q in range(panels):
+            table = offset(tables, q * table_pitch)
+            pack_panel(inputs, offset(slab, k * p[CHANNEL_PITCH]), 1, 0, points, tap_offset, table, 0)
+            target = offset(u, q * points * p[U_PITCH] + k * columns)
+            for lane in range(0, columns, lanes):
+                transform_input(m, offset(target, lane), p[U_PITCH], offset(inputs, lane), columns)
+
+
+@_jit
+def _multiply(p, products, u, group, group_end, vectors):
+    """M[panel][xi][row][tile] of a group of panels of output channels, for one panel of tiles."""
+    no_inline()
+    columns, points, depth = machine.columns(u), p[POINTS], p[CHANNELS]
+    kernels, kernels_pitch = at(p, p[KERNELS]), columns // machine.lanes(u) + 1
+    for xi in range(points):
+        panel = offset(u, xi * p[U_PITCH])
+        for i in range(group, group_end):
+            o = i * p[ROW_CHANNELS] // p[PANELS]
+            rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o
+            v = offset(at(u, p[W]), points * (o * depth + i * p[V_SLACK]))
+            v = offset(v, xi * (rows * depth + p[V_SLACK]))
+            place = offset(products, ((i - group) * points * machine.tile_rows(u) + xi * rows) * columns)
+            for c in range(0, depth, CHAIN):
+                contract_packed(
+                    kernels[rows * kernels_pitch + vectors], min(CHAIN, depth - c), offset(v, c * rows),
+                    offset(panel, c * columns), place, ADD if c else 0,
+                )  # fmt: skip
+
+
+@_jit
+def _transform_outputs(p, y, products, outputs, suspect, group, group_end, tile, end):
+    """From M to the outputs of tiles tile .. end, in a group of panels of output channels."""
+    no_inline()
+    columns, lanes, m, bias = machine.columns(y), machine.lanes(y), p[TILE], at(y, p[BIAS])
+    for i in range(group, group_end):
+        o = i * p[ROW_CHANNELS] // p[PANELS]
+        rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o
+        place = offset(products, (i - group) * p[POINTS] * machine.tile_rows(y) * columns)
+        for row in range(rows):
+            for first in range(0, end - tile, lanes):
+                transform_output(
+                    m, offset(outputs, first * m), columns * m, offset(place, row * columns + first), rows * columns,
+                    offset(bias, o + row), p[RELU], offset(suspect, first),
+                )  # fmt: skip
+            _store_tiles(p, offset(y, (o + row) * p[Y_O]), outputs, tile, end, m)
+
+
 @tasks.Body
 def _winograd(task, worker, p, real):
     """Task = a range of tiles and a range of output channels."""
@@ -132,12 +187,8 @@ def _winograd(task, worker, p, real):
     table_pitch = columns // lanes * run_table_stride(real)
     tables_end = offset(tables, p[BLOCK] * table_pitch)
     rows_table = offset(tables_end, 4)
-    tap_offset = at(p, p[TAP_OFFSET])
-    x, y, v = at(real, p[X]), at(real, p[Y]), at(real, p[W])
-    bias, flags = at(real, p[BIAS]), at(p, p[FLAGS])
-    kernels, kernels_pitch = at(p, p[KERNELS]), columns // lanes + 1
+    x, y, flags = at(real, p[X]), at(real, p[Y]), at(p, p[FLAGS])
     out_h, out_w = p[OUT_H], p[OUT_W]
-    depth, row_channels, row_panels = p[CHANNELS], p[ROW_CHANNELS], p[PANELS]
 
     part, block = task % p[ROW_TASKS], task // p[ROW_TASKS]
     first_panel, last_panel = part * p[PANELS] // p[ROW_TASKS], (part + 1) * p[PANELS] // p[ROW_TASKS]
@@ -163,7 +214,6 @@ def _winograd(task, worker, p, real):
             table = offset(tables, q * table_pitch)
             contraction._find_pieces(p, table, tile, min(tile + columns, stop), first_row, first_column, real)
         listed = contraction._find_rows(p, rows_table, first_row, last_row)
-        # U[panel][xi][channel][tile]
         if start != first and p[PADDED]:
             fill_zero(slab, p[SLAB_SIZE])
         for c in range(0, p[CHANNELS], p[BLOCK_CHANNELS]):
@@ -172,16 +222,8 @@ def _winograd(task, worker, p, real):
                 p, slab, offset(x, c * p[X_C]), channels, rows_table, listed, first_column * p[STRIDE_W],
                 tables_end,
             ))  # fmt: skip
-            for k in range(channels):
-                for q in range(panels):
-                    pack_panel(
-                        inputs, offset(slab, k * p[CHANNEL_PITCH]), 1, 0, points, tap_offset,
-                        offset(tables, q * table_pitch), 0,
-                    )  # fmt: skip
-                    target = offset(u, q * points * p[U_PITCH] + (c + k) * columns)
-                    for lane in range(0, columns, lanes):
-                        transform_input(m, offset(target, lane), p[U_PITCH], offset(inputs, lane), columns)
-        # some panels of output channels at a time: M[panel][xi][row][tile], and out
+            _transform_inputs(p, offset(u, c * columns), inputs, slab, channels, tables, panels)
+        # some panels of output channels at a time
         fill_zero(suspect, panels * columns)
         for group in range(first_panel, last_panel, p[ROW_GROUP]):
             group_end = min(group + p[ROW_GROUP], last_panel)
@@ -189,33 +231,10 @@ def _winograd(task, worker, p, real):
                 tile = start + q * columns
                 end = min(tile + columns, stop)
                 vectors = (end - tile + lanes - 1) // lanes
-                for xi in range(points):
-                    panel = offset(u, (q * points + xi) * p[U_PITCH])
-                    for i in range(group, group_end):
-                        o = i * row_channels // row_panels
-                        rows = (i + 1) * row_channels // row_panels - o
-                        a = offset(v, points * (o * depth + i * p[V_SLACK]))
-                        a = offset(a, xi * (rows * depth + p[V_SLACK]))
-                        place = offset(
-                            products, ((i - group) * points * machine.tile_rows(real) + xi * rows) * columns
-                        )
-                        for c in range(0, depth, CHAIN):
-                            contract_packed(
-                                kernels[rows * kernels_pitch + vectors], min(CHAIN, depth - c),
-                                offset(a, c * rows), offset(panel, c * columns), place, ADD if c else 0,
-                            )  # fmt: skip
-                for i in range(group, group_end):
-                    o = i * row_channels // row_panels
-                    rows = (i + 1) * row_channels // row_panels - o
-                    place = offset(products, (i - group) * points * machine.tile_rows(real) * columns)
-                    for row in range(rows):
-                        for vector in range(vectors):
-                            transform_output(
-                                m, offset(outputs, vector * lanes * m), columns * m,
-                                offset(place, row * columns + vector * lanes), rows * columns,
-                                offset(bias, o + row), p[RELU], offset(suspect, q * columns + vector * lanes),
-                            )  # fmt: skip
-                        _store_tiles(p, offset(y, (o + row) * p[Y_O]), outputs, tile, end, m)
+                _multiply(p, products, offset(u, q * points * p[U_PITCH]), group, group_end, vectors)
+                _transform_outputs(
+                    p, y, products, outputs, offset(suspect, q * columns), group, group_end, tile, end
+                )  # fmt: skip
         for tile in range(start, stop):
             if suspect[tile - start] != 0:
                 flags[tile // out_w // out_h] = 1

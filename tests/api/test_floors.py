@@ -29,6 +29,7 @@ MACHINERY = {
         "fft": "convolution by Fourier transforms; CUDA has the direct sum only",
         "half": "float16 in vectors; CUDA has instructions for it",
         "jit": "how kernels are compiled",
+        "records": "blocks of parameters with names, for compiled code",
         "simd": "vector instructions",
         "small_planes": "the same sum without the products with zeros around small planes",
         "tasks": "runs an operation as tasks on the threads",

@@ -48,6 +48,8 @@ def _line_out(to, step, line, count, past_cache):
             to[i * step] = line[i]
 
 
+# One function, however long: its parts share some twenty values, and are cut by GENERAL, which is a global of this one
+# alone. Each function of its own would take 50 ms to compile.
 def by_class(task, worker, p, real):
     classes, space, kept, past_cache, in_grad = p.classes, p.space, p.kept != 0, p.past_cache != 0, p.in_grad != 0
     logits, grad, soft, weight = p.logits.values, p.grad.values, p.soft.values, p.weight

@@ -132,6 +132,8 @@ def _correct(base, top, low, width, total, weighted, coefficient_sum):
             weighted[j] = weighted[j] + coefficient_sum[j] * change
 
 
+# One function, however long: its parts share some thirty values, and are cut by GENERAL, which is a global of this one
+# alone. Each function of its own would take 50 ms to compile.
 def by_position(task, worker, p, real):
     classes, space, width, kept, past_cache = p.classes, p.space, p.width, p.kept != 0, p.past_cache != 0
     in_grad, run = p.in_grad != 0, p.run
