@@ -1,10 +1,10 @@
-"""The sums of `contraction.correlate` where the channels of a pixel are neighbours in memory, without transposes.
+"""The sums of `implicit_gemm` where the channels of a pixel are neighbours in memory, without transposes.
 
 `correlate` wants pixels along its vectors: channels-last images are transposed on the way into its panels, and its
 tiles on the way out, which can take longer than the products. Here output channels are along the vectors
-(`simd.contract_windows`). The rows of a tile are neighbouring pixels of an output row, read one by one, each into all
-lanes; nothing is packed but the weights, and what is computed is stored where it belongs. Windows that stay inside the
-image may be read as they lie in memory; others are read from a slab, a copy of the rows that a task needs with their
+(`gemm.contract_pixels_by_channels`). The rows of a tile are neighbouring pixels of an output row, read one by one, each
+into all lanes; nothing is packed but the weights, and what is computed is stored where it belongs. Windows that stay
+inside the image may be read in place; others are read from a slab, a copy of the rows that a task needs with their
 border.
 
 The blocks of the reduction are those of `correlate`, and so is the order of the sum in them: the bits are the same.
@@ -21,63 +21,38 @@ from dataclasses import replace
 
 import numpy as np
 
-from . import contraction, simd, tasks
-from .contraction import (
-    ADD,
-    BIAS,
-    BLOCK_CHANNELS,
-    CHANNELS,
-    CHUNK,
-    CHUNKS,
-    DEPTH_OFFSET,
-    FILL,
-    IN_PLACE,
-    KERNEL_D,
-    KERNELS,
-    OUT_D,
-    OUT_H,
-    OUT_W,
-    OWN_FIELDS,
-    PACKING,
-    PADDED,
-    PANELS,
-    PIXEL_STEP,
-    PIXEL_TASKS,
-    RELU,
-    ROW_CHANNELS,
-    ROW_PITCH,
-    ROW_TABLE,
-    ROW_TASKS,
-    SEGMENT_ROWS,
-    SLAB_SIZE,
-    STRIDE_D,
-    STRIDE_H,
-    STRIDE_W,
-    TABLE_BYTES,
-    TAPS,
-    WEIGHT_PANELS,
-    WEIGHT_SIZE,
-    X_C,
-    X_D,
-    X_GROUP,
-    X_H,
-    X_N,
-    Y_GROUP,
-    Y_W,
+from . import tasks
+from .implicit_gemm.blocks import (
     Axis,
     Blocks,
-    Plan,
+    SlabShape,
     Strides,
-    W,
-    X,
-    Y,
-    address,
+    ceil_div,
+    flatten,
+    is_padded,
+    offsets_of_taps,
 )  # fmt: skip
-from .jit import helper as _jit
+from .implicit_gemm.gradient import row_place
+from .implicit_gemm.parameters import Correlation
+from .implicit_gemm.plan import AGAIN_WEIGHTS, Plan, aliases, pitch_of_pixels, set_common, set_pixel_slab
+from .implicit_gemm.slab import find_rows
+from .jit import helper
+from .records import Integer
+from .tasks import data_address
+from .vector import move
+from .vector import tile as machine
+from .vector.gemm import ADD, BIAS, RELU, PixelTile, contract_pixels_by_channels
+from .vector.memory import at, fill_zero, integers_at, no_inline, offset
+from .vector.tile import tile
 
-# Parameters beyond those of `correlate`: output rows; where in the image the first window begins, if it is read in
-# place; and are sums stored from a tile, since there are no masks for a part of a vector?
-ROWS, FIRST, THROUGH_TILE, END = range(contraction.END, contraction.END + 4)
+
+class Pixels(Correlation):
+    """Parameters beyond those of `implicit_gemm.correlate`."""
+
+    rows: Integer  # output rows
+    first: Integer  # where in the image the first window begins, if it is read in place
+    through_tile: Integer  # are sums stored from a tile, since there are no masks for a part of a vector?
+
 
 # What a task reads of the image, for a block of the reduction, and the weights that all its pixels are multiplied with
 # before the next: both in L2.
@@ -93,100 +68,97 @@ _LEAST_PIXELS = 56
 _TRANSPOSE_COST, _TRANSPOSE_COST_WITHOUT_MASKS = 12, 55
 
 
-@_jit
-def _contract_row(p, kernels, depth, weights, first_panel, last_panel, source, y, pixels, flags, bias, tile):
+@helper
+def _contract_row(p, depth, weights, first_panel, last_panel, source, y, pixels, flags, bias, tile):
     """Add a block of the reduction to neighbouring pixels of an output row, for some panels of output channels.
 
     `tile` is room for the pixels of a tile, and for its bias: a part of a vector is stored from there without masks.
     """
-    simd.keep_apart()
-    lanes, most, columns = simd.lanes(source), simd.tile_rows(source), simd.columns(source)
-    step, offsets = p[PIXEL_STEP], simd.at(p, p[DEPTH_OFFSET])
-    first_o = first_panel * p[ROW_CHANNELS] // p[PANELS]
-    pieces = (pixels + most - 1) // most
-    for k in range(pieces):
-        begin, end = k * pixels // pieces, (k + 1) * pixels // pieces
+    no_inline()
+    lanes, most, columns = machine.lanes(source), machine.tile_rows(source), machine.columns(source)
+    step, offsets = p.slab.pixel_step, p.depth_offset
+    first_o = first_panel * p.row_channels // p.row_panels
+    parts = (pixels + most - 1) // most
+    for k in range(parts):
+        begin, end = k * pixels // parts, (k + 1) * pixels // parts
         o = first_o
         for panel in range(first_panel, last_panel):
-            rows = (panel + 1) * p[ROW_CHANNELS] // p[PANELS] - o
-            kernel = kernels[(rows + lanes - 1) // lanes * (most + 1) + end - begin]
-            place, pitch, of_rows = simd.offset(y, begin * p[Y_W] + o), p[Y_W], simd.offset(bias, o)
+            rows = (panel + 1) * p.row_channels // p.row_panels - o
+            kernel = p.kernels[(rows + lanes - 1) // lanes * (most + 1) + end - begin]
+            place, pitch, of_rows = offset(y, begin * p.output.w + o), p.output.w, offset(bias, o)
             target = place
-            if p[THROUGH_TILE]:
+            if p.through_tile:
                 target, pitch = tile, columns
-                if flags & simd.ADD:
-                    simd.copy_block(tile, columns, place, p[Y_W], end - begin, rows)
-                if flags & simd.BIAS:
-                    of_rows = simd.offset(tile, most * columns)
-                    simd.copy_span(of_rows, simd.offset(bias, o), rows)
-            simd.contract_windows(
-                kernel, depth, offsets, simd.offset(weights, (o - first_o) * depth), rows,
-                simd.offset(source, begin * step), step, target, pitch, flags, of_rows,
+                if flags & ADD:
+                    move.copy_block(tile, columns, place, p.output.w, end - begin, rows)
+                if flags & BIAS:
+                    of_rows = offset(tile, most * columns)
+                    move.copy_span(of_rows, offset(bias, o), rows)
+            contract_pixels_by_channels(
+                kernel, depth, offsets, offset(weights, (o - first_o) * depth), rows,
+                offset(source, begin * step), step, target, pitch, flags, of_rows,
             )  # fmt: skip
-            if p[THROUGH_TILE]:
-                simd.copy_block(place, p[Y_W], tile, columns, end - begin, rows)
+            if p.through_tile:
+                move.copy_block(place, p.output.w, tile, columns, end - begin, rows)
             o += rows
 
 
-@tasks.Body
-def _correlate(task, worker, p, real):
-    slab = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    own_weights = simd.offset(slab, p[SLAB_SIZE])
-    tile = simd.offset(own_weights, p[WEIGHT_SIZE])
-    table = simd.at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[TABLE_BYTES])
-    rows_table = simd.offset(table, p[ROW_TABLE])
-    kernels, out_d, out_h = simd.at(p, p[KERNELS]), p[OUT_D], p[OUT_H]
+@tasks.body(Pixels)
+def correlate_pixels(task, worker, p, real):
+    slab = at(real, p.header.scratch + worker * p.header.scratch_bytes)
+    own_weights = offset(slab, p.slab.elements)
+    tile = offset(own_weights, p.weight_elements)
+    rows_table = integers_at(p.header.scratch + (worker + 1) * p.header.scratch_bytes - p.table_bytes)
+    out_d, out_h = p.out.d, p.out.h
 
     # what this task computes: panels first_panel .. last_panel of a group, and rows first .. last or pixels of one
-    part, rest = task % p[ROW_TASKS], task // p[ROW_TASKS]
-    where, group = rest % p[PIXEL_TASKS], rest // p[PIXEL_TASKS]
-    first_panel, last_panel = part * p[PANELS] // p[ROW_TASKS], (part + 1) * p[PANELS] // p[ROW_TASKS]
-    first, last = where * p[ROWS] // p[PIXEL_TASKS], (where + 1) * p[ROWS] // p[PIXEL_TASKS]
-    first_pixel, pixels = np.int64(0), p[OUT_W]
-    if p[CHUNKS]:
-        first, first_pixel = where // p[CHUNKS], where % p[CHUNKS] * p[CHUNK]
-        last, pixels = first + 1, min(p[CHUNK], p[OUT_W] - first_pixel)
+    part, rest = task % p.row_tasks, task // p.row_tasks
+    where, group = rest % p.pixel_tasks, rest // p.pixel_tasks
+    first_panel, last_panel = part * p.row_panels // p.row_tasks, (part + 1) * p.row_panels // p.row_tasks
+    first, last = where * p.rows // p.pixel_tasks, (where + 1) * p.rows // p.pixel_tasks
+    first_pixel, pixels = np.int64(0), p.out.w
+    if p.chunks:
+        first, first_pixel = where // p.chunks, where % p.chunks * p.chunk
+        last, pixels = first + 1, min(p.chunk, p.out.w - first_pixel)
 
-    x = simd.offset(simd.at(real, p[X]), group * p[X_GROUP])
-    y = simd.offset(simd.at(real, p[Y]), group * p[Y_GROUP])
-    w = simd.offset(simd.at(real, p[W]), group * p[ROW_CHANNELS] * p[CHANNELS] * p[TAPS])
-    bias = simd.offset(simd.at(real, p[BIAS]), group * p[ROW_CHANNELS])
-    listed = 0 if p[IN_PLACE] else contraction._find_rows(p, rows_table, first, last)
-    if p[PADDED] and not p[IN_PLACE]:
-        simd.fill_zero(slab, p[SLAB_SIZE])
+    x = offset(p.operands.x, group * p.input_group)
+    y = offset(p.operands.y, group * p.output_group)
+    w = offset(p.operands.w, group * p.row_channels * p.channels * p.taps)
+    bias = offset(p.operands.bias, group * p.row_channels)
+    listed = 0 if p.slab.in_place else find_rows(p, rows_table, first, last)
+    if p.padded and not p.slab.in_place:
+        fill_zero(slab, p.slab.elements)
     reduced = 0  # how much of the reduction has been done
-    for c in range(0, p[CHANNELS], p[BLOCK_CHANNELS]):
-        channels = min(p[BLOCK_CHANNELS], p[CHANNELS] - c)
-        depth = channels * p[TAPS]
-        flags = simd.ADD if reduced > 0 or p[ADD] else 0
-        if c + channels == p[CHANNELS]:
-            flags |= (simd.BIAS if p[BIAS] else 0) | (simd.RELU if p[RELU] else 0)
-        if not p[IN_PLACE]:
-            tasks.ask(p[FILL], (
-                p, slab, simd.offset(x, c * p[X_C]), channels, rows_table, listed, first_pixel * p[STRIDE_W],
+    for c in range(0, p.channels, p.block_channels):
+        channels = min(p.block_channels, p.channels - c)
+        depth = channels * p.taps
+        flags = ADD if reduced > 0 or p.operands.add else 0
+        if c + channels == p.channels:
+            flags |= (BIAS if p.operands.has_bias else 0) | (RELU if p.operands.relu else 0)
+        if not p.slab.in_place:
+            tasks.call_with(p.slab.fill, (
+                p, slab, offset(x, c * p.input.c), channels, rows_table, listed, first_pixel * p.slab.width.stride,
             ))  # fmt: skip
-        for panel in range(first_panel, last_panel, p[WEIGHT_PANELS]):
-            panel_end = min(panel + p[WEIGHT_PANELS], last_panel)
-            o = panel * p[ROW_CHANNELS] // p[PANELS]
-            weights = simd.offset(w, p[ROW_CHANNELS] * reduced + o * depth)
-            if p[PACKING]:
+        for panel in range(first_panel, last_panel, p.weight_panels):
+            panel_end = min(panel + p.weight_panels, last_panel)
+            o = panel * p.row_channels // p.row_panels
+            weights = offset(w, p.row_channels * reduced + o * depth)
+            if p.pack_rows:
                 weights = own_weights
-                contraction._pack_own(
-                    p, worker, simd.offset(rows_table, -OWN_FIELDS), weights, group, tile, panel, panel_end, c,
-                    channels, np.int64(0), p[TAPS],
-                )  # fmt: skip
+                tasks.call_with(p.pack_rows, (
+                    p.packing, weights, group, panel, panel_end, c, channels, 0, p.taps, tile,
+                ))  # fmt: skip
             for row in range(first, last):
                 n, d, h = row // out_h // out_d, row // out_h % out_d, row % out_h
-                place = p[FIRST] + n * p[X_N] + d * p[STRIDE_D] * p[X_D] + h * p[STRIDE_H] * p[X_H]
-                source = simd.offset(x, place + first_pixel * p[PIXEL_STEP] + c * p[X_C])
-                if not p[IN_PLACE]:
+                place = n * p.input.n + d * p.slab.depth.stride * p.input.d + h * p.slab.height.stride * p.input.h
+                source = offset(x, p.first + place + first_pixel * p.slab.pixel_step + c * p.input.c)
+                if not p.slab.in_place:
                     segment = row // out_h - first // out_h
                     h -= first % out_h if segment == 0 else 0
-                    source = simd.offset(
-                        slab, (segment * p[KERNEL_D] * p[SEGMENT_ROWS] + h * p[STRIDE_H]) * p[ROW_PITCH]
-                    )
-                target = simd.offset(y, contraction._row_place(p, row) + first_pixel * p[Y_W])
-                _contract_row(p, kernels, depth, weights, panel, panel_end, source, target, pixels, flags, bias, tile)
+                    slab_row = segment * p.slab.depth.taps * p.slab.segment_rows + h * p.slab.height.stride
+                    source = offset(slab, slab_row * p.slab.row_pitch)
+                target = offset(y, row_place(p, row) + first_pixel * p.output.w)
+                _contract_row(p, depth, weights, panel, panel_end, source, target, pixels, flags, bias, tile)
         reduced += depth
 
 
@@ -195,36 +167,27 @@ def _correlate(task, worker, p, real):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-@tasks.Body
-def _list_kernel(pixels, vectors, table, real):
-    simd.list_window_kernel(pixels, vectors, table, real)
-
-
 @functools.cache
 def _kernel_table(dtype: np.dtype) -> np.ndarray:
-    t = simd.tile(dtype.itemsize * 8)
+    t = tile(dtype.itemsize * 8)
     return np.zeros((t.vectors + 1, t.rows + 1), np.int64)
 
 
 def _kernels(dtype: np.dtype, blocks: Blocks, lengths: set[int]) -> int:
     """Address of the table of microkernels [vectors][pixels], in which are those that rows of these lengths take."""
-    t = simd.tile(dtype.itemsize * 8)
+    t = tile(dtype.itemsize * 8)
     table = _kernel_table(dtype)
-    of_panels = {blocks.rows // blocks.panels, _ceil(blocks.rows, blocks.panels)}
-    for vectors, length in itertools.product({_ceil(rows, t.lanes) for rows in of_panels}, lengths):
-        pieces = _ceil(length, t.rows)
-        for pixels in {length // pieces, _ceil(length, pieces)}:
+    of_panels = {blocks.rows // blocks.panels, ceil_div(blocks.rows, blocks.panels)}
+    for vectors, length in itertools.product({ceil_div(rows, t.lanes) for rows in of_panels}, lengths):
+        parts = ceil_div(length, t.rows)
+        for pixels in {length // parts, ceil_div(length, parts)}:
             if not table[vectors, pixels]:
-                _list_kernel.call(dtype, pixels, vectors, table[vectors, pixels : pixels + 1])
-    return address(table)
+                table[vectors, pixels] = contract_pixels_by_channels.address(dtype, PixelTile(pixels, vectors))
+    return data_address(table)
 
 
 def _vectors(rows: int, panels: int, lanes: int) -> int:
-    return sum(_ceil((i + 1) * rows // panels - i * rows // panels, lanes) for i in range(panels))
+    return sum(ceil_div((i + 1) * rows // panels - i * rows // panels, lanes) for i in range(panels))
 
 
 def cut_all(
@@ -235,7 +198,7 @@ def cut_all(
     None if that does not apply, or takes longer than `correlate`, or `small_planes`, of which this part of the products
     is `needed`.
     """
-    t = simd.tile(dtype.itemsize * 8)
+    t = tile(dtype.itemsize * 8)
     rows, channels = blocks[0].rows, blocks[0].channels
     if (x[1] != 1 and channels > 1) or (y[1] != 1 and rows > 1):
         return None
@@ -244,7 +207,7 @@ def cut_all(
     if any(each.block_taps < each.taps for each in blocks):
         return None
     # the panels with the fewest vectors, of these the fewest panels
-    candidates = _ceil(rows, t.columns), _ceil(rows, t.lanes)
+    candidates = ceil_div(rows, t.columns), ceil_div(rows, t.lanes)
     panels = min(candidates, key=lambda panels: (_vectors(rows, panels, t.lanes), panels))
     lanes = _vectors(rows, panels, t.lanes) * t.lanes
     transposed = _TRANSPOSE_COST if t.masks else _TRANSPOSE_COST_WITHOUT_MASKS
@@ -261,56 +224,56 @@ def plan_correlation(
     dtype: np.dtype, batch: int, blocks: Blocks, axes: tuple[Axis, ...], x: Strides, y: Strides, zeros: bool,
     workers: int, packed: bool, group_steps: tuple[int, int] | None = None,
 ) -> Plan:  # fmt: skip
-    """`contraction.plan_correlation` for `blocks` of `cut_all`."""
-    t = simd.tile(dtype.itemsize * 8)
+    """`implicit_gemm.plan_correlation` for `blocks` of `cut_all`."""
+    t = tile(dtype.itemsize * 8)
     size = dtype.itemsize
-    batch, axes, x, y = contraction.flatten(batch, axes, x, y)
+    batch, axes, x, y = flatten(batch, axes, x, y)
     depth, height, width = axes
     rows = batch * depth.out * height.out
     in_place = (
-        not contraction._is_padded(axes)
+        not is_padded(axes)
         and blocks.block_channels == blocks.channels
-        and not contraction.aliases(x[4], width.stride, dtype)
+        and not aliases(x[4], width.stride, dtype)
     )
-    pitch = x[4] if in_place else contraction.pitch_of_pixels(blocks.block_channels, width.stride, dtype)
+    pitch = x[4] if in_place else pitch_of_pixels(blocks.block_channels, width.stride, dtype)
 
-    def slab_of(rows_at_once: int, pixels: int) -> contraction._Slab:
+    def slab_of(rows_at_once: int, pixels: int) -> SlabShape:
         segments = min(batch * depth.out, (rows_at_once + height.out - 2) // height.out + 1)
         segment_rows = (min(height.out, rows_at_once) - 1) * height.stride + height.span
         length = (pixels - 1) * width.stride + width.span
         whole = segments * depth.taps * segment_rows
         row = length * pitch
-        return contraction._Slab(pixels, segments, segment_rows, length, row, length, whole * row, 2 * whole)
+        return SlabShape(pixels, segments, segment_rows, length, row, length, whole * row, 2 * whole)
 
     # A task is some rows; or some pixels of a row, where threads could share it or it is more than a task reads.
-    wanted = _ceil(_TASKS * workers, blocks.groups)
-    pieces = 1 if rows >= wanted else max(1, min(_ceil(wanted, rows), width.out // _LEAST_PIXELS))
-    pixels = _ceil(width.out, pieces)
+    wanted = ceil_div(_TASKS * workers, blocks.groups)
+    parts = 1 if rows >= wanted else max(1, min(ceil_div(wanted, rows), width.out // _LEAST_PIXELS))
+    pixels = ceil_div(width.out, parts)
     while pixels > t.rows and slab_of(1, pixels).channel * size > SOURCE_BYTES:
-        pixels = _ceil(pixels, 2)
+        pixels = ceil_div(pixels, 2)
     if pixels < width.out:
-        pixels = min(width.out, _ceil(pixels, t.rows) * t.rows)
+        pixels = min(width.out, ceil_div(pixels, t.rows) * t.rows)
     chunk, chunks, rows_at_once = 0, 0, 1
     if pixels < width.out:
-        chunk, chunks = pixels, _ceil(width.out, pixels)
+        chunk, chunks = pixels, ceil_div(width.out, pixels)
         pixel_tasks = rows * chunks
     else:
-        most = min(rows, max(_ceil(rows, wanted), _ceil(_LEAST_PIXELS, pixels)))
+        most = min(rows, max(ceil_div(rows, wanted), ceil_div(_LEAST_PIXELS, pixels)))
         sizes = range(1, most + 1)
         fit = bisect.bisect_right(sizes, SOURCE_BYTES, key=lambda n: slab_of(n, pixels).channel * size)
-        pixel_tasks = _ceil(rows, max(1, fit))
-        rows_at_once = _ceil(rows, pixel_tasks)
+        pixel_tasks = ceil_div(rows, max(1, fit))
+        rows_at_once = ceil_div(rows, pixel_tasks)
     slab = slab_of(rows_at_once, pixels)
-    row_tasks = max(1, min(blocks.panels, _ceil(wanted, pixel_tasks)))
+    row_tasks = max(1, min(blocks.panels, ceil_div(wanted, pixel_tasks)))
 
-    of_panel = _ceil(blocks.rows, blocks.panels) * blocks.depth
-    weight_panels = max(1, min(_ceil(blocks.panels, row_tasks), WEIGHT_BYTES // (of_panel * size)))
+    of_panel = ceil_div(blocks.rows, blocks.panels) * blocks.depth
+    weight_panels = max(1, min(ceil_div(blocks.panels, row_tasks), WEIGHT_BYTES // (of_panel * size)))
     packs = not packed and (
-        pixel_tasks == 1 or pixel_tasks * blocks.packed_size <= contraction.AGAIN_WEIGHTS * workers
+        pixel_tasks == 1 or pixel_tasks * blocks.packed_size <= AGAIN_WEIGHTS * workers
     )
-    slab_size = 0 if in_place else _ceil(slab.channel, 16) * 16
-    weight_size = _ceil(weight_panels * of_panel, 16) * 16 if packs else 0
-    table_bytes = _ceil((OWN_FIELDS + (0 if in_place else slab.table)) * 8, 64) * 64
+    slab_size = 0 if in_place else ceil_div(slab.channel, 16) * 16
+    weight_size = ceil_div(weight_panels * of_panel, 16) * 16 if packs else 0
+    table_bytes = ceil_div((0 if in_place else slab.table) * 8, 64) * 64
     tile_size = max(t.lanes * t.lanes, (t.rows + 1) * t.columns)  # or a block of weights to be packed
     scratch = (slab_size + weight_size + tile_size) * size + table_bytes
 
@@ -318,21 +281,21 @@ def plan_correlation(
     if in_place:
         channel, steps = x[1], [a.dilation * step for a, step in zip(axes, x[2:], strict=True)]
     offsets = np.arange(blocks.block_channels, dtype=np.int64)[:, None] * channel
-    offsets = (offsets + contraction.offsets_of_taps(axes, steps)).ravel()
+    offsets = (offsets + offsets_of_taps(axes, steps)).ravel()
 
-    parameters = np.zeros(END, np.int64)
-    contraction._set_common(parameters, dtype, batch, axes, slab, x, y, zeros, in_place)
-    parameters[[ROW_CHANNELS, CHANNELS, PANELS]] = blocks.rows, blocks.channels, blocks.panels
-    contraction.set_pixel_slab(parameters, dtype, slab.row_length, pitch, width.stride)
-    parameters[[BLOCK_CHANNELS, ROWS]] = blocks.block_channels, rows
+    p = Pixels.zeros()
+    set_common(p, dtype, batch, axes, slab, x, y, zeros, in_place)
+    p.row_channels, p.channels, p.row_panels = blocks.rows, blocks.channels, blocks.panels
+    set_pixel_slab(p, dtype, slab.row_length, pitch, width.stride)
+    p.block_channels, p.rows = blocks.block_channels, rows
     whole = all(i * blocks.rows // blocks.panels % t.lanes == 0 for i in range(blocks.panels + 1))
-    parameters[THROUGH_TILE] = not t.masks and not whole
-    parameters[FIRST] = -sum(a.before * step for a, step in zip(axes, x[2:], strict=True))
-    parameters[[PIXEL_TASKS, ROW_TASKS, CHUNK, CHUNKS]] = pixel_tasks, row_tasks, chunk, chunks
-    parameters[[X_GROUP, Y_GROUP]] = group_steps or (blocks.channels * x[1], blocks.rows * y[1])
-    parameters[[SLAB_SIZE, WEIGHT_SIZE, WEIGHT_PANELS]] = slab_size, weight_size, weight_panels
-    parameters[[TABLE_BYTES, ROW_TABLE, DEPTH_OFFSET]] = table_bytes, OWN_FIELDS, address(offsets)
-    parameters[KERNELS] = _kernels(dtype, blocks, {pixels, width.out - (chunks - 1) * chunk if chunk else pixels})
+    p.through_tile = not t.masks and not whole
+    p.first = -sum(a.before * step for a, step in zip(axes, x[2:], strict=True))
+    p.pixel_tasks, p.row_tasks, p.chunk, p.chunks = pixel_tasks, row_tasks, chunk, chunks
+    p.input_group, p.output_group = group_steps or (blocks.channels * x[1], blocks.rows * y[1])
+    p.slab.elements, p.weight_elements, p.weight_panels = slab_size, weight_size, weight_panels
+    p.table_bytes, p.depth_offset = table_bytes, data_address(offsets)
+    p.kernels = _kernels(dtype, blocks, {pixels, width.out - (chunks - 1) * chunk if chunk else pixels})
     flops = 2 * rows * width.out * blocks.rows * blocks.groups * blocks.channels * blocks.taps
     tables = (depth.source, height.source, width.source, offsets)
-    return Plan(parameters, tables, blocks.groups * pixel_tasks * row_tasks, scratch, flops, packs, _correlate)
+    return Plan(np.asarray(p), tables, blocks.groups * pixel_tasks * row_tasks, scratch, flops, packs, correlate_pixels)

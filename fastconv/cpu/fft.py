@@ -41,7 +41,7 @@ from numba import njit
 from ..geometry import ConvGeometry, Size3
 from . import tasks
 from .records import Integer, Integers, Reals, Record
-from .tasks import address
+from .tasks import data_address
 from .threads import get_num_threads
 from .vector.memory import fill_zero, offset
 from .vector.move import copy_span
@@ -483,9 +483,10 @@ def _tiles(array: np.ndarray, source: _Source, tiling: Tiling, channels: range, 
     n_step, c_step, *step = _strides(array)
     first, end = source.run
     parameters = Gather.of(
-        array=address(array), n_step=n_step, c_step=c_step, step=tuple(step), tiles=address(tiles), tile=tiling.tile,
-        first_channel=channels.start, first_tile=chunk.start, number=len(chunk), count=tiling.count,
-        advance=tiling.step, tables=tuple(map(address, source.tables)), used=source.used, run_first=first, run_end=end,
+        array=data_address(array), n_step=n_step, c_step=c_step, step=tuple(step), tiles=data_address(tiles),
+        tile=tiling.tile, first_channel=channels.start, first_tile=chunk.start, number=len(chunk), count=tiling.count,
+        advance=tiling.step, tables=tuple(map(data_address, source.tables)), used=source.used, run_first=first,
+        run_end=end,
     )  # fmt: skip
     tasks.run(_gather, array.dtype, len(channels) * len(chunk), parameters, 64, 8 * tiles.size)
     return tiles
@@ -500,10 +501,10 @@ def _store(
     shift[tiling.axes[-1]] = first
     n_step, c_step, *step = _strides(out)
     parameters = Scatter.of(
-        array=address(out), n_step=n_step, c_step=c_step, step=tuple(step), tiles=address(results),
+        array=data_address(out), n_step=n_step, c_step=c_step, step=tuple(step), tiles=data_address(results),
         tile=results.shape[2:], first_channel=channels.start, first_tile=chunk.start, number=len(chunk),
         count=tiling.count, advance=tiling.step, out=out.shape[2:], stride=stride, shift=tuple(shift),
-        bias=address(bias), relu=relu, add=add,
+        bias=data_address(bias), relu=relu, add=add,
     )  # fmt: skip
     tasks.run(_scatter, out.dtype, len(channels) * len(chunk), parameters, 64, 8 * results.size)
 
@@ -528,9 +529,9 @@ def _product(
     column_block = 16
     column_blocks = -(-columns // column_block)
     parameters = Multiply.of(
-        left=(address(left), left_row, left_term, rows * left_row),
-        right=(address(right), right_term, right_column, right_group),
-        product=(address(out), out_row, out_column, rows * out_row),
+        left=(data_address(left), left_row, left_term, rows * left_row),
+        right=(data_address(right), right_term, right_column, right_group),
+        product=(data_address(out), out_row, out_column, rows * out_row),
         rows=rows, columns=columns, terms=terms, reals=2 * frequencies, block=block, blocks=blocks,
         column_block=column_block, column_blocks=column_blocks, conjugated=conjugate, add=add,
     )  # fmt: skip

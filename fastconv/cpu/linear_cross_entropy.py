@@ -12,7 +12,7 @@ import numpy as np
 
 from . import tasks
 from .records import Integer, Reals
-from .tasks import address
+from .tasks import data_address
 from .vector import tile as machine
 from .vector.memory import offset
 from .vector.move import PREFETCH, transpose
@@ -58,7 +58,7 @@ def columns(rows: np.ndarray) -> np.ndarray:
     """The transposed matrix of one in C order, also in C order: the kernels read consecutive rows side by side."""
     count, features = rows.shape
     out = np.empty((features, count), rows.dtype)
-    parameters = _Matrix.of(source=address(rows), target=address(out), rows=count, features=features)
+    parameters = _Matrix.of(source=data_address(rows), target=data_address(out), rows=count, features=features)
     # counted as 16 operations an element, since reading and writing is all of the work
     tasks.run(_transpose, rows.dtype, -(-features // _STRIP), parameters, 64, 16 * rows.size)
     return out

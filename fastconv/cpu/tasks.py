@@ -99,7 +99,7 @@ def call(typingctx, body, task, worker, parameters):
 
 
 @intrinsic
-def ask(typingctx, body, arguments):
+def call_with(typingctx, body, arguments):
     """Call the compiled body at address `body` with the integers and pointers of the tuple as its parameters.
 
     A part of a body that not every call needs, or that several bodies have, is compiled once, when it is first needed,
@@ -124,6 +124,9 @@ def ask(typingctx, body, arguments):
         return context.get_dummy_value()
 
     return types.void(types.int64, arguments), codegen
+
+
+ask = call_with  # its name before
 
 
 @intrinsic
@@ -233,9 +236,12 @@ _DATA = object.__basicsize__
 _integer_at = ctypes.c_ssize_t.from_address
 
 
-def address(array: np.ndarray) -> int:
+def data_address(array: np.ndarray) -> int:
     """Address of the first element. (`__array_interface__` and `ctypes.data` say the same, but take 1 us to do so.)"""
     return _integer_at(id(array) + _DATA).value
+
+
+address = data_address  # its name before
 
 
 def _scratch(size: int) -> int:

@@ -4,7 +4,7 @@
 
 summed over channels inside the brackets, which makes (m + 2)^2 matrix products (output channels x channels x tiles),
 one for each element xi of the transformed tile (Lavin and Gray 2016). All of it is fused for a block of tiles that
-stays in L2: the inputs of the block go through the slab and the panels of `contraction` as if this were a kernel of
+stays in L2: the inputs of the block go through the slab and the panels of `implicit_gemm` as if this were a kernel of
 m + 2 taps and stride m, each panel row of tiles is transformed into U[xi][channel][tile], the microkernel multiplies it
 with the transformed weights V[xi][channel][row], and the result goes through the output transform straight into the
 output.
@@ -22,51 +22,36 @@ from dataclasses import replace
 import numpy as np
 
 from ..geometry import ConvGeometry
-from . import contraction, tasks
-from .contraction import (
-    BIAS,
-    BLOCK_CHANNELS,
-    CHANNEL_PITCH,
-    CHANNELS,
-    CHUNK,
-    CHUNKS,
-    FILL,
-    KERNELS,
-    OUT_H,
-    OUT_W,
-    PADDED,
-    PANEL_SIZE,
-    PANELS,
-    PIXEL_TASKS,
-    PIXELS,
-    RELU,
-    ROW_CHANNELS,
-    ROW_TASKS,
-    SLAB_SIZE,
-    STRIDE_W,
-    TABLE_BYTES,
-    TAP_OFFSET,
-    X_C,
-    Y_H,
-    Y_N,
-    Y_O,
-    Y_W,
-    W,
-    X,
-    Y,
-)  # fmt: skip
-from .jit import helper as _jit
+from . import tasks
+from .implicit_gemm.blocks import SLAB_BYTES, Axis, Blocks, slab_shape
+from .implicit_gemm.panels import find_runs
+from .implicit_gemm.parameters import Correlation
+from .implicit_gemm.plan import Plan, microkernels, plan_correlation
+from .implicit_gemm.slab import find_rows
+from .jit import helper
 from .records import Integer, Integers, Reals
+from .vector import move
 from .vector import tile as machine
-from .vector.gemm import ADD, Rows, contract_packed, pack_panel, run_stride, run_table_stride
-from .vector.memory import at, fill_zero, no_inline, offset, pointer_address
-from .vector.move import copy_span, transpose
+from .vector.gemm import ADD, contract_packed, pack_panel, run_stride, run_table_stride
+from .vector.memory import at, fill_zero, integers_at, no_inline, offset, pointer_address
+from .vector.tile import tile
 from .vector.winograd import transform_input, transform_output, transform_weight
 
-# Parameters beyond those of `correlate`, whose pixels are the tiles here.
-(
-    TILE, POINTS, IMAGE_H, IMAGE_W, BLOCK, ROW_GROUP, U_PITCH, U_SIZE, M_SIZE, V_SLACK, FLAGS, WINOGRAD_END,
-) = range(contraction.END, contraction.END + 12)  # fmt: skip
+
+class Tiles(Correlation):
+    """Parameters beyond those of the direct sum, whose pixels are the tiles here."""
+
+    m: Integer  # outputs of a tile in each dimension
+    points: Integer
+    image_h: Integer
+    image_w: Integer
+    block: Integer  # panels of tiles that are transformed before they are multiplied
+    row_group: Integer  # panels of output channels whose products are transformed together
+    u_pitch: Integer  # from point to point of the transformed inputs
+    u_elements: Integer  # parts of the scratch memory
+    m_elements: Integer
+    v_slack: Integer
+    suspects: Integers  # of each sample: has it to be computed again?
 
 
 class Weights(tasks.Parameters):
@@ -94,150 +79,144 @@ _U_BYTES = 1024 * 1024  # transformed inputs of a block of tiles, if more than o
 _M_BYTES = 192 * 1024
 
 
-@_jit
+@helper
 def _store_tiles(p, y, outputs, tile, end, m):
     """Put the outputs [row of the tile][tile, column of the tile] of tiles tile .. end where they belong in a plane."""
-    out_h, out_w = p[OUT_H], p[OUT_W]
+    out_h, out_w = p.out.h, p.out.w
     pitch = machine.columns(outputs) * m
     column = 0
     while tile < end:
         row = tile // out_w
         count = min(end - tile, (row + 1) * out_w - tile)
         n, h, w = row // out_h, row % out_h * m, (tile - row * out_w) * m
-        length = min(p[IMAGE_W] - w, count * m)
-        for i in range(min(m, p[IMAGE_H] - h)):
-            target = offset(y, n * p[Y_N] + (h + i) * p[Y_H] + w * p[Y_W])
+        length = min(p.image_w - w, count * m)
+        for i in range(min(m, p.image_h - h)):
+            target = offset(y, n * p.output.n + (h + i) * p.output.h + w * p.output.w)
             source = offset(outputs, i * pitch + column * m)
-            if p[Y_W] == 1:
-                copy_span(target, source, length)
+            if p.output.w == 1:
+                move.copy_span(target, source, length)
             else:
                 for k in range(length):
-                    target[k * p[Y_W]] = source[k]
+                    target[k * p.output.w] = source[k]
         column += count
         tile += count
 
 
-@_jit
+@helper
 def _transform_inputs(p, u, inputs, slab, channels, tables, panels):
     """U[panel][xi][channel][tile] for the channels that are in the slab."""
     no_inline()
     columns, lanes = machine.columns(slab), machine.lanes(slab)
-    m, points, tap_offset = p[TILE], p[POINTS], at(p, p[TAP_OFFSET])
     table_pitch = columns // lanes * run_table_stride(slab)
     for k in range(channels):
         for q in range(panels):
             table = offset(tables, q * table_pitch)
-            pack_panel(inputs, offset(slab, k * p[CHANNEL_PITCH]), 1, 0, points, tap_offset, table, 0)
-            target = offset(u, q * points * p[U_PITCH] + k * columns)
+            pack_panel(inputs, offset(slab, k * p.slab.channel_pitch), 1, 0, p.points, p.tap_offset, table, 0)
+            target = offset(u, q * p.points * p.u_pitch + k * columns)
             for lane in range(0, columns, lanes):
-                transform_input(m, offset(target, lane), p[U_PITCH], offset(inputs, lane), columns)
+                transform_input(p.m, offset(target, lane), p.u_pitch, offset(inputs, lane), columns)
 
 
-@_jit
-def _multiply(p, products, u, group, group_end, vectors):
+@helper
+def _multiply(p, products, u, group, group_end, tiles):
     """M[panel][xi][row][tile] of a group of panels of output channels, for one panel of tiles."""
     no_inline()
-    columns, points, depth = machine.columns(u), p[POINTS], p[CHANNELS]
-    kernels, kernels_pitch = at(p, p[KERNELS]), columns // machine.lanes(u) + 1
-    for xi in range(points):
-        panel = offset(u, xi * p[U_PITCH])
+    columns, lanes, depth = machine.columns(u), machine.lanes(u), p.channels
+    vectors, kernels_pitch = (tiles + lanes - 1) // lanes, columns // lanes + 1
+    for xi in range(p.points):
+        panel = offset(u, xi * p.u_pitch)
         for i in range(group, group_end):
-            o = i * p[ROW_CHANNELS] // p[PANELS]
-            rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o
-            v = offset(at(u, p[W]), points * (o * depth + i * p[V_SLACK]))
-            v = offset(v, xi * (rows * depth + p[V_SLACK]))
-            place = offset(products, ((i - group) * points * machine.tile_rows(u) + xi * rows) * columns)
+            o = i * p.row_channels // p.row_panels
+            rows = (i + 1) * p.row_channels // p.row_panels - o
+            v = offset(p.operands.w, p.points * (o * depth + i * p.v_slack))
+            v = offset(v, xi * (rows * depth + p.v_slack))
+            place = offset(products, ((i - group) * p.points * machine.tile_rows(u) + xi * rows) * columns)
             for c in range(0, depth, CHAIN):
                 contract_packed(
-                    kernels[rows * kernels_pitch + vectors], min(CHAIN, depth - c), offset(v, c * rows),
+                    p.kernels[rows * kernels_pitch + vectors], min(CHAIN, depth - c), offset(v, c * rows),
                     offset(panel, c * columns), place, ADD if c else 0,
                 )  # fmt: skip
 
 
-@_jit
-def _transform_outputs(p, y, products, outputs, suspect, group, group_end, tile, end):
+@helper
+def _transform_outputs(p, products, outputs, suspect, group, group_end, tile, end):
     """From M to the outputs of tiles tile .. end, in a group of panels of output channels."""
     no_inline()
-    columns, lanes, m, bias = machine.columns(y), machine.lanes(y), p[TILE], at(y, p[BIAS])
+    columns, lanes, y, bias = machine.columns(outputs), machine.lanes(outputs), p.operands.y, p.operands.bias
     for i in range(group, group_end):
-        o = i * p[ROW_CHANNELS] // p[PANELS]
-        rows = (i + 1) * p[ROW_CHANNELS] // p[PANELS] - o
-        place = offset(products, (i - group) * p[POINTS] * machine.tile_rows(y) * columns)
+        o = i * p.row_channels // p.row_panels
+        rows = (i + 1) * p.row_channels // p.row_panels - o
+        place = offset(products, (i - group) * p.points * machine.tile_rows(outputs) * columns)
         for row in range(rows):
             for first in range(0, end - tile, lanes):
                 transform_output(
-                    m, offset(outputs, first * m), columns * m, offset(place, row * columns + first), rows * columns,
-                    offset(bias, o + row), p[RELU], offset(suspect, first),
+                    p.m, offset(outputs, first * p.m), columns * p.m, offset(place, row * columns + first),
+                    rows * columns, offset(bias, o + row), p.operands.relu, offset(suspect, first),
                 )  # fmt: skip
-            _store_tiles(p, offset(y, (o + row) * p[Y_O]), outputs, tile, end, m)
+            _store_tiles(p, offset(y, (o + row) * p.output.c), outputs, tile, end, p.m)
 
 
-@tasks.Body
+@tasks.body(Tiles)
 def _winograd(task, worker, p, real):
     """Task = a range of tiles and a range of output channels."""
-    slab = at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    u = offset(slab, p[SLAB_SIZE])
-    products = offset(u, p[U_SIZE])
-    inputs = offset(products, p[M_SIZE])
+    slab = at(real, p.header.scratch + worker * p.header.scratch_bytes)
+    u = offset(slab, p.slab.elements)
+    products = offset(u, p.u_elements)
+    inputs = offset(products, p.m_elements)
     columns, lanes = machine.columns(real), machine.lanes(real)
-    m, points = p[TILE], p[POINTS]
-    outputs = offset(inputs, points * columns)
-    suspect = offset(outputs, m * m * columns)
-    tables = at(p, p[tasks.SCRATCH] + (worker + 1) * p[tasks.SCRATCH_BYTES] - p[TABLE_BYTES])
+    outputs = offset(inputs, p.points * columns)
+    suspect = offset(outputs, p.m * p.m * columns)
+    tables = integers_at(p.header.scratch + (worker + 1) * p.header.scratch_bytes - p.table_bytes)
     table_pitch = columns // lanes * run_table_stride(real)
-    tables_end = offset(tables, p[BLOCK] * table_pitch)
+    tables_end = offset(tables, p.block * table_pitch)
     rows_table = offset(tables_end, 4)
-    x, y, flags = at(real, p[X]), at(real, p[Y]), at(p, p[FLAGS])
-    out_h, out_w = p[OUT_H], p[OUT_W]
+    out_h, out_w = p.out.h, p.out.w
 
-    part, block = task % p[ROW_TASKS], task // p[ROW_TASKS]
-    first_panel, last_panel = part * p[PANELS] // p[ROW_TASKS], (part + 1) * p[PANELS] // p[ROW_TASKS]
-    if p[CHUNKS]:
-        row, chunk = block // p[CHUNKS], block % p[CHUNKS]
-        first_column = chunk * p[CHUNK]
+    part, block = task % p.row_tasks, task // p.row_tasks
+    first_panel, last_panel = part * p.row_panels // p.row_tasks, (part + 1) * p.row_panels // p.row_tasks
+    if p.chunks:
+        row, chunk = block // p.chunks, block % p.chunks
+        first_column = chunk * p.chunk
         first = row * out_w + first_column
-        last = min(first + p[CHUNK], (row + 1) * out_w)
+        last = min(first + p.chunk, (row + 1) * out_w)
     else:
-        all_panels = (p[PIXELS] + columns - 1) // columns
+        all_panels = (p.pixels + columns - 1) // columns
         first_column = 0
-        first = block * all_panels // p[PIXEL_TASKS] * columns
-        last = min((block + 1) * all_panels // p[PIXEL_TASKS] * columns, p[PIXELS])
-    if p[PADDED]:
-        fill_zero(slab, p[SLAB_SIZE])
+        first = block * all_panels // p.pixel_tasks * columns
+        last = min((block + 1) * all_panels // p.pixel_tasks * columns, p.pixels)
+    if p.padded:
+        fill_zero(slab, p.slab.elements)
 
-    for start in range(first, last, p[BLOCK] * columns):
-        stop = min(start + p[BLOCK] * columns, last)
+    for start in range(first, last, p.block * columns):
+        stop = min(start + p.block * columns, last)
         first_row, last_row = start // out_w, (stop - 1) // out_w + 1
         panels = (stop - start + columns - 1) // columns
         for q in range(panels):
             tile = start + q * columns
             table = offset(tables, q * table_pitch)
-            contraction._find_pieces(p, table, tile, min(tile + columns, stop), first_row, first_column, real)
-        listed = contraction._find_rows(p, rows_table, first_row, last_row)
-        if start != first and p[PADDED]:
-            fill_zero(slab, p[SLAB_SIZE])
-        for c in range(0, p[CHANNELS], p[BLOCK_CHANNELS]):
-            channels = min(p[BLOCK_CHANNELS], p[CHANNELS] - c)
-            tasks.ask(p[FILL], (
-                p, slab, offset(x, c * p[X_C]), channels, rows_table, listed, first_column * p[STRIDE_W],
-                tables_end,
+            find_runs(p, table, tile, min(tile + columns, stop), first_row, first_column, real)
+        listed = find_rows(p, rows_table, first_row, last_row)
+        if start != first and p.padded:
+            fill_zero(slab, p.slab.elements)
+        for c in range(0, p.channels, p.block_channels):
+            channels = min(p.block_channels, p.channels - c)
+            tasks.call_with(p.slab.fill_body, (
+                p, slab, offset(p.operands.x, c * p.input.c), channels, rows_table, listed,
+                first_column * p.slab.width.stride, tables_end,
             ))  # fmt: skip
             _transform_inputs(p, offset(u, c * columns), inputs, slab, channels, tables, panels)
         # some panels of output channels at a time
         fill_zero(suspect, panels * columns)
-        for group in range(first_panel, last_panel, p[ROW_GROUP]):
-            group_end = min(group + p[ROW_GROUP], last_panel)
+        for group in range(first_panel, last_panel, p.row_group):
+            group_end = min(group + p.row_group, last_panel)
             for q in range(panels):
                 tile = start + q * columns
                 end = min(tile + columns, stop)
-                vectors = (end - tile + lanes - 1) // lanes
-                _multiply(p, products, offset(u, q * points * p[U_PITCH]), group, group_end, vectors)
-                _transform_outputs(
-                    p, y, products, outputs, offset(suspect, q * columns), group, group_end, tile, end
-                )  # fmt: skip
+                _multiply(p, products, offset(u, q * p.points * p.u_pitch), group, group_end, end - tile)
+                _transform_outputs(p, products, outputs, offset(suspect, q * columns), group, group_end, tile, end)
         for tile in range(start, stop):
             if suspect[tile - start] != 0:
-                flags[tile // out_w // out_h] = 1
+                p.suspects[tile // out_w // out_h] = 1
 
 
 @tasks.body(Weights)
@@ -261,7 +240,7 @@ def _transform_weights(task, worker, p, real):
             taken = 0
             last = offset(source, (count - 1) * step + lanes)
             if p.contiguous and step >= 0 and pointer_address(last) <= p.w_end:
-                transpose(kernels, lanes, source, step, count, 4 * p.channel_step)
+                move.transpose(kernels, lanes, source, step, count, 4 * p.channel_step)
                 taken = min(9, lanes)
             for tap in range(taken, 9):
                 place = tap if p.contiguous else offsets[tap]
@@ -304,36 +283,21 @@ def tile_size(geometry: ConvGeometry, operation: str) -> int:
     return 2 if cost(2) <= cost(4) else 4
 
 
-def tile_axis(out: int, m: int, source: np.ndarray, before: int, size: int) -> contraction.Axis:
+def tile_axis(out: int, m: int, source: np.ndarray, before: int, size: int) -> Axis:
     """Tiles of m outputs as the outputs of a correlation with kernels of m + 2 taps and stride m."""
     tiles = -(-out // m)
     needed = tiles * m + 2
     padded = np.full(max(needed, len(source)), -1, np.int64)
     padded[: len(source)] = source
-    return contraction.Axis(tiles, m + 2, m, 1, padded[:needed].copy(), before, size)
-
-
-@functools.cache
-def _kernel_table(dtype: np.dtype) -> np.ndarray:
-    t = machine.tile(dtype.itemsize * 8)
-    return np.zeros((t.rows + 1, t.vectors + 1), np.int64)
-
-
-def _kernels(dtype: np.dtype, rows: int, panels: int) -> int:
-    """Address of the table [rows][vectors] of microkernels, in which are those for `rows` rows in so many panels."""
-    table = _kernel_table(dtype)
-    for n in {rows // panels, -(-rows // panels)}:
-        if not table[n, -1]:
-            table[n, 1:] = contract_packed.addresses(dtype, tuple(Rows(n, v) for v in range(1, table.shape[1])))
-    return tasks.address(table)
+    return Axis(tiles, m + 2, m, 1, padded[:needed].copy(), before, size)
 
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
     geometry: ConvGeometry, operation: str, dtype: np.dtype, x: tuple[int, ...], y: tuple[int, ...], workers: int
-) -> tuple[contraction.Plan, int]:
+) -> tuple[Plan, int]:
     """The plan, and the outputs of a tile in each dimension."""
-    t = machine.tile(dtype.itemsize * 8)
+    t = tile(dtype.itemsize * 8)
     m = tile_size(geometry, operation)
     points = (m + 2) ** 2
     if operation == "forward":
@@ -352,39 +316,38 @@ def _plan(
             p = np.arange(image[i] + 2, dtype=np.int64) - before
             table = np.where((p >= 0) & (p < geometry.output_size[i]), p, -1)
             source.append(tile_axis(image[i], m, table, before, geometry.output_size[i]))
-    one = contraction.Axis(1, 1, 1, 1, np.zeros(1, np.int64), 0, 1)
+    one = Axis(1, 1, 1, 1, np.zeros(1, np.int64), 0, 1)
     axes = (one, *source)
     u_pitch = channels * t.columns + 16
     block = max(1, _U_BYTES // (points * u_pitch * dtype.itemsize))
     block = min(block, -(-geometry.batch * axes[1].out * axes[2].out // t.columns))
-    slab = contraction._slab_shape(axes, block * t.columns, 1, t.columns)
-    block_channels = max(1, min(channels, contraction.SLAB_BYTES // (slab.channel * dtype.itemsize)))
-    blocks = contraction.Blocks(1, rows, channels, points, block_channels, points, -(-rows // t.rows))
+    slab = slab_shape(axes, block * t.columns, 1, t.columns)
+    block_channels = max(1, min(channels, SLAB_BYTES // (slab.channel * dtype.itemsize)))
+    blocks = Blocks(1, rows, channels, points, block_channels, points, -(-rows // t.rows))
     zeros = operation == "input_grad" or geometry.padding_mode == "zeros"
-    plan = contraction.plan_correlation(dtype, geometry.batch, blocks, axes, x, y, zeros, False, workers, block)
+    plan = plan_correlation(dtype, geometry.batch, blocks, axes, x, y, zeros, False, workers, block)
 
     row_group = max(1, min(blocks.panels, _M_BYTES // (points * t.rows * t.columns * dtype.itemsize)))
     u_size = block * points * u_pitch
     m_size = row_group * points * t.rows * t.columns
-    slab = contraction._slab_shape(axes, block * t.columns, geometry.batch, t.columns)
+    slab = slab_shape(axes, block * t.columns, geometry.batch, t.columns)
     table_bytes = -(-(block * t.vectors * run_stride(t.lanes) + 4 + slab.table) * 8 // 64) * 64
-    parameters = np.zeros(WINOGRAD_END, np.int64)
-    parameters[: contraction.END] = plan.parameters
-    parameters[PANEL_SIZE] = 0
-    parameters[KERNELS] = _kernels(dtype, rows, blocks.panels)
-    parameters[TABLE_BYTES] = table_bytes
-    parameters[TILE:FLAGS] = (
-        m, points, image[1], image[2], block, row_group, u_pitch, u_size, m_size, _SLACK,
-    )  # fmt: skip
-    elements = int(parameters[SLAB_SIZE]) + u_size + m_size + (points + m * m + block) * t.columns
-    return replace(plan, parameters=parameters, scratch=elements * dtype.itemsize + table_bytes), m
+    p = Tiles.zeros()
+    for name in plan.parameters.dtype.names or ():
+        p[name] = plan.parameters[name]
+    p.panel_elements, p.table_bytes = 0, table_bytes
+    p.kernels = microkernels(dtype, rows, blocks.panels, False)
+    p.m, p.points, p.image_h, p.image_w, p.block, p.row_group = m, points, image[1], image[2], block, row_group
+    p.u_pitch, p.u_elements, p.m_elements, p.v_slack = u_pitch, u_size, m_size, _SLACK
+    elements = int(p.slab.elements) + u_size + m_size + (points + m * m + block) * t.columns
+    return replace(plan, parameters=np.asarray(p), scratch=elements * dtype.itemsize + table_bytes), m
 
 
 def transform_weights(
     weight: np.ndarray, dtype: np.dtype, operation: str, m: int, strides: tuple[int, ...], keep: bool = False
 ) -> np.ndarray:
     """V for the forward pass or the input gradient, [panel of rows][xi][channel][row]; in a workspace unless `keep`."""
-    t = machine.tile(dtype.itemsize * 8)
+    t = tile(dtype.itemsize * 8)
     out_step, in_step, _, *steps = strides
     offsets = (np.arange(3)[:, None] * steps[0] + np.arange(3) * steps[1]).ravel().astype(np.int64)
     contiguous = np.array_equal(offsets, np.arange(9))
@@ -400,11 +363,11 @@ def transform_weights(
     points = (m + 2) ** 2
     size = points * (rows * channels + panels * _SLACK)
     v = np.empty(size, dtype) if keep else tasks.workspace(size, dtype)
-    p = Weights.zeros()
-    p.w, p.w_end, p.v = tasks.address(weight), np.lib.array_utils.byte_bounds(weight)[1], tasks.address(v)
-    p.row_step, p.channel_step, p.tap_offset = row_step, channel_step, tasks.address(offsets)
-    p.contiguous, p.backwards = contiguous, operation == "input_grad"
-    p.rows, p.channels, p.panels, p.m = rows, channels, panels, m
+    p = Weights.of(
+        w=tasks.data_address(weight), w_end=np.lib.array_utils.byte_bounds(weight)[1], row_step=row_step,
+        channel_step=channel_step, tap_offset=tasks.data_address(offsets), contiguous=contiguous,
+        backwards=operation == "input_grad", v=tasks.data_address(v), rows=rows, channels=channels, panels=panels, m=m,
+    )  # fmt: skip
     scratch = max(9, t.lanes) * t.lanes * dtype.itemsize
     tasks.run(_transform_weights, dtype, panels, p, scratch, 16 * v.size)
     return v
@@ -420,9 +383,10 @@ def run(
         bias = np.zeros(out.shape[1], out.dtype)
     flags = np.zeros(geometry.batch, np.int64)
     parameters = plan.parameters.copy()
-    parameters[X : RELU + 1] = (
-        contraction.address(input), contraction.address(v), contraction.address(out), contraction.address(bias), relu
+    parameters["operands"] = (
+        tasks.data_address(input), tasks.data_address(v), tasks.data_address(out), tasks.data_address(bias), True, relu,
+        False,
     )  # fmt: skip
-    parameters[FLAGS] = contraction.address(flags)
+    parameters["suspects"] = tasks.data_address(flags)
     tasks.run(_winograd, out.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
     return flags != 0

@@ -11,8 +11,8 @@ tiles of all samples makes a matrix product of each element xi of the transforme
 
 A task has a block of channels, a block of output channels, and a part of the tiles, which it goes through some rows of
 tiles at a time: both operands are transposed, so that channels are the lanes of vectors, and transformed into U and V;
-`weight_gradient_kernel`, the microkernel of the direct weight gradient, adds their product to M, which stays in the
-cache. At the end M becomes the gradient of the kernels.
+`gemm.weight_gradient_kernel`, the microkernel of the direct weight gradient, adds their product to M, which stays in
+the cache. At the end M becomes the gradient of the kernels.
 
 An infinite or nan operand, or an overflow on the way, makes the result infinite or nan, and spreads over all nine taps
 of a kernel, some of which may not meet it. So every element is looked at before it is stored, and if one of them is
@@ -27,85 +27,86 @@ import math
 import numpy as np
 
 from ..geometry import ConvGeometry
-from . import contraction, tasks
-from .contraction import (
-    BIAS,
-    CHANNEL_BLOCKS,
-    CHANNELS,
-    CHUNK,
-    CHUNKS,
-    GRADIENT_END,
-    OUT_BLOCKS,
-    PARTIAL,
-    ROW_CHANNELS,
-    ROW_OFFSET,
-    SPLITS,
-    TAPS,
-    TILE_SIZE,
-    UNIT_ROWS,
-    UNITS,
-    VECTOR_PANELS,
-    VECTORS,
-    W_C,
-    W_FLAT,
-    W_GROUP,
-    W_O,
-    W_TAP_OFFSET,
-    Strides,
-    W,
-    X,
-    Y,
-)  # fmt: skip
-from .jit import helper as _jit
+from . import tasks
+from .implicit_gemm.blocks import Strides
+from .implicit_gemm.gradient import store_gradient, sum_splits
+from .implicit_gemm.parameters import Strides as Steps
+from .implicit_gemm.parameters import WeightGradient
+from .implicit_gemm.plan import Plan
+from .jit import helper
+from .records import Integer, Integers, Record
+from .tasks import data_address
+from .vector import move
 from .vector import tile as machine
 from .vector.gemm import weight_gradient_kernel
 from .vector.memory import at, fill_zero, no_inline, offset
-from .vector.move import copy_block, copy_span, transpose_block, transpose_start
+from .vector.tile import Tile, tile
 from .vector.winograd import transform_output_gradient, transform_pixels, transform_weight_gradient
 from .winograd import tile_axis, tile_size
 
-# Parameters beyond those of the direct weight gradient: the tiles of a sample, down and across; the outputs of a tile;
-# rows of U and V (the tiles of a unit) and their pitch for xi; the parts of the scratch memory; where to say that the
-# direct sum is needed; and of the input and the output gradient the fields below.
-(
-    TILES_H, TILES_W, ALL_ROWS, OUTPUTS, U_ROW, U_PITCH, V_PITCH, M_PITCH, U_SIZE, V_SIZE, M_SIZE, PIXELS_SIZE, FLAGS,
-    INPUT,
-) = range(GRADIENT_END, GRADIENT_END + 14)  # fmt: skip
-STEP_N, STEP_C, STEP_H, STEP_W, SOURCE_H, SOURCE_W, BEFORE_W, SIZE_W, ZEROS, SPAN, FIELDS = range(11)
-OUTPUT = INPUT + FIELDS
-END = OUTPUT + FIELDS
+
+class Image(Record):
+    """The input, or the gradient of the output, whose tiles are transformed."""
+
+    step: Steps
+    source_h: Integers  # which element stands at a padded coordinate: see `implicit_gemm.Axis`
+    source_w: Integers
+    before_w: Integer
+    elements_w: Integer
+    only_zeros: Integer  # is everything around it zero?
+    span: Integer  # pixels of a tile in each dimension
 
 
-@_jit
+class Gradient(WeightGradient):
+    """Parameters beyond those of the direct weight gradient."""
+
+    tiles_h: Integer  # tiles of a sample, down and across
+    tiles_w: Integer
+    all_rows: Integer  # rows of tiles of all samples
+    m: Integer  # outputs of a tile in each dimension
+    u_row: Integer  # rows of U and V (the tiles of a unit) and their pitch for xi
+    u_pitch: Integer
+    v_pitch: Integer
+    m_pitch: Integer
+    u_elements: Integer  # parts of the scratch memory
+    v_elements: Integer
+    m_elements: Integer
+    pixels_elements: Integer
+    suspects: Integers  # where to say that the direct sum is needed
+    image: Image
+    gradient: Image
+
+
+@helper
 def _take_pixels(d, pixels, plane, channels, first_h, height, first_w, width):
     """pixels[i][j][lane] = channel `lane` at the padded coordinates (first_h + i, first_w + j) of a plane."""
     no_inline()
-    lanes, step, channel_step = machine.lanes(pixels), d[STEP_W], d[STEP_C]
-    source_h, source_w = at(d, d[SOURCE_H]), at(d, d[SOURCE_W])
-    low = max(d[BEFORE_W], first_w)
-    count = max(0, min(d[BEFORE_W] + d[SIZE_W], first_w + width) - low)
+    lanes, step, channel_step = machine.lanes(pixels), d.step.w, d.step.c
+    source_h, source_w = d.source_h, d.source_w
+    low = max(d.before_w, first_w)
+    count = max(0, min(d.before_w + d.elements_w, first_w + width) - low)
     low -= first_w
     for i in range(height):
         row = offset(pixels, i * width * lanes)
         if source_h[first_h + i] < 0:
             fill_zero(row, width * lanes)
             continue
-        line = offset(plane, source_h[first_h + i] * d[STEP_H])
-        source = offset(line, (low + first_w - d[BEFORE_W]) * step)
+        line = offset(plane, source_h[first_h + i] * d.step.h)
+        source = offset(line, (low + first_w - d.before_w) * step)
         target = offset(row, low * lanes)
         if step == 1:
             for k in range(0, count, lanes):
                 if channels == lanes:
-                    transpose_start(
+                    move.transpose_start(
                         offset(target, k * lanes), offset(source, k), channel_step, min(lanes, count - k)
                     )
                 else:
-                    transpose_block(
+                    move.transpose_block(
                         offset(target, k * lanes), lanes, offset(source, k), channel_step, channels,
                         min(lanes, count - k),
                     )  # fmt: skip
         elif channel_step == 1 and count > 0:
-            copy_block(target, lanes, source, step, count, channels)
+            move.copy_block(target, lanes, source, step, count, channels)
         else:
             for k in range(count):
                 for lane in range(channels):
@@ -113,7 +114,7 @@ def _take_pixels(d, pixels, plane, channels, first_h, height, first_w, width):
         left, right = min(low, width), min(low, width) + count
         fill_zero(row, left * lanes)
         fill_zero(offset(row, right * lanes), (width - right) * lanes)
-        if not d[ZEROS]:
+        if not d.only_zeros:
             for j in range(width):
                 from_w = source_w[first_w + j]
                 if (j < left or j >= right) and from_w >= 0:
@@ -121,21 +122,21 @@ def _take_pixels(d, pixels, plane, channels, first_h, height, first_w, width):
                         row[j * lanes + lane] = line[from_w * step + lane * channel_step]
 
 
-@_jit
+@helper
 def _transform(p, d, source, channels, target, tile_pitch, xi_pitch, pixels, first_row, last_row, first_column, width):
     """target[xi * xi_pitch + tile * tile_pitch + channel] for rows of `width` tiles: B^T d B, or A dy A^T."""
     no_inline()
-    m, tiles_h, span, lanes = p[OUTPUTS], p[TILES_H], d[SPAN], machine.lanes(pixels)
+    m, tiles_h, span, lanes = p.m, p.tiles_h, d.span, machine.lanes(pixels)
     pixel_width = (width - 1) * m + span
     for first in range(0, channels, lanes):
         if channels - first < lanes:  # those that are not there are added up too
-            fill_zero(pixels, p[PIXELS_SIZE])
+            fill_zero(pixels, p.pixels_elements)
         row, place = first_row, offset(target, first)
         while row < last_row:  # those of one sample
             n, h = row // tiles_h, row % tiles_h
             rows = min(last_row - row, tiles_h - h)
             _take_pixels(
-                d, pixels, offset(source, n * d[STEP_N] + first * d[STEP_C]), min(lanes, channels - first), h * m,
+                d, pixels, offset(source, n * d.step.n + first * d.step.c), min(lanes, channels - first), h * m,
                 (rows - 1) * m + span, first_column * m, pixel_width,
             )  # fmt: skip
             for i in range(rows):
@@ -149,90 +150,90 @@ def _transform(p, d, source, channels, target, tile_pitch, xi_pitch, pixels, fir
             row += rows
 
 
-@tasks.Body
+@tasks.body(Gradient)
 def _gradient(task, worker, p, real):
     """Task = a block of channels, a block of output channels, and a part of the tiles."""
-    m, lanes = p[OUTPUTS], machine.lanes(real)
+    m, lanes = p.m, machine.lanes(real)
     points = (m + 2) * (m + 2)
-    u = at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    v = offset(u, p[U_SIZE])
-    sums = offset(v, p[V_SIZE])
-    suspect = offset(sums, p[M_SIZE])
+    u = at(real, p.header.scratch + worker * p.header.scratch_bytes)
+    v = offset(u, p.u_elements)
+    sums = offset(v, p.v_elements)
+    suspect = offset(sums, p.m_elements)
     pixels = offset(suspect, lanes)
-    row_offset = at(p, p[ROW_OFFSET])  # 0, 1, 2, ...
-    tiles_w = p[TILES_W]
+    row_offset = p.row_offset  # 0, 1, 2, ...
+    tiles_w = p.tiles_w
 
-    split, rest = task % p[SPLITS], task // p[SPLITS]
-    out_block, block = rest % p[OUT_BLOCKS], rest // p[OUT_BLOCKS]
-    first_channel = block * p[CHANNELS] // p[CHANNEL_BLOCKS]
-    channels = (block + 1) * p[CHANNELS] // p[CHANNEL_BLOCKS] - first_channel
-    first_panel = out_block * p[VECTOR_PANELS] // p[OUT_BLOCKS]
-    last_panel = (out_block + 1) * p[VECTOR_PANELS] // p[OUT_BLOCKS]
-    first_vector = first_panel * p[VECTORS] // p[VECTOR_PANELS]
-    last_vector = last_panel * p[VECTORS] // p[VECTOR_PANELS]
+    split, rest = task % p.splits, task // p.splits
+    out_block, block = rest % p.out_blocks, rest // p.out_blocks
+    first_channel = block * p.channels // p.channel_blocks
+    channels = (block + 1) * p.channels // p.channel_blocks - first_channel
+    first_panel = out_block * p.vector_panels // p.out_blocks
+    last_panel = (out_block + 1) * p.vector_panels // p.out_blocks
+    first_vector = first_panel * p.vectors // p.vector_panels
+    last_vector = last_panel * p.vectors // p.vector_panels
     row_panels = (channels + machine.gradient_rows(real) - 1) // machine.gradient_rows(real)
-    x_fields, dy_fields = offset(p, INPUT), offset(p, OUTPUT)
-    x = offset(at(real, p[X]), first_channel * x_fields[STEP_C])
-    dy = at(real, p[Y])
-    fill_zero(sums, p[M_SIZE] + lanes)  # and what is suspect
+    x_fields, dy_fields = p.image, p.gradient
+    x = offset(p.operands.x, first_channel * x_fields.step.c)
+    dy = p.operands.dy
+    fill_zero(sums, p.m_elements + lanes)  # and what is suspect
 
-    for unit in range(split * p[UNITS] // p[SPLITS], (split + 1) * p[UNITS] // p[SPLITS]):
+    for unit in range(split * p.units // p.splits, (split + 1) * p.units // p.splits):
         # a unit is some whole rows of tiles, or a piece of a long one
-        if p[CHUNKS]:
-            first_row, first_column = unit // p[CHUNKS], unit % p[CHUNKS] * p[CHUNK]
+        if p.chunks:
+            first_row, first_column = unit // p.chunks, unit % p.chunks * p.chunk
             last_row = first_row + 1
-            width = min(p[CHUNK], tiles_w - first_column)
+            width = min(p.chunk, tiles_w - first_column)
         else:
-            first_row, first_column = unit * p[UNIT_ROWS], 0
-            last_row = min(first_row + p[UNIT_ROWS], p[ALL_ROWS])
+            first_row, first_column = unit * p.unit_rows, 0
+            last_row = min(first_row + p.unit_rows, p.all_rows)
             width = tiles_w
         _transform(
-            p, x_fields, x, channels, u, p[U_ROW], p[U_PITCH], pixels, first_row, last_row, first_column, width
+            p, x_fields, x, channels, u, p.u_row, p.u_pitch, pixels, first_row, last_row, first_column, width
         )
         for panel in range(first_panel, last_panel):
-            first = panel * p[VECTORS] // p[VECTOR_PANELS]
-            vectors = (panel + 1) * p[VECTORS] // p[VECTOR_PANELS] - first
+            first = panel * p.vectors // p.vector_panels
+            vectors = (panel + 1) * p.vectors // p.vector_panels - first
             row = vectors * lanes
             _transform(
-                p, dy_fields, offset(dy, first * lanes * dy_fields[STEP_C]),
-                min(row, p[ROW_CHANNELS] - first * lanes), v, row, p[V_PITCH] * row + lanes, pixels, first_row,
+                p, dy_fields, offset(dy, first * lanes * dy_fields.step.c),
+                min(row, p.row_channels - first * lanes), v, row, p.v_pitch * row + lanes, pixels, first_row,
                 last_row, first_column, width,
             )  # fmt: skip
-            part = offset(sums, (first - first_vector) * lanes * (p[M_PITCH] + 1) * points)
+            part = offset(sums, (first - first_vector) * lanes * (p.m_pitch + 1) * points)
             for xi in range(points):
                 for i in range(row_panels):
                     c = i * channels // row_panels
                     rows = (i + 1) * channels // row_panels - c
-                    products = offset(part, xi * (p[M_PITCH] * row + lanes) + c * row)
+                    products = offset(part, xi * (p.m_pitch * row + lanes) + c * row)
                     weight_gradient_kernel(
-                        rows, vectors, 1, row_offset, (last_row - first_row) * width, p[U_ROW],
-                        offset(u, xi * p[U_PITCH] + c), row_offset,
-                        offset(v, xi * (p[V_PITCH] * row + lanes)), products, row,
+                        rows, vectors, 1, row_offset, (last_row - first_row) * width, p.u_row,
+                        offset(u, xi * p.u_pitch + c), row_offset,
+                        offset(v, xi * (p.v_pitch * row + lanes)), products, row,
                         offset(products, rows * row), lanes, lanes * lanes,  # the next ones are asked for
                     )  # fmt: skip
 
     # u and v are needed no more: their memory takes the kernels, [vector panel][(channel, tap)][column]
     for panel in range(first_panel, last_panel):
-        first = panel * p[VECTORS] // p[VECTOR_PANELS]
-        row = ((panel + 1) * p[VECTORS] // p[VECTOR_PANELS] - first) * lanes
-        part = offset(sums, (first - first_vector) * lanes * (p[M_PITCH] + 1) * points)
+        first = panel * p.vectors // p.vector_panels
+        row = ((panel + 1) * p.vectors // p.vector_panels - first) * lanes
+        part = offset(sums, (first - first_vector) * lanes * (p.m_pitch + 1) * points)
         kernels = offset(u, (first - first_vector) * lanes * channels * 9)
         for c in range(channels):
             for vector in range(0, row, lanes):
                 transform_weight_gradient(
                     m, offset(kernels, c * 9 * row + vector), row, offset(part, c * row + vector),
-                    p[M_PITCH] * row + lanes, suspect,
+                    p.m_pitch * row + lanes, suspect,
                 )  # fmt: skip
     for lane in range(lanes):
         if suspect[lane] != 0:
-            at(p, p[FLAGS])[0] = 1
-    if p[SPLITS] == 1:
-        contraction._store_gradient(
-            p, u, 0, first_channel, channels * 9, first_vector, last_vector, at(real, p[W])
+            p.suspects[0] = 1
+    if p.splits == 1:
+        store_gradient(
+            p, u, 0, first_channel, channels * 9, first_vector, last_vector, p.operands.dw
         )
     else:
         size = channels * 9 * (last_vector - first_vector) * lanes
-        copy_span(offset(at(real, p[PARTIAL]), task * p[TILE_SIZE]), u, size)
+        move.copy_span(offset(p.operands.partial, task * p.tile_elements), u, size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ _WORTH_SHARING = 3_000_000  # operations: fewer take longer in several tasks tha
 _INPUT_COST, _OUTPUT_COST, _KERNEL_COST = 400, 300, 300
 
 
-def _cut(geometry: ConvGeometry, m: int, units: int, tiles: int, t: machine.Tile, size: int) -> tuple[int, int, int]:
+def _cut(geometry: ConvGeometry, m: int, units: int, tiles: int, t: Tile, size: int) -> tuple[int, int, int]:
     """Into how many blocks the input channels, the output channels and the units of tiles are cut.
 
     Each block of input channels transforms the output gradient again, each block of output channels the input, and each
@@ -283,9 +284,9 @@ def _cut(geometry: ConvGeometry, m: int, units: int, tiles: int, t: machine.Tile
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(geometry: ConvGeometry, dtype: np.dtype, x: Strides, dy: Strides, dw: Strides) -> contraction.Plan:
+def _plan(geometry: ConvGeometry, dtype: np.dtype, x: Strides, dy: Strides, dw: Strides) -> Plan:
     """The plan for arrays of these strides, in elements."""
-    t = machine.tile(dtype.itemsize * 8)
+    t = tile(dtype.itemsize * 8)
     size = dtype.itemsize
     m = tile_size(geometry, "weight_grad")
     points = (m + 2) ** 2
@@ -326,31 +327,30 @@ def _plan(geometry: ConvGeometry, dtype: np.dtype, x: Strides, dy: Strides, dw: 
     offsets = (np.arange(3)[:, None] * dw[3] + np.arange(3) * dw[4]).ravel().astype(np.int64)
     row_offset = np.arange(t.gradient_rows, dtype=np.int64)
 
-    p = np.zeros(END, np.int64)
-    p[[TILES_H, TILES_W, ALL_ROWS, OUTPUTS, CHUNK, CHUNKS]] = tiles_h, tiles_w, rows, m, chunk, chunks
-    p[[TAPS, ROW_CHANNELS, CHANNELS]] = 9, geometry.out_channels, geometry.in_channels
-    p[[W_GROUP, W_O, W_C, W_TAP_OFFSET]] = 0, dw[0], dw[1], contraction.address(offsets)
-    p[W_FLAT] = dw[1] == 9 and np.array_equal(offsets, np.arange(9))
-    p[[ROW_OFFSET, UNIT_ROWS, UNITS, SPLITS]] = contraction.address(row_offset), unit_rows, units, splits
-    p[[CHANNEL_BLOCKS, OUT_BLOCKS, VECTORS, VECTOR_PANELS]] = channel_blocks, out_blocks, vectors, vector_panels
-    p[[U_ROW, U_PITCH, V_PITCH, M_PITCH, TILE_SIZE]] = u_row, u_pitch, v_pitch, block, kernels
-    p[[U_SIZE, V_SIZE, M_SIZE, PIXELS_SIZE]] = u_size, v_size, m_size, pixels_size
-    for place, strides, (down, across), zeros, span in (
-        (INPUT, x, inputs, geometry.padding_mode == "zeros", m + 2), (OUTPUT, dy, outputs, True, m)
+    p = Gradient.zeros()
+    p.tiles_h, p.tiles_w, p.all_rows, p.m, p.chunk, p.chunks = tiles_h, tiles_w, rows, m, chunk, chunks
+    p.taps, p.row_channels, p.channels = 9, geometry.out_channels, geometry.in_channels
+    p.dw, p.tap_offset = (0, *dw[:2]), data_address(offsets)
+    p.consecutive = dw[1] == 9 and np.array_equal(offsets, np.arange(9))
+    p.row_offset, p.unit_rows, p.units, p.splits = data_address(row_offset), unit_rows, units, splits
+    p.channel_blocks, p.out_blocks, p.vectors, p.vector_panels = channel_blocks, out_blocks, vectors, vector_panels
+    p.u_row, p.u_pitch, p.v_pitch, p.m_pitch, p.tile_elements = u_row, u_pitch, v_pitch, block, kernels
+    p.u_elements, p.v_elements, p.m_elements, p.pixels_elements = u_size, v_size, m_size, pixels_size
+    for name, strides, (down, across), zeros, span in (
+        ("image", x, inputs, geometry.padding_mode == "zeros", m + 2), ("gradient", dy, outputs, True, m)
     ):  # fmt: skip
-        p[place : place + FIELDS] = (
-            strides[0], strides[1], strides[3], strides[4], contraction.address(down.source),
-            contraction.address(across.source), across.before, across.size, zeros, span,
+        p[name] = (
+            strides, data_address(down.source), data_address(across.source), across.before, across.size, zeros, span,
         )  # fmt: skip
     scratch = (u_size + v_size + m_size + t.lanes + pixels_size) * size
     flops = 2 * points * rows * tiles_w * geometry.in_channels * geometry.out_channels
     tables = (offsets, row_offset, *(axis.source for axis in (*inputs, *outputs)))
-    return contraction.Plan(p, tables, channel_blocks * out_blocks * splits, scratch, flops)
+    return Plan(np.asarray(p), tables, channel_blocks * out_blocks * splits, scratch, flops)
 
 
-def _partial_size(plan: contraction.Plan) -> int:
+def _partial_size(plan: Plan) -> int:
     """Elements of the kernels of all parts of the tiles; 0 if there is one part."""
-    return plan.tasks * int(plan.parameters[TILE_SIZE]) if plan.parameters[SPLITS] > 1 else 0
+    return plan.tasks * int(plan.parameters["tile_elements"]) if plan.parameters["splits"] > 1 else 0
 
 
 def workspace(geometry: ConvGeometry, dtype: np.dtype) -> int:
@@ -365,13 +365,12 @@ def run(geometry: ConvGeometry, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, s
     plan = _plan(geometry, dw.dtype, *strides)
     parameters = plan.parameters.copy()
     needed = np.zeros(1, np.int64)
-    parameters[X:BIAS] = contraction.address(x), contraction.address(dw), contraction.address(dy)
-    parameters[FLAGS] = contraction.address(needed)
-    stages: list[tasks.Stage] = [(_gradient, plan.tasks, parameters, plan.scratch, plan.flops, 0)]
     partial = np.empty(_partial_size(plan), dw.dtype)
+    parameters["operands"] = data_address(x), data_address(dy), data_address(dw), False, data_address(partial)
+    parameters["suspects"] = data_address(needed)
+    stages: list[tasks.Stage] = [(_gradient, plan.tasks, parameters, plan.scratch, plan.flops, 0)]
     if partial.size:
-        parameters[PARTIAL] = contraction.address(partial)
-        blocks = plan.tasks // int(parameters[SPLITS])
-        stages.append((contraction._sum_splits, blocks, parameters.copy(), 64, 16 * partial.size, 1))
+        blocks = plan.tasks // int(parameters["splits"])
+        stages.append((sum_splits, blocks, parameters.copy(), 64, 16 * partial.size, 1))
     tasks.run_stages(dw.dtype, stages)
     return not needed[0]

@@ -11,7 +11,8 @@ from test_bounds import GUARDED
 
 import fastconv as fc
 import oracle
-from fastconv.cpu import channels_last, contraction, convolution, simd
+from fastconv.cpu import channels_last, convolution, implicit_gemm
+from fastconv.cpu.vector.tile import features, tile
 from helpers import LAYOUTS, SUPPORT, channels_first, functions, integers, normal, output_of, run_python
 from helpers import channels_last as last_
 from shapes import Case
@@ -173,7 +174,7 @@ def test_some_channels_of_wider_pixels(rng) -> None:
 @pytest.mark.parametrize("which", [np.s_[:, ::2], np.s_[::2, :]], ids=["rows", "samples"])
 def test_every_second_row_of_one_pixel(which, vectors: int, rng) -> None:
     """The pixels of the output's gradient are further apart than its channels, and not by the step between columns."""
-    channels = vectors * simd.tile(32).lanes
+    channels = vectors * tile(32).lanes
     height = 4 if which[1].step else 1
     case = Case("column", "", (3, 5, height + 2, 3), (channels, 5, 3, 3))
     x, w, _, dy, _ = operands = arrays(case, integers, rng, np.float32)
@@ -219,7 +220,7 @@ def test_not_finite(value: float, rng) -> None:
     np.testing.assert_array_equal(found["input"], dx)
 
 
-@pytest.mark.skipif(not simd.tile(32).masks, reason="what pays is another choice on another tile")
+@pytest.mark.skipif(not tile(32).masks, reason="what pays is another choice on another tile")
 def test_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of few products for each element that is moved, and of channels that fill the vectors."""
     monkeypatch.undo()
@@ -228,9 +229,9 @@ def test_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     def goes(rows: int, channels: int, taps: int, needed: float = 1, x=None, y=None) -> bool:
         source = np.arange(-(taps // 2), 56 + taps // 2)
         source[(source < 0) | (source >= 56)] = -1
-        axis = contraction.Axis(56, taps, 1, 1, source, taps // 2, 56)
-        axes = (contraction.Axis(1, 1, 1, 1, np.zeros(1, np.int64), 0, 1), axis, axis)
-        blocks = contraction.make_blocks(dtype, 1, rows, channels, axes, False)
+        axis = implicit_gemm.Axis(56, taps, 1, 1, source, taps // 2, 56)
+        axes = (implicit_gemm.Axis(1, 1, 1, 1, np.zeros(1, np.int64), 0, 1), axis, axis)
+        blocks = implicit_gemm.make_blocks(dtype, 1, rows, channels, axes, False)
         x = x or (56 * 56 * channels, 1, 0, 56 * channels, channels)
         y = y or (56 * 56 * rows, 1, 0, 56 * rows, rows)
         return channels_last.cut_all(dtype, [blocks], [axes], x, y, needed) is not None
@@ -250,7 +251,7 @@ def test_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 SSE = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+cmov,+popcnt"
 
 
-@pytest.mark.skipif(simd._features()[0] != "x86_64", reason="names of x86 processors")
+@pytest.mark.skipif(features()[0] != "x86_64", reason="names of x86 processors")
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is protected by way of Linux' libc")
 @pytest.mark.parametrize(
     ("name", "features"), [("haswell", f"{SSE},+avx,+avx2,+fma"), ("nehalem", SSE)], ids=["avx2", "sse"]

@@ -8,7 +8,8 @@ import pytest
 
 import fastconv as fc
 import oracle
-from fastconv.cpu import contraction, convolution, simd, small_planes
+from fastconv.cpu import convolution, implicit_gemm, small_planes
+from fastconv.cpu.vector.tile import features, tile
 from helpers import (
     LAYOUTS,
     SUPPORT,
@@ -99,7 +100,7 @@ def _operands(case: Case, make, rng, dtype):
     return [make(rng, shape, dtype) for shape in shapes]
 
 
-@pytest.mark.skipif(not simd.tile(32).masks, reason="what goes that way is another choice on another tile")
+@pytest.mark.skipif(not tile(32).masks, reason="what goes that way is another choice on another tile")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_these_cases_go_that_way(case: Case, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     planned = []
@@ -190,22 +191,22 @@ def test_weights_that_are_not_finite(case: Case, value: float, rng) -> None:
     np.testing.assert_array_equal(results["added"], dx + start)
 
 
-@pytest.mark.skipif(not simd.tile(32).masks, reason="what goes that way is another choice on another tile")
+@pytest.mark.skipif(not tile(32).masks, reason="what goes that way is another choice on another tile")
 def test_what_is_left_to_the_other_product() -> None:
     """Output rows that are too long, channels that do not fill panels, and where there is little to leave out."""
     dtype = np.dtype(np.float32)
 
-    def axis(out: int, taps: int = 3, before: int = 1, stride: int = 1) -> contraction.Axis:
+    def axis(out: int, taps: int = 3, before: int = 1, stride: int = 1) -> implicit_gemm.Axis:
         size = out * stride
         source = np.arange(-before, (out - 1) * stride + taps - before)
         source[(source < 0) | (source >= size)] = -1
-        return contraction.Axis(out, taps, stride, 1, source, before, size)
+        return implicit_gemm.Axis(out, taps, stride, 1, source, before, size)
 
     one = axis(1, 1, 0)
 
-    def goes(height: contraction.Axis, width: contraction.Axis, rows: int = 64, workers: int = 2) -> bool:
+    def goes(height: implicit_gemm.Axis, width: implicit_gemm.Axis, rows: int = 64, workers: int = 2) -> bool:
         axes = (one, height, width)
-        blocks = contraction.make_blocks(dtype, 1, rows, 64, axes, False)
+        blocks = implicit_gemm.make_blocks(dtype, 1, rows, 64, axes, False)
         return small_planes.cut_all(dtype, 3, [blocks], [axes], workers) is not None
 
     assert goes(axis(7), axis(7))
@@ -225,7 +226,7 @@ def test_what_is_left_to_the_other_product() -> None:
 AVX = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+cmov,+popcnt,+avx"
 
 
-@pytest.mark.skipif(simd._features()[0] != "x86_64", reason="names of x86 processors")
+@pytest.mark.skipif(features()[0] != "x86_64", reason="names of x86 processors")
 @pytest.mark.parametrize(
     ("name", "features"), [("haswell", f"{AVX},+avx2,+fma"), ("sandybridge", AVX)], ids=["avx2", "avx"]
 )
@@ -236,7 +237,8 @@ def test_other_tiles(name: str, features: str, tmp_path: Path) -> None:
         sys.path.insert(0, sys.argv[1])
         import numpy as np
         import oracle
-        from fastconv.cpu import simd, small_planes
+        from fastconv.cpu import small_planes
+        from fastconv.cpu.vector.tile import tile
         from test_small_planes import CASES, _operands, _results, integers
         planned = []
         plan = small_planes.plan_correlation
@@ -251,7 +253,7 @@ def test_other_tiles(name: str, features: str, tmp_path: Path) -> None:
                 np.testing.assert_array_equal(y, oracle.convolution(x, w, **case.plain_options))
                 np.testing.assert_array_equal(dx, oracle.input_grad(w, dy, input_shape=x.shape, **case.plain_options))
         assert planned
-        print(simd.tile(32).lanes)
+        print(tile(32).lanes)
     """
     process = run_python(
         code, SUPPORT, timeout=300, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,

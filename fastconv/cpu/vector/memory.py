@@ -21,6 +21,16 @@ def at(typingctx, like, address):
 
 
 @intrinsic
+def integers_at(typingctx, address):
+    """The pointer to the table of integers at `address`."""
+
+    def codegen(context, builder, sig, args):
+        return builder.inttoptr(args[0], I64.as_pointer())
+
+    return types.CPointer(types.int64)(types.int64), codegen
+
+
+@intrinsic
 def offset(typingctx, pointer, elements):
     """The pointer `elements` further on."""
 

@@ -5,7 +5,6 @@ import pytest
 
 import fastconv as fc
 import oracle
-from fastconv.cpu import contraction, simd
 from fastconv.cpu.convolution import (
     _choose_rows,
     _elements,
@@ -14,6 +13,8 @@ from fastconv.cpu.convolution import (
     _small_groups_weight_grad_plan,
     _weight_grad_plan,
 )
+from fastconv.cpu.implicit_gemm import SLAB_BYTES, TILE_BYTES, gradient, is_better_exchanged
+from fastconv.cpu.vector.tile import tile as tile_of
 from fastconv.geometry import ConvGeometry
 from helpers import channels_first, channels_last, fortran_last, integers, reversed_, strided, transposed
 
@@ -166,7 +167,8 @@ def test_phases_as_rows(case, first, last, dtype, form, rng: np.random.Generator
 @pytest.mark.parametrize("taps", [1, 3])
 def test_pixels_beyond_the_last_vector(taps: int, dtype: type, rng: np.random.Generator) -> None:
     """Few of them are multiplied with rows for lanes, more as a vector that is not full: the bits are the same."""
-    lanes, few = simd.tile(np.dtype(dtype).itemsize * 8).lanes, simd.tile(np.dtype(dtype).itemsize * 8).few
+    t = tile_of(np.dtype(dtype).itemsize * 8)
+    lanes, few = t.lanes, t.narrow_columns
     assert few < lanes
     x = rng.standard_normal((1, 410, 4 * lanes)).astype(dtype)
     w, bias = rng.standard_normal((37, 410, taps)).astype(dtype), rng.standard_normal(37).astype(dtype)
@@ -199,8 +201,8 @@ def test_pixels_beyond_the_last_vector(taps: int, dtype: type, rng: np.random.Ge
 def test_weight_gradient_of_exchanged_operands(channels, out_channels, groups, accumulate, dtype, rng) -> None:
     """That of a 1x1 kernel transposes the operand with fewer channels."""
     t = np.dtype(dtype)
-    assert contraction.is_better_exchanged(t, 96, 16)
-    assert not contraction.is_better_exchanged(t, 16, 96)
+    assert is_better_exchanged(t, 96, 16)
+    assert not is_better_exchanged(t, 16, 96)
     x = integers(rng, (3, groups * channels, 9, 7), dtype)
     dy = integers(rng, (3, groups * out_channels, 9, 7), dtype)
     shape = (groups * out_channels, channels, 1, 1)
@@ -224,7 +226,7 @@ def test_weight_gradient_of_small_groups(channels, out_channels, stride, accumul
     x = integers(rng, (2, groups * channels, *size), dtype)
     dy = integers(rng, (2, groups * out_channels, *geometry.output_size), dtype)
     plan = _small_groups_weight_grad_plan(geometry, x.dtype, x.strides, dy.strides)
-    assert (plan is not None) == simd.tile(x.itemsize * 8).masks
+    assert (plan is not None) == tile_of(x.itemsize * 8).masks
     x, dy = x[:, :, 0], dy[:, :, 0]
     shape = (groups * out_channels, channels, 3, 3)
     known = {"stride": (stride, stride), "padding": [(1, 1)] * 2, "dilation": (1, 1), "groups": groups}
@@ -242,7 +244,7 @@ def test_weight_gradient_of_small_groups(channels, out_channels, stride, accumul
 def test_weight_gradient_of_padded_images_in_parts(size, stride, mode, last, dtype, ahead, monkeypatch, rng) -> None:
     """Rows at the edges of images, between them, and pieces of long rows follow one another in a slab."""
     if ahead:
-        monkeypatch.setattr(contraction, "AHEAD_BYTES", 0)
+        monkeypatch.setattr(gradient, "PREFETCH_BYTES", 0)
     _weight_grad_plan.cache_clear()
     shape = 71, 3, 3, 3
     known = {"stride": (stride, stride), "padding": [(2, 2)] * 2, "dilation": (2, 2), "padding_mode": mode}
@@ -277,8 +279,8 @@ def test_infinite_weights_meet_no_zeros_that_are_not_there(case, accumulate: boo
 )  # fmt: skip
 def test_cut_of_a_weight_gradient(rows: int, channels: int, taps: int, pixels: int, units: int, slab: int) -> None:
     """No more blocks than there is to cut, and their sums and slab fit the cache."""
-    tile = simd.tile(32)
-    channel_blocks, out_blocks, splits = contraction._gradient_blocks(
+    tile = tile_of(32)
+    channel_blocks, out_blocks, splits = gradient.gradient_blocks(
         1, rows, channels, taps, pixels, units, slab, 1, tile, 4
     )
     panels = -(-rows // (tile.lanes * tile.gradient_vectors))
@@ -287,5 +289,5 @@ def test_cut_of_a_weight_gradient(rows: int, channels: int, taps: int, pixels: i
     assert 1 <= splits <= units
     block = -(-channels // channel_blocks)
     width = -(-panels // out_blocks) * tile.gradient_vectors * tile.lanes
-    assert block == 1 or block * taps * min(width, -(-rows // tile.lanes) * tile.lanes) * 4 <= contraction._TILE_BYTES
-    assert block == 1 or block * slab * 4 <= contraction.SLAB_BYTES
+    assert block == 1 or block * taps * min(width, -(-rows // tile.lanes) * tile.lanes) * 4 <= TILE_BYTES
+    assert block == 1 or block * slab * 4 <= SLAB_BYTES
