@@ -136,7 +136,7 @@ def correlate_pixels(task, worker, p, real):
         if c + channels == p.channels:
             flags |= (BIAS if p.operands.has_bias else 0) | (RELU if p.operands.relu else 0)
         if not p.slab.in_place:
-            tasks.call_with(p.slab.fill, (
+            tasks.call_with(p.slab.fill_body, (
                 p, slab, offset(x, c * p.input.c), channels, rows_table, listed, first_pixel * p.slab.width.stride,
             ))  # fmt: skip
         for panel in range(first_panel, last_panel, p.weight_panels):

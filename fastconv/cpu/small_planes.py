@@ -176,7 +176,7 @@ def correlate_planes(task, worker, p, real):
             if not p.slab.in_place:
                 listed = find_rows(p, rows_table, n * out_rows, stop * out_rows)
                 tasks.call_with(
-                    p.slab.fill, (p, scratch, offset(x, c * p.input.c), channels, rows_table, listed, 0, table)
+                    p.slab.fill_body, (p, scratch, offset(x, c * p.input.c), channels, rows_table, listed, 0, table)
                 )
                 source = scratch
             for i in range(last - first):

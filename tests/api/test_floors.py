@@ -27,6 +27,7 @@ MACHINERY = {
         "depthwise_planes": "the same with whole planes, read where they lie",
         "elementary": "exp, log and tanh in vectors; CUDA has its own",
         "fft": "convolution by Fourier transforms; CUDA has the direct sum only",
+        "fft_bodies": "its loops",
         "half": "float16 in vectors; CUDA has instructions for it",
         "jit": "how kernels are compiled",
         "records": "blocks of parameters with names, for compiled code",

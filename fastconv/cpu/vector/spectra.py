@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from .call import vector_function
 from .emit import Emitter, Int, Ptr, fma
@@ -10,12 +11,18 @@ from .emit import Emitter, Int, Ptr, fma
 SPECTRA_ROWS = 4  # most rows at once: 8 accumulators, enough to hide the latency of a multiply-add
 
 
-def _write(
-    vectors: Int, terms: Int, a: Ptr, a_row: Int, a_term: Int, b: Ptr, b_term: Int, c: Ptr, c_row: Int, add: Int,
-    rows: int, conjugate: bool,
+class Rows(NamedTuple):
+    rows: int
+    conjugate: bool
+
+
+@vector_function(restrict="a b c")
+def _multiply_rows(
+    e: Emitter, vectors: Int, terms: Int, a: Ptr, a_row: Int, a_term: Int, b: Ptr, b_term: Int, c: Ptr, c_row: Int,
+    add: Int, *, variant: Rows,
 ) -> None:  # fmt: skip
     """`multiply_spectra` of a number of rows that is known."""
-    e = a.e
+    rows, conjugate = variant
     lanes = range(e.lanes)
     signs = e.constants([1.0, -1.0] * (e.lanes // 2) if conjugate else [-1.0, 1.0] * (e.lanes // 2))
     adds = add.differs(0)
@@ -53,7 +60,9 @@ def multiply_spectra(
     """
     for case in e.switch(rows * 2 + conjugate, range(2, 2 * SPECTRA_ROWS + 2)):
         if case is not None:
-            _write(vectors, terms, a, a_row, a_term, b, b_term, c, c_row, add, case // 2, case % 2 == 1)
+            _multiply_rows.emit_call(
+                e, vectors, terms, a, a_row, a_term, b, b_term, c, c_row, add, variant=Rows(case // 2, case % 2 == 1)
+            )
 
 
 def _complex(array: Sequence[float], place: int) -> complex:
