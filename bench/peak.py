@@ -12,7 +12,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from fastconv.cpu import contraction, simd, tasks, threads
+from fastconv.cpu import tasks, threads
+from fastconv.cpu.records import Integer, Reals
+from fastconv.cpu.vector import gemm
+from fastconv.cpu.vector.memory import at, offset
+from fastconv.cpu.vector.tile import tile as tile_of
 
 from . import timing
 
@@ -23,30 +27,38 @@ REPEATS = 200
 # Four times the largest L3 of a desktop; a server with more shows its cache, not its memory.
 COPY_BYTES = 256 << 20
 
-KERNELS, ROWS, VECTORS, DEPTH, COLUMNS = range(tasks.FIRST, tasks.FIRST + 5)
-SOURCE, TARGET, LENGTH = range(tasks.FIRST, tasks.FIRST + 3)
+
+class Products(tasks.Parameters):
+    kernel: Integer  # address of the microkernel
+    rows: Integer
+    columns: Integer
+    depth: Integer
 
 
-@tasks.Body
+class Copy(tasks.Parameters):
+    source: Reals
+    target: Reals
+    length: Integer  # of a task
+
+
+@tasks.body(Products)
 def _contract_panels(task, worker, p, real):
-    kernels, rows, vectors, depth, columns = simd.at(p, p[KERNELS]), p[ROWS], p[VECTORS], p[DEPTH], p[COLUMNS]
-    a = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    panel = simd.offset(a, depth * rows)
-    c = simd.offset(panel, depth * columns)
+    kernel, rows, columns, depth = p.kernel, p.rows, p.columns, p.depth
+    a = at(real, p.header.scratch + worker * p.header.scratch_bytes)
+    panel = offset(a, depth * rows)
+    c = offset(panel, depth * columns)
     for k in range(depth * rows):  # not zeros: on them a processor may draw less power and clock higher
         a[k] = 0.5 + 0.001 * k
     for k in range(depth * columns):
         panel[k] = 1.5 - 0.001 * k
     for _ in range(REPEATS):
-        simd.contract(kernels, rows, vectors, depth, a, panel, c, 0)
+        gemm.contract_packed(kernel, depth, a, panel, c, 0)
 
 
-@tasks.Body
+@tasks.body(Copy)
 def _copy(task, worker, p, real):
-    begin = task * p[LENGTH]
-    source = simd.offset(simd.at(real, p[SOURCE]), begin)
-    target = simd.offset(simd.at(real, p[TARGET]), begin)
-    for i in range(p[LENGTH]):
+    source, target = offset(p.source, task * p.length), offset(p.target, task * p.length)
+    for i in range(p.length):
         target[i] = source[i]
 
 
@@ -59,17 +71,18 @@ def microkernel_rate(dtype: np.dtype | type = np.float32, seconds: float = 0.1) 
     True
     """
     dtype = np.dtype(dtype)
-    tile = simd.tile(8 * dtype.itemsize)
+    tile = tile_of(8 * dtype.itemsize)
     depth = PANEL_BYTES // (dtype.itemsize * (tile.rows + tile.columns))
     scratch = dtype.itemsize * (depth * (tile.rows + tile.columns) + tile.rows * tile.columns)
     flops = 2 * REPEATS * depth * tile.rows * tile.columns
     workers = threads.get_num_threads()
-    kernels = contraction.microkernels(dtype, tile.rows, 1, output=False)
+    p = Products.zeros()
+    p.kernel = gemm.contract_packed.address(dtype, gemm.Rows(tile.rows, tile.vectors))
+    p.rows, p.columns, p.depth = tile.rows, tile.columns, depth
 
     def run(count: int) -> list[float]:
-        parameters = np.array([0] * tasks.FIRST + [kernels, tile.rows, tile.vectors, depth, tile.columns], np.int64)
         work = count * flops
-        return [timing.seconds_of(lambda: tasks.run(_contract_panels, dtype, count, parameters, scratch, work))]
+        return [timing.seconds_of(lambda: tasks.run(_contract_panels, dtype, count, np.asarray(p), scratch, work))]
 
     count = 16 * workers
     run(count)  # compiles, and wakes the threads
@@ -83,10 +96,10 @@ def copy_rate(seconds: float = 0.1) -> float:
     length = 1 << 16
 
     def run() -> list[float]:
-        addresses = [a.__array_interface__["data"][0] for a in (values, target)]
-        parameters = np.array([0] * tasks.FIRST + [*addresses, length], np.int64)
+        p = Copy.zeros()
+        p.source, p.target, p.length = tasks.data_address(values), tasks.data_address(target), length
         count = values.size // length
-        return [timing.seconds_of(lambda: tasks.run(_copy, values.dtype, count, parameters, 64, values.size))]
+        return [timing.seconds_of(lambda: tasks.run(_copy, values.dtype, count, np.asarray(p), 64, values.size))]
 
     run()
     return 2 * values.nbytes / _best(run, seconds) / 1e9

@@ -15,7 +15,7 @@ attributes, nested ones too: ``p.height.before = 1``. Fields that are pointers h
 
 In compiled code, the parameter of a body that is declared for the record reads ``p.height.before`` as a load from a
 constant offset, ``p.height`` as the inner record, ``p.x`` as a pointer to numbers of the body's floating-point type.
-Fields can be set as well. A pointer to a record (``pointer_to(Entry)``) is one to the first of a table of them:
+Fields can be set as well. A pointer to a record (``PointerTo[Entry]``) is one to the first of a table of them:
 ``table[i].place``.
 
 Each field takes 8 bytes; a record that another one inherits from is its beginning. A field cannot have the name of an
@@ -25,7 +25,7 @@ attribute of NumPy's arrays, such as ``size`` or ``sum``: Python would read that
 from __future__ import annotations
 
 import operator
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 from llvmlite import ir
@@ -90,6 +90,14 @@ class Record:
         return np.array(tuple([values[name] for name in cls.fields]), cls.dtype)
 
     @classmethod
+    def beginning_with(cls, record: np.ndarray) -> Any:
+        """One record whose first fields are those of another one, of a kind that this one inherits from."""
+        result = cls.zeros()
+        for name in record.dtype.names or ():
+            result[name] = record[name]
+        return result
+
+    @classmethod
     def table(cls, rows: Any) -> np.ndarray:
         """An array of records, from tuples of all their fields."""
         return np.array([tuple(row) for row in rows], cls.dtype)
@@ -98,14 +106,16 @@ class Record:
 _NUMPY = {Double: np.dtype("f8")}
 
 
-class _PointerTo:
-    def __init__(self, record: type[Record]) -> None:
-        self.record = record
+_Pointee = TypeVar("_Pointee", bound=Record)
+
+
+class PointerTo(Generic[_Pointee]):
+    """A field: the address of a record, or of the first of a table of them."""
 
 
 def pointer_to(record: type[Record]) -> Any:
-    """A field: the address of a record, or of the first of a table of them."""
-    return _PointerTo(record)
+    """`PointerTo` this record."""
+    return PointerTo[record]  # type: ignore[valid-type]
 
 
 class RecordPointer(types.Type):
@@ -119,8 +129,8 @@ class RecordPointer(types.Type):
         if name not in self.record.fields:
             return None
         kind = self.record.fields[name][1]
-        if isinstance(kind, _PointerTo):
-            return RecordPointer(kind.record, self.real)
+        if get_origin(kind) is PointerTo:
+            return RecordPointer(get_args(kind)[0], self.real)
         if kind in _NUMBA:
             return _NUMBA[kind]
         return types.CPointer(self.real) if kind is Reals else RecordPointer(kind, self.real)

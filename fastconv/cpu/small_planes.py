@@ -32,7 +32,7 @@ from .implicit_gemm.parameters import Correlation
 from .implicit_gemm.plan import AGAIN_WEIGHTS, Plan, set_common
 from .implicit_gemm.slab import find_rows
 from .jit import helper
-from .records import Integer, Integers, Record, pointer_to
+from .records import Integer, Integers, PointerTo, Record
 from .tasks import data_address
 from .vector import move
 from .vector import tile as machine
@@ -59,7 +59,7 @@ class Planes(Correlation):
     tap_columns: Integers  # places in the source of the columns of the filter
     sample_pitch: Integer  # elements from sample to sample of the source
     classes: Integer
-    class_table: pointer_to(RowClass)
+    class_table: PointerTo[RowClass]
 
 
 # All these must be in L2 at once: sums of a task, its weights of one block of the reduction, and the rows of the source

@@ -332,9 +332,7 @@ def _plan(
     m_size = row_group * points * t.rows * t.columns
     slab = slab_shape(axes, block * t.columns, geometry.batch, t.columns)
     table_bytes = -(-(block * t.vectors * run_stride(t.lanes) + 4 + slab.table) * 8 // 64) * 64
-    p = Tiles.zeros()
-    for name in plan.parameters.dtype.names or ():
-        p[name] = plan.parameters[name]
+    p = Tiles.beginning_with(plan.parameters)
     p.panel_elements, p.table_bytes = 0, table_bytes
     p.kernels = microkernels(dtype, rows, blocks.panels, False)
     p.m, p.points, p.image_h, p.image_w, p.block, p.row_group = m, points, image[1], image[2], block, row_group

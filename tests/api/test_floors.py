@@ -30,7 +30,7 @@ MACHINERY = {
         "fft_bodies": "its loops",
         "half": "float16 in vectors; CUDA has instructions for it",
         "jit": "how kernels are compiled",
-        "records": "blocks of parameters with names, for compiled code",
+        "records": "blocks of parameters with names",
         "simd": "vector instructions",
         "small_planes": "the same sum without the products with zeros around small planes",
         "tasks": "runs an operation as tasks on the threads",

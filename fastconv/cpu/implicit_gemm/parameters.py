@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import tasks
-from ..records import Integer, Integers, Reals, Record, pointer_to
+from ..records import Integer, Integers, PointerTo, Reals, Record
 
 
 class Strides(Record):
@@ -88,7 +88,7 @@ class Common(tasks.Parameters):
 class Fill(Record):
     """What a body tells one of those that fill its slab."""
 
-    parameters: pointer_to(Common)
+    parameters: PointerTo[Common]
     slab: Reals
     source: Reals  # the first channel of the input
     channels: Integer
@@ -156,10 +156,10 @@ class WeightPacking(tasks.Parameters):
     check_finite: Integer
     # several phases at once
     phases: Integer
-    phase_table: pointer_to(Phase)
-    tap_table: pointer_to(Tap)
+    phase_table: PointerTo[Phase]
+    tap_table: PointerTo[Tap]
     windows: Integer
-    window_table: pointer_to(Window)
+    window_table: PointerTo[Window]
     ascending: Integer  # are the taps of each phase listed in the order of their places in it?
     target_bytes: Integer  # of the table of where each tap is to be written
 
@@ -167,7 +167,7 @@ class WeightPacking(tasks.Parameters):
 class PackRows(Record):
     """What is asked of the body `pack_rows`: panels of rows for one block of the reduction."""
 
-    packing: pointer_to(WeightPacking)
+    packing: PointerTo[WeightPacking]
     packed: Reals
     group: Integer
     first_panel: Integer
@@ -195,7 +195,7 @@ class Correlation(Common):
     """Those of the forward pass and the input gradient."""
 
     operands: Operands
-    packing: pointer_to(WeightPacking)  # of the weights, if the tasks pack them,
+    packing: PointerTo[WeightPacking]  # of the weights, if the tasks pack them,
     pack_rows: Integer  # by the body at this address; otherwise both are 0
     input_group: Integer  # elements from group to group
     output_group: Integer
