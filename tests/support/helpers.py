@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,15 +103,20 @@ VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def run_python(code: str, *arguments: str, cwd: Path | None = None, timeout: float = 120, **environment: str | None):
+def run_python(
+    code: str, *arguments: str, path: Sequence[str] = (), cwd: Path | None = None, timeout: float = 120,
+    **environment: str | None,
+):  # fmt: skip
     """Run `code` in an interpreter of its own that imports the same fastconv, and return the completed process.
+
+    It may import from the folders of `path` too, such as `SUPPORT` and that of the test.
 
     Without the simulator and the number of threads of the test run; `environment` sets variables, None unsets one.
     """
     variables = dict(os.environ)
     for name in ("NUMBA_ENABLE_CUDASIM", "NUMBA_NUM_THREADS", "FASTCONV_BACKEND"):
         variables.pop(name, None)
-    variables["PYTHONPATH"] = str(Path(fc.__file__).parent.parent)
+    variables["PYTHONPATH"] = os.pathsep.join([str(Path(fc.__file__).parent.parent), *path])
     for name, value in environment.items():
         if value is None:
             variables.pop(name, None)
