@@ -19,6 +19,7 @@ import numpy as np
 
 import fastconv as fc
 from fastconv import algorithms, arguments
+from fastconv.cpu import methods
 
 from . import cases, tables
 
@@ -73,7 +74,7 @@ def relative_errors(run: Callable[..., np.ndarray], operands: list[np.ndarray], 
 def measure(networks: tuple[str, ...], offset: float, progress: Callable[[str], None]) -> Iterator[tuple]:
     """(network, operation, algorithm, Errors) of every row of the table."""
     for network in networks:
-        for operation in algorithms.OPERATIONS:
+        for operation in methods.OPERATIONS:
             rows: dict[str, Errors] = {}
             for case in cases.network(network):
                 case = dataclasses.replace(case, batch=1)
@@ -92,7 +93,8 @@ def measure(networks: tuple[str, ...], offset: float, progress: Callable[[str], 
                     row.largest.append(largest)
                     row.rms_ratio.append(rms / max(found["direct"][0], 1e-30))
                     row.largest_ratio.append(largest / max(found["direct"][1], 1e-30))
-                    row.promised.append(algorithms.expected_error(name, operation, geometry, single))
+                    problem = methods.problem_of(operation, geometry, single, name)
+                    row.promised.append(methods.choose(problem).error(problem))
                 progress(f"{network} {operation} {case.name} {found}")
             for name in ALGORITHMS:
                 if name in rows:

@@ -28,6 +28,9 @@ from numba import cuda, types
 from numba.core import config
 from numpy.typing import DTypeLike
 
+from ..backends import installed
+from .lender import Lender
+
 __all__ = [
     "DeviceArray",
     "admit",
@@ -41,6 +44,7 @@ __all__ = [
     "has_engine",
     "launch",
     "launch_blocks",
+    "load_compiler",
     "overlap",
     "scratch",
     "take_bad_label",
@@ -67,6 +71,11 @@ _DLPACK_CUDA = 2
 _simulator_lock = threading.RLock()  # the simulator knows one launch at a time
 
 
+# numba-cuda 0.30.4 names this function, which NumPy 2.5 removed, where it implements NumPy's for kernels.
+if not SIMULATOR:
+    Lender("numba.cuda.np.arrayobj", {"row_stack": np.vstack}).install()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Can CUDA run here?
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +100,24 @@ def available() -> tuple[bool, str]:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         hint = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible!r})"
         return False, f"the NVIDIA driver shows no GPU{hint}. Make one visible."
+    try:
+        load_compiler()
+    except Exception as error:  # AttributeError and others, of what one of them names and the other has changed
+        return False, (
+            f"{installed('numba-cuda', 'numba', 'numpy')} do not work together ({type(error).__name__}: {error}). "
+            'Install the numba-cuda of `pip install "fastconv[cuda]"`, or if it is that one, an older numpy.'
+        )
     return True, ""
+
+
+def load_compiler() -> None:
+    """Load what numba-cuda loads at its first compilation, which later ones find there; it needs no GPU."""
+    from numba.core.compiler_lock import global_compiler_lock
+    from numba.cuda.descriptor import cuda_target
+
+    with global_compiler_lock:
+        cuda_target.typing_context.refresh()
+        cuda_target.target_context.refresh()
 
 
 def current_device() -> int:

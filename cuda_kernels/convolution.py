@@ -1,30 +1,29 @@
 """Convolution on CUDA: forward pass and the gradients of weight, input and bias.
 
-The entry functions and the kernels are those of `fastconv.cpu.convolution`, with the same arguments in the same order,
-on `DeviceArray`s in the canonical form (N, C, D, H, W), weights (O, C/groups, KD, KH, KW), of any strides.
+The entry functions are those of `fastconv.cpu.convolution`, the kernels those of `fastconv.cpu.loops`, word for word,
+with the same arguments in the same order, on `DeviceArray`s in the canonical form (N, C, D, H, W), weights
+(O, C/groups, KD, KH, KW), of any strides.
 
 Where the device has what they need, the kernels of `depthwise`, of `implicit_gemm` and, for the gradient of a bias, of
-`channel_sums` do what they apply to. Those here
-take any strides, types and paddings. One thread computes one element of the result, from the first term of its sum to
-the last: no thread depends on another, so the result depends neither on the grid nor on the batch around a sample. A
-thread steps by the size of the grid, and all indices are 64-bit: arrays may have more than 2**31 elements.
+`channel_sums` do what they apply to, unless the algorithm is "loops". Those here take any strides, types and paddings.
+One thread computes one element of the result, from the first term of its sum to the last: no thread depends on another,
+so the result depends neither on the grid nor on the batch around a sample. A thread steps by the size of the grid, and
+all indices are 64-bit: arrays may have more than 2**31 elements. A kernel is written once for every type of element:
+`load` makes a number to compute with of a stored one, `store` the other way round (`jit.Element`).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numba import types
 
 from ..geometry import ConvGeometry
+from ..packed import PackedWeights
 from . import channel_sums, depthwise, implicit_gemm
 from ._cuda import DeviceArray, cuda, current_device, has_engine, launch, upload
 from .jit import array_of, device_function, kernel
-
-if TYPE_CHECKING:
-    from ..prepared import PackedWeights
 
 __all__ = ["bias_grad", "forward", "input_grad", "weight_grad"]
 
@@ -36,10 +35,10 @@ _tables = types.UniTuple(_table, 3)
 @device_function
 def _position(index, shape):
     """The five coordinates of element `index` of an array of this shape, counted in C order."""
-    index, v = divmod(index, shape[4])
-    index, h = divmod(index, shape[3])
-    index, d = divmod(index, shape[2])
-    n, c = divmod(index, shape[1])
+    rest, v = divmod(index, shape[4])
+    rest, h = divmod(rest, shape[3])
+    rest, d = divmod(rest, shape[2])
+    n, c = divmod(rest, shape[1])
     return n, c, d, h, v
 
 
@@ -59,13 +58,20 @@ def _none(dtype: np.dtype) -> DeviceArray:
     return DeviceArray(0, (0,), None, dtype, None, stream=-1)
 
 
+def _may_be_faster(algorithm: str) -> bool:
+    """Whether the kernels that are not plain loops come first."""
+    return algorithm != "loops" and has_engine()
+
+
 def forward(
     geometry: ConvGeometry, input: DeviceArray, weight: DeviceArray, bias: DeviceArray | None, relu: bool,
     algorithm: str, packed: PackedWeights | None, out: DeviceArray,
 ) -> None:  # fmt: skip
     """out = input convolved with weight, plus bias, through max(0, .) if relu."""
     bias = _none(out.dtype) if bias is None else bias
-    if has_engine() and any(m.forward(geometry, input, weight, bias, relu, out) for m in (depthwise, implicit_gemm)):
+    if _may_be_faster(algorithm) and any(
+        m.forward(geometry, input, weight, bias, relu, out) for m in (depthwise, implicit_gemm)
+    ):
         return
     launch(
         forward_kernel[out.dtype], out.size, input, weight, bias, relu,
@@ -82,7 +88,19 @@ def forward(
 def forward_kernel(element):
     load, store, zero = element.load, element.store, element.real(0)
 
-    def forward_kernel(x, w, bias, relu, source_d, source_h, source_w, stride, dilation, y):
+    def forward_kernel(
+        x,  # (N, C, D, H, W)
+        w,  # (O, C/groups, KD, KH, KW)
+        bias,  # (O,), or no elements
+        relu,
+        source_d,  # the input coordinate at each padded one, -1 where a zero stands
+        source_h,
+        source_w,
+        stride,
+        dilation,
+        y,  # (N, O, PD, PH, PW)
+    ):
+        """y[n, o, p] = bias[o] + sum over c, k of  w[o, c, k] * x[n, first + c, source[p * stride + k * dilation]]"""
         out_per_group = y.shape[1] * w.shape[1] // x.shape[1]
         per_group, kernel_d, kernel_h, kernel_w = w.shape[1:]
         shape, biased = y.shape, bias.size > 0
@@ -113,7 +131,7 @@ def weight_grad(
     out: DeviceArray,
 ) -> None:  # fmt: skip
     """out (+)= gradient of the weight, shape (O, C/groups, KD, KH, KW)."""
-    if has_engine() and any(
+    if _may_be_faster(algorithm) and any(
         m.weight_grad(geometry, input, grad_output, accumulate, out) for m in (depthwise, implicit_gemm)
     ):
         return
@@ -132,7 +150,18 @@ def weight_grad(
 def weight_grad_kernel(element):
     load, store, zero = element.load, element.store, element.real(0)
 
-    def weight_grad_kernel(x, dy, accumulate, source_d, source_h, source_w, stride, dilation, dw):
+    def weight_grad_kernel(
+        x,  # (N, C, D, H, W)
+        dy,  # (N, O, PD, PH, PW)
+        accumulate,
+        source_d,  # the input coordinate at each padded one, -1 where a zero stands
+        source_h,
+        source_w,
+        stride,
+        dilation,
+        dw,  # (O, C/groups, KD, KH, KW)
+    ):
+        """dw[o, c, k] = sum over n, p of  dy[n, o, p] * x[n, first + c, source[p * stride + k * dilation]]"""
         batch, out_channels, out_d, out_h, out_w = dy.shape
         per_group = dw.shape[1]
         out_per_group = out_channels * per_group // x.shape[1]
@@ -168,7 +197,7 @@ def input_grad(
 ) -> None:  # fmt: skip
     """out (+)= gradient of the input, plus bias, through max(0, .) if relu (both for the transposed convolution)."""
     bias = _none(out.dtype) if bias is None else bias
-    if has_engine() and any(
+    if _may_be_faster(algorithm) and any(
         m.input_grad(geometry, weight, grad_output, bias, relu, accumulate, out) for m in (depthwise, implicit_gemm)
     ):
         return
@@ -188,7 +217,20 @@ def input_grad(
 def input_grad_kernel(element):
     load, store, zero = element.load, element.store, element.real(0)
 
-    def input_grad_kernel(w, dy, bias, relu, accumulate, firsts, wheres, stride, dilation, dx):
+    def input_grad_kernel(
+        w,  # (O, C/groups, KD, KH, KW)
+        dy,  # (N, O, PD, PH, PW)
+        bias,  # (C,), or no elements
+        relu,
+        accumulate,
+        firsts,  # input coordinate q stands at the padded coordinates where[first[q]:first[q + 1]]
+        wheres,
+        stride,
+        dilation,
+        dx,  # (N, C, D, H, W)
+    ):
+        """dx[n, c, q] = sum over o, k, p with source[p * stride + k * dilation] = q of  w[o, c, k] * dy[n, o, p]"""
+        # A loop over the padded coordinates and one over the taps for each dimension: nested as deep as the sum is.
         out_d, out_h, out_w = dy.shape[2:]
         per_group, kernel_d, kernel_h, kernel_w = w.shape[1:]
         out_per_group = dy.shape[1] * per_group // dx.shape[1]
@@ -199,7 +241,7 @@ def input_grad_kernel(element):
             n, channel, d, h, v = _position(index, shape)
             group, c = divmod(channel, per_group)
             total = load(bias[channel]) if biased else zero
-            # every place this element has in the padded input, and there every tap that meets an output
+            # every place of this element in the padded input, and there every tap that reads it for some output
             for a in range(first_d[d], first_d[d + 1]):
                 for i in range(kernel_d):
                     p = where_d[a] - i * dilation[0]
@@ -217,8 +259,8 @@ def input_grad_kernel(element):
                                         continue
                                     for f in range(out_per_group):
                                         o = group * out_per_group + f
-                                        grad = dy[n, o, p // stride[0], q // stride[1], r // stride[2]]
-                                        total += load(w[o, c, i, j, k]) * load(grad)
+                                        grad = load(dy[n, o, p // stride[0], q // stride[1], r // stride[2]])
+                                        total += load(w[o, c, i, j, k]) * grad
             if accumulate:
                 total += load(dx[n, channel, d, h, v])
             if relu and total < zero:
@@ -239,7 +281,12 @@ def bias_grad(grad_output: DeviceArray, accumulate: bool, out: DeviceArray) -> N
 def bias_grad_kernel(element):
     load, store, zero = element.load, element.store, element.real(0)
 
-    def bias_grad_kernel(dy, accumulate, db):
+    def bias_grad_kernel(
+        dy,  # (N, O, PD, PH, PW)
+        accumulate,
+        db,  # (O,)
+    ):
+        """db[o] = sum over n, p of  dy[n, o, p]"""
         batch, _, out_d, out_h, out_w = dy.shape
         for o in range(cuda.grid(1), db.size, cuda.gridsize(1)):
             total = zero

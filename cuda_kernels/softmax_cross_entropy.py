@@ -1,12 +1,7 @@
 """Softmax cross-entropy on CUDA: loss and gradient in one kernel, one thread for each position.
 
-The entry functions are those of `fastconv.cpu.softmax_cross_entropy`, which says what the arguments mean, with the same
-arguments in the same order, on `DeviceArray`s. The equations, for one position, z the logits (softcapped if asked):
-
-    m = max z_c,  e_c = exp(z_c - m),  lse = m + log(sum e_c),  p_c = e_c / sum e_c
-    q_c = w_c * ((1 - smoothing) * y_c + smoothing/C)        y the target, one-hot for a class index
-    loss = sum_c q_c * (lse - z_c) + z_loss * lse**2
-    dloss/dz_c = p_c * (sum q + 2*z_loss*lse) - q_c
+The entry functions are those of `fastconv.cpu.softmax_cross_entropy`, which says what the arguments mean, the kernels
+those of `fastconv.cpu.loops`, word for word, with the same arguments in the same order, on `DeviceArray`s.
 
 The kernels here take any strides. Where the classes of a position lie next to each other, those of `softmax_rows` are
 used instead, if the device has what they need.
@@ -82,9 +77,9 @@ def _real_type(element: Element) -> types.Type:
 @device_function
 def _place(index, shape):
     """(n, d, h, v) of position `index` of logits of this shape (N, C, D, H, W), counted in C order."""
-    index, v = divmod(index, shape[4])
-    index, h = divmod(index, shape[3])
-    n, d = divmod(index, shape[2])
+    rest, v = divmod(index, shape[4])
+    rest, h = divmod(rest, shape[3])
+    n, d = divmod(rest, shape[2])
     return n, d, h, v
 
 
@@ -190,9 +185,27 @@ def cross_entropy_kernel(element):
         return q
 
     def cross_entropy_kernel(
-        logits, labels, probabilities, weight, grad_output, ignore_index, scale, denominator, keep, even, z_loss,
-        softcap, loss, row_loss, grad, lse, bad_position, first_position,
+        logits,  # (N, C, D, H, W)
+        labels,  # (N, D, H, W), or no elements; so all arrays from here on
+        probabilities,  # (N, C, D, H, W)
+        weight,  # (C,)
+        grad_output,  # (N, D, H, W)
+        ignore_index, scale,
+        denominator,  # (1,)
+        keep, even, z_loss, softcap,  # keep = 1 - smoothing, even = smoothing / C
+        loss,  # (N, D, H, W)
+        row_loss,  # (N * D * H * W,), of those that are summed
+        grad,  # (N, C, D, H, W)
+        lse,  # (N, D, H, W)
+        bad_position, first_position,  # (1,), for labels that the host does not see
     ):  # fmt: skip
+        """For each position, z its logits (softcapped if asked) and y its target (one-hot for a label):
+
+            m = max z_c,  lse = m + log(sum exp(z_c - m)),  p_c = exp(z_c - lse),  q_c = w_c * (keep * y_c + even)
+            loss = sum_c q_c * (lse - z_c) + z_loss * lse**2
+            grad_c = p_c * (sum q + 2 * z_loss * lse) - q_c
+        """
+        # Longer than a screen: the three readings of a row share what they find, and the last may overwrite the row.
         shape = logits.shape
         classes = shape[1]
         for index in range(cuda.grid(1), shape[0] * shape[2] * shape[3] * shape[4], cuda.gridsize(1)):
@@ -203,7 +216,7 @@ def cross_entropy_kernel(element):
                 ignored = label == ignore_index
                 wrong = not ignored and (label < 0 or label >= classes)
 
-            # 1. The maximum. A nan is passed over here and met again in the sum.
+            # 1. The maximum. A nan is passed over here and found in the sum.
             top = low
             for c in range(classes):
                 z = capped(load(logits[n, c, d, h, v]), softcap)
@@ -213,13 +226,13 @@ def cross_entropy_kernel(element):
                 top = zero
 
             # 2. The sum of exponentials, with the rounding error of each addition carried to the next (Kahan 1965).
-            total, carried, mass = zero, zero, zero
+            total, carried, coefficient_sum = zero, zero, zero
             for c in range(classes):
                 term = real(math.exp(capped(load(logits[n, c, d, h, v]), softcap) - top)) - carried
                 increased = total + term
                 carried = (increased - total) - term
                 total = increased
-                mass += coefficient(probabilities, weight, label, keep, even, n, c, d, h, v)
+                coefficient_sum += coefficient(probabilities, weight, label, keep, even, n, c, d, h, v)
             log_sum = real(math.log(total)) if total != zero else low
             log_sum_exp = top + log_sum
             if lse.size > 0:
@@ -233,7 +246,7 @@ def cross_entropy_kernel(element):
                 outer *= load(grad_output[n, d, h, v])
             two_z_loss = z_loss + z_loss
             slope = two_z_loss * log_sum_exp if z_loss != zero else zero
-            factor = (mass + slope) * outer / total
+            factor = (coefficient_sum + slope) * outer / total
             value = z_loss * log_sum_exp * log_sum_exp if z_loss != zero else zero
             for c in range(classes):
                 z = capped(load(logits[n, c, d, h, v]), softcap)
@@ -273,7 +286,13 @@ def cross_entropy_kernel(element):
 def label_weight_kernel(element):
     load, zero, one = element.load, element.real(0), element.real(1)
 
-    def label_weight_kernel(labels, weight, ignore_index, classes, weights):
+    def label_weight_kernel(
+        labels,  # (N, D, H, W)
+        weight,  # (C,), or no elements
+        ignore_index,
+        classes,
+        weights,  # (N * D * H * W,)
+    ):
         """What each position counts in the mean: the weight of its class, 0 if it is ignored or out of range."""
         _, depth, height, width = labels.shape
         for index in range(cuda.grid(1), weights.size, cuda.gridsize(1)):
@@ -318,7 +337,11 @@ def _sum(values: DeviceArray, denominator: DeviceArray, divisor: int, out: Devic
 def partial_sum_kernel(element):
     zero = element.real(0)
 
-    def partial_sum_kernel(values, partial):
+    def partial_sum_kernel(
+        values,  # (M,)
+        partial,  # (P,)
+    ):
+        """partial[i] = values[i] + values[i + P] + values[i + 2 * P] + ..."""
         for i in range(cuda.grid(1), partial.size, cuda.gridsize(1)):
             total = zero
             for j in range(i, values.size, partial.size):
@@ -337,7 +360,13 @@ def partial_sum_kernel(element):
 def sum_kernel(element):
     store, zero, nan = element.store, element.real(0), element.real(np.nan)
 
-    def sum_kernel(values, denominator, divisor, out):
+    def sum_kernel(
+        values,  # (P,)
+        denominator,  # (1,), or no elements
+        divisor,
+        out,  # (1,)
+    ):
+        """out[0] = sum of the values / denominator[0] / divisor"""
         if cuda.grid(1) == 0:
             total = zero
             for i in range(values.size):
@@ -368,7 +397,12 @@ def softmax_kernel(element):
     load, store, real = element.load, element.store, element.real
     zero, low = real(0), real(-np.inf)
 
-    def softmax_kernel(logits, log, out):
+    def softmax_kernel(
+        logits,  # (N, C, D, H, W)
+        log,
+        out,  # (N, C, D, H, W)
+    ):
+        """out[n, c, p] = exp(z_c - m) / sum over c of exp(z_c - m),  m = max z_c; or its logarithm"""
         shape = logits.shape
         classes = shape[1]
         for index in range(cuda.grid(1), shape[0] * shape[2] * shape[3] * shape[4], cuda.gridsize(1)):

@@ -85,6 +85,12 @@ __all__ = [
 
 __version__ = "0.1.0"
 
+
+def __dir__() -> list[str]:
+    """The public names, and not the modules that define them."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
 # Numba asks for `jitted` by itself (the entry point `numba_extensions` in pyproject.toml), so that this import need not
 # load Numba. Where Numba is there already it may have asked before this package was installed.
 if "numba" in _sys.modules:

@@ -1,5 +1,7 @@
 """The one place that judges what the user passed and words the errors. Both backends get checked arrays.
 
+What only the losses ask is in `loss_arguments`.
+
 Every message names the function and the argument, says what came and what was expected. A wrong type or dtype is a
 TypeError, a wrong value or shape a ValueError. Nothing has been computed or written when one is raised.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ from .geometry import PADDING_MODES, ConvGeometry, output_size
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 _COMMON = (np.dtype(np.float32), np.dtype(np.float64))  # asked first: the name of a dtype takes 1 us
 LAYOUTS = {1: ("NCL", "NLC"), 2: ("NCHW", "NHWC"), 3: ("NCDHW", "NDHWC")}
-ALGORITHMS = ("auto", "direct", "winograd", "fft")
+ALGORITHMS = ("auto", "direct", "winograd", "fft", "loops")
 ACTIVATIONS = (None, "relu")
 PADDING_WORDS = ("valid", "same", "full")
 
@@ -29,7 +31,7 @@ _AXES = {1: "W", 2: "HW", 3: "DHW"}
 _SPATIAL = {1: "*K (1 size)", 2: "*K (2 sizes)", 3: "*K (3 sizes)"}
 
 
-def _one_of(choices: Iterable[object]) -> str:
+def one_of(choices: Iterable[object]) -> str:
     return "expected one of " + ", ".join(map(repr, choices))
 
 
@@ -99,6 +101,17 @@ def check_accumulate(function: str, accumulate: object, out: object) -> bool:
     return bool(accumulate)
 
 
+def check_apart(function: str, home: Any, name: str, array: Any, other_name: str, other: Any) -> None:
+    """Two outputs of the caller must not share memory."""
+    if home.overlap(array, other):
+        raise ValueError(f"{function}: {name} overlaps {other_name} in memory (expected an array of its own)")
+
+
+def check_flag(function: str, argument: str, value: object) -> None:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{function}: {argument} is a {type(value).__name__} (expected True or False)")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Convolution: numbers
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,7 +160,7 @@ def _padding(
     ndim = len(kernel)
     if isinstance(value, str):
         if value not in PADDING_WORDS:
-            raise ValueError(f"{function}: padding is {value!r} ({_one_of(PADDING_WORDS)}, or integers)")
+            raise ValueError(f"{function}: padding is {value!r} ({one_of(PADDING_WORDS)}, or integers)")
         if value == "valid":
             total = (0,) * ndim
         elif value == "full":
@@ -177,7 +190,7 @@ def _padding(
 
 def check_choice(function: str, argument: str, value: object, choices: tuple[object, ...]) -> None:
     if not (value is None or isinstance(value, str)) or value not in choices:
-        raise ValueError(f"{function}: {argument} is {value!r} ({_one_of(choices)})")
+        raise ValueError(f"{function}: {argument} is {value!r} ({one_of(choices)})")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,37 +247,88 @@ def _user_shape(kind: str, channels_last: bool, batch: int, channels: int, size:
     return shape if kind == "unbatched" else (batch, *shape)
 
 
+def _came(argument: str, shape: tuple[int, ...]) -> str:
+    """What came, for a message: an array has a shape; `input_size`, `weight_shape` and the like are one."""
+    return f"{argument} is {shape}" if argument.endswith(("_size", "_shape")) else f"{argument} has shape {shape}"
+
+
+def _expected_shape(argument: str) -> str:
+    return argument if argument.endswith(("_size", "_shape")) else f"{argument} shape"
+
+
 def _split_shape(
-    function: str, argument: str, shape: tuple[int, ...], weight_shape: tuple[int, ...], ndim: int, layout: str
-) -> tuple[str, int, int, tuple[int, ...]]:
-    """Return (kind, batch, channels, spatial size) of an input's shape, kind being "batched", "unbatched" or "bare"."""
+    function: str, argument: str, shape: tuple[int, ...], weight_name: str, weight_shape: tuple[int, ...],
+    weight_channels: str, ndim: int, layout: str,
+) -> tuple[str, int, int, tuple[int, ...]]:  # fmt: skip
+    """Return (kind, batch, channels, spatial size) of an input's shape, kind being "batched", "unbatched" or "bare".
+
+    `weight_channels` are the first two sizes of the weight in the words of a message.
+    """
     channels_last = layout == LAYOUTS[ndim][1]
     if len(weight_shape) == ndim:
         if len(shape) != ndim:
             raise ValueError(
-                f"{function}: {argument} has shape {shape} and weight {weight_shape} (expected a bare {ndim}-D array "
-                f"with a bare {ndim}-D weight, or a weight of shape (O, C/groups, {_SPATIAL[ndim]}))"
+                f"{function}: {_came(argument, shape)} and {_came(weight_name, weight_shape)} (expected {ndim} "
+                f"dimensions of both, or {_expected_shape(weight_name)} ({weight_channels}, {_SPATIAL[ndim]}))"
             )
+        _check_no_zero(function, argument, shape, shape)
+        _check_no_zero(function, weight_name, weight_shape, weight_shape)
         return "bare", 1, 1, shape
     if len(weight_shape) != ndim + 2:
         raise ValueError(
-            f"{function}: weight has shape {weight_shape} (expected {ndim + 2} dimensions, (O, C/groups, "
+            f"{function}: {_came(weight_name, weight_shape)} (expected {ndim + 2} dimensions, ({weight_channels}, "
             f"{_SPATIAL[ndim]}))"
         )
     if len(shape) not in (ndim + 1, ndim + 2):
         raise ValueError(
-            f"{function}: {argument} has shape {shape} (expected {ndim + 2} dimensions in layout {layout!r}, or "
+            f"{function}: {_came(argument, shape)} (expected {ndim + 2} dimensions in layout {layout!r}, or "
             f"{ndim + 1} without the batch)"
         )
     batched = len(shape) == ndim + 2
     batch, rest = (shape[0], shape[1:]) if batched else (1, shape)
     channels, size = (rest[-1], rest[:-1]) if channels_last else (rest[0], rest[1:])
+    _check_no_zero(function, argument, shape, rest, " but the batch" if batched else "")
+    _check_no_zero(function, weight_name, weight_shape, weight_shape)
     return "batched" if batched else "unbatched", batch, channels, size
 
 
-def _check_result_shape(function: str, shape: tuple[int, ...]) -> None:
-    if math.prod(shape) >= 2**60:  # 2**63 bytes of the widest dtype
-        raise ValueError(f"{function}: the result would have shape {shape}, more elements than an array can have")
+def _check_no_zero(
+    function: str, argument: str, shape: tuple[int, ...], sizes: tuple[int, ...], but: str = ""
+) -> None:
+    if 0 in sizes:
+        raise ValueError(f"{function}: {_came(argument, shape)} (expected no size of 0{but})")
+
+
+_MOST_ELEMENTS = 2**60  # 2**63 bytes of the widest dtype
+
+
+def _is_too_large(shape: tuple[int, ...]) -> bool:
+    """Whether no array can have this shape; NumPy leaves sizes of 0 out when it judges that."""
+    return math.prod(n or 1 for n in shape) >= _MOST_ELEMENTS
+
+
+def _check_elements(
+    function: str, result: str, shape_with: Callable[..., tuple[int, ...]], options: dict[str, tuple[Any, Any, Any]],
+    shapes: str,
+) -> None:  # fmt: skip
+    """Judge the number of elements of a result; the message names the options that make them so many.
+
+    `options` holds by name what came, what it means, and the default; `shape_with` makes the shape of such meanings.
+    `shapes` says which shapes came: they are to blame where the defaults of all options would not help.
+    """
+    meant = {name: meaning for name, (_, meaning, _) in options.items()}
+    shape = shape_with(**meant)
+    if not _is_too_large(shape):
+        return
+    default = {name: value for name, (_, _, value) in options.items()}
+    causes = []
+    if not _is_too_large(shape_with(**default)):
+        causes = [name for name in options if not _is_too_large(shape_with(**{**meant, name: default[name]}))]
+        causes = causes or [name for name in options if meant[name] != default[name]]
+    what = " and ".join(f"{name} is {options[name][0]!r}" for name in causes) or shapes
+    raise ValueError(
+        f"{function}: {what}, with which the {result} would have shape {shape} (expected fewer than 2**60 elements)"
+    )
 
 
 def shape_of(function: str, argument: str, shape: Any) -> tuple[int, ...]:
@@ -272,6 +336,14 @@ def shape_of(function: str, argument: str, shape: Any) -> tuple[int, ...]:
     if not _is_sequence(shape):
         raise TypeError(f"{function}: {argument} is a {type(shape).__name__} (expected a shape, a tuple of ints)")
     return tuple(_integer(function, argument, n, 0) for n in shape)
+
+
+def _judged_shape(function: str, argument: str, shape: Any) -> tuple[int, ...]:
+    """The shape of an array, or one that was spelled out, which may be of more elements than an array can have."""
+    sizes = shape_of(function, argument, shape)
+    if argument.endswith(("_size", "_shape")) and _is_too_large(sizes):
+        raise ValueError(f"{function}: {argument} is {sizes} (expected fewer than 2**60 elements)")
+    return sizes
 
 
 _PLAIN = frozenset((int, str))
@@ -307,21 +379,20 @@ def _convolution_plan(
 ) -> ConvPlan:  # fmt: skip
     check_choice(function, "padding_mode", padding_mode, PADDING_MODES)
     check_choice(function, "layout", layout, LAYOUTS[ndim])
-    input_shape = shape_of(function, input_name, input_shape)
-    weight_shape = shape_of(function, weight_name, weight_shape)
+    input_shape = _judged_shape(function, input_name, input_shape)
+    weight_shape = _judged_shape(function, weight_name, weight_shape)
     groups = _integer(function, "groups", groups, 1)
-    kind, batch, channels, size = _split_shape(function, input_name, input_shape, weight_shape, ndim, layout)
+    kind, batch, channels, size = _split_shape(
+        function, input_name, input_shape, weight_name, weight_shape, "O, C/groups", ndim, layout
+    )
     out_channels, per_group = (1, 1) if kind == "bare" else weight_shape[:2]
     kernel = weight_shape[-ndim:]
-    for name, shape in ((input_name, input_shape[-len(size) - 1 :]), (weight_name, weight_shape)):
-        if 0 in shape:
-            raise ValueError(f"{function}: {name} has shape {shape} (expected no size of 0 but the batch)")
     if channels % groups:
         raise ValueError(f"{function}: {input_name} has {channels} channels, which groups={groups} does not divide")
     if per_group != channels // groups:
         raise ValueError(
             f"{function}: {weight_name} has {per_group} input channels per group, but {input_name} has {channels} "
-            f"channels and groups={groups} (expected weight shape (O, {channels // groups}, *K))"
+            f"channels and groups={groups} (expected {_expected_shape(weight_name)} (O, {channels // groups}, *K))"
         )
     if out_channels % groups:
         raise ValueError(
@@ -336,7 +407,16 @@ def _convolution_plan(
     )  # fmt: skip
     channels_last = layout == LAYOUTS[ndim][1]
     output_shape = _user_shape(kind, channels_last, batch, out_channels, geometry.output_size[3 - ndim :])
-    _check_result_shape(function, output_shape)
+
+    def shape_with(padding: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, ...]:
+        each = zip(size, kernel, strides, dilations, *padding, strict=True)
+        return _user_shape(kind, channels_last, batch, out_channels, tuple(max(0, output_size(*one)) for one in each))
+
+    nothing = (0,) * ndim
+    _check_elements(
+        function, "output", shape_with, {"padding": (padding, (before, after), (nothing, nothing))},
+        f"{_came(input_name, input_shape)} and {_came(weight_name, weight_shape)}",
+    )  # fmt: skip
     return ConvPlan(
         geometry,
         input_shape,
@@ -406,12 +486,11 @@ def _transposed_plan(
     check_choice(function, "padding_mode", padding_mode, PADDING_MODES)
     check_choice(function, "layout", layout, LAYOUTS[ndim])
     groups = _integer(function, "groups", groups, 1)
-    kind, batch, channels, size = _split_shape(function, "input", input_shape, weight_shape, ndim, layout)
+    kind, batch, channels, size = _split_shape(
+        function, "input", input_shape, "weight", weight_shape, "C, O/groups", ndim, layout
+    )
     weight_in, per_group = (1, 1) if kind == "bare" else weight_shape[:2]
     kernel = weight_shape[-ndim:]
-    for name, shape in (("input", input_shape[-len(size) - 1 :]), ("weight", weight_shape)):
-        if 0 in shape:
-            raise ValueError(f"{function}: {name} has shape {shape} (expected no size of 0 but the batch)")
     if weight_in != channels:
         raise ValueError(
             f"{function}: weight has {weight_in} input channels, but input has {channels} "
@@ -422,24 +501,17 @@ def _transposed_plan(
     strides = _per_dimension(function, "stride", stride, ndim, 1)
     dilations = _per_dimension(function, "dilation", dilation, ndim, 1)
     extra = _per_dimension(function, "output_padding", output_padding, ndim, 0)
-    # the words mean the padding of the convolution that is being transposed: "same" makes size * stride of size
-    grown = tuple(n * s for n, s in zip(size, strides, strict=True))
-    before, after = _padding(function, padding, grown, kernel, strides, dilations)
+    result, before, after = _transposed_sizes(function, size, kernel, padding, strides, dilations, extra)
     for e, s, d in zip(extra, strides, dilations, strict=True):
         if e >= max(s, d):
             raise ValueError(
                 f"{function}: output_padding is {e} (expected less than stride={s} or dilation={d}, whichever is more)"
             )
-    spans = tuple((n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(size, strides, dilations, kernel, strict=True))
-    result = tuple(span - a - b + e for span, a, b, e in zip(spans, before, after, extra, strict=True))
-    if isinstance(padding, str) and padding == "same" and not any(extra):
-        result = grown
     if min(result) < 1:
         raise ValueError(
-            f"{function}: the result would have size {result} (expected less padding or a larger kernel or input)"
+            f"{function}: padding is {padding!r}, with which the result would have size {result} (expected less "
+            "padding or a larger kernel or input)"
         )
-    # What the last window does not reach (output_padding) is a negative padding after: elements no window reads.
-    after = tuple(span - n - a for span, n, a in zip(spans, result, before, strict=True))
     out_channels = per_group * groups
     geometry = _geometry(
         function, "the result", "weight", batch, out_channels, channels, groups, result, kernel, strides, dilations,
@@ -447,7 +519,21 @@ def _transposed_plan(
     )  # fmt: skip
     channels_last = layout == LAYOUTS[ndim][1]
     result_shape = _user_shape(kind, channels_last, batch, out_channels, result)
-    _check_result_shape(function, result_shape)
+
+    def shape_with(stride: Any, dilation: Any, output_padding: Any) -> tuple[int, ...]:
+        sizes = _transposed_sizes(function, size, kernel, padding, stride, dilation, output_padding)[0]
+        return _user_shape(kind, channels_last, batch, out_channels, sizes)
+
+    one, none = (1,) * ndim, (0,) * ndim
+    _check_elements(
+        function, "result", shape_with,
+        {
+            "stride": (stride, strides, one),
+            "dilation": (dilation, dilations, one),
+            "output_padding": (output_padding, extra, none),
+        },
+        f"{_came('input', input_shape)} and {_came('weight', weight_shape)}",
+    )  # fmt: skip
     return ConvPlan(
         geometry,
         result_shape,
@@ -456,6 +542,22 @@ def _transposed_plan(
         _activation_form(ndim, kind, channels_last),
         _activation_form(ndim, "bare" if kind == "bare" else "batched", False),
     )
+
+
+def _transposed_sizes(
+    function: str, size: tuple[int, ...], kernel: tuple[int, ...], padding: Any, strides: tuple[int, ...],
+    dilations: tuple[int, ...], extra: tuple[int, ...],
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:  # fmt: skip
+    """The size of the result, and the padding (before, after) of the convolution that is being transposed."""
+    # the words mean the padding of that convolution: "same" makes size * stride of size
+    grown = tuple(n * s for n, s in zip(size, strides, strict=True))
+    before, after = _padding(function, padding, grown, kernel, strides, dilations)
+    spans = tuple((n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(size, strides, dilations, kernel, strict=True))
+    result = tuple(span - a - b + e for span, a, b, e in zip(spans, before, after, extra, strict=True))
+    if isinstance(padding, str) and padding == "same" and not any(extra):
+        result = grown
+    # What the last window does not reach (output_padding) is a negative padding after: elements no window reads.
+    return result, before, tuple(span - n - a for span, n, a in zip(spans, result, before, strict=True))
 
 
 def bias_gradient_form(function: str, shape: tuple[int, ...], layout: object) -> tuple[Form, int]:
@@ -492,170 +594,6 @@ def check_needs(
     return names
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Softmax cross-entropy
-# ---------------------------------------------------------------------------------------------------------------------
-
-REDUCTIONS = ("none", "mean", "sum")
-
-
-def class_form(function: str, shape: Any, axis: Any) -> tuple[Form, Form, int, tuple[int, ...]]:
-    """What `axis` of logits of this shape means: (form of logits, form of positions, C, shape of positions).
-
-    The forms make (N, C, *S) and (N, *S) of the user's arrays. In one dimension the classes are the only axis.
-    """
-    try:
-        return _class_form(function, tuple(shape), axis)
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-    raise TypeError(f"{function}: axis is a {type(axis).__name__} (expected an int)")
-
-
-@functools.lru_cache(maxsize=4096, typed=True)
-def _class_form(function: str, shape: tuple[int, ...], axis: Any) -> tuple[Form, Form, int, tuple[int, ...]]:
-    ndim = len(shape)
-    if ndim == 0:
-        raise ValueError(f"{function}: logits have shape () (expected (C,), (N, C) or (N, C, *S))")
-    if isinstance(axis, (bool, np.bool_)) or not hasattr(axis, "__index__"):
-        raise TypeError(f"{function}: axis is a {type(axis).__name__} (expected an int)")
-    asked = operator.index(axis)
-    number = 0 if ndim == 1 and asked == 1 else asked
-    if not -ndim <= number < ndim:
-        raise ValueError(f"{function}: axis is {asked}, but logits have {ndim} dimensions")
-    number %= ndim
-    every = slice(None)
-    rest = tuple(a for a in range(ndim) if a != number)
-    positions = tuple(shape[a] for a in rest)
-    if ndim == 1:
-        return Form((0,), (None, every)), Form((), (None,)), shape[0], positions
-    order = (rest[0], number, *rest[1:])
-    return Form(order, (every,) * ndim), Form(tuple(range(ndim - 1)), (every,) * (ndim - 1)), shape[number], positions
-
-
-def linear_form(function: str, hidden: Any, weight: Any) -> tuple[tuple[int, ...], int]:
-    """What a linear layer of these shapes makes of them: (shape of positions, C)."""
-    hidden, weight = tuple(hidden), tuple(weight)
-    if len(weight) != 2 or 0 in weight:
-        raise ValueError(f"{function}: weight has shape {weight} (expected (C, H), at least one class and feature)")
-    if not hidden:
-        raise ValueError(f"{function}: hidden has shape () (expected (N, {weight[1]}), or any (*, {weight[1]}))")
-    if hidden[-1] != weight[1]:
-        raise ValueError(
-            f"{function}: hidden has {hidden[-1]} features, but weight has shape {weight} (expected hidden of shape "
-            f"(*, {weight[1]}))"
-        )
-    return hidden[:-1], weight[0]
-
-
-def check_target(
-    function: str, target: Any, dtype: np.dtype, logits_shape: tuple[int, ...], positions: tuple[int, ...]
-) -> bool:
-    """Whether the target holds class indices; otherwise it holds probabilities."""
-    if target.dtype.kind in "iu":
-        if tuple(target.shape) != positions:
-            raise ValueError(
-                f"{function}: target holds class indices of shape {tuple(target.shape)}, but logits have shape "
-                f"{logits_shape} (expected {positions}, one index per position)"
-            )
-        return True
-    if target.dtype.name not in DTYPES:
-        raise TypeError(
-            f"{function}: target has dtype {target.dtype.name} (expected class indices of an integer type, or "
-            f"probabilities of the logits' type, {dtype.name})"
-        )
-    if target.dtype != dtype:
-        raise TypeError(f"{function}: target is {target.dtype.name}, but logits is {dtype.name} (expected one dtype)")
-    if tuple(target.shape) != logits_shape:
-        raise ValueError(
-            f"{function}: target holds probabilities of shape {tuple(target.shape)} (expected {logits_shape}, the "
-            "shape of logits)"
-        )
-    return False
-
-
-def _real(function: str, argument: str, value: Any, expected: str) -> float:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{function}: {argument} is a {type(value).__name__} (expected {expected})")
-    return float(value)
-
-
-def check_cross_entropy(
-    function: str, indices: bool, ignore_index: Any, reduction: Any, label_smoothing: Any, z_loss: Any,
-    logit_softcap: Any,
-) -> tuple[int, float, float, float]:  # fmt: skip
-    """Judge the options; return (ignore_index, label_smoothing, z_loss, logit_softcap), 0 standing for no cap."""
-    try:
-        return _check_cross_entropy(
-            function, indices, ignore_index, reduction, label_smoothing, z_loss, logit_softcap
-        )
-    except TypeError as error:
-        if "unhashable" not in str(error):
-            raise
-    return _check_cross_entropy.__wrapped__(
-        function, indices, ignore_index, reduction, label_smoothing, z_loss, logit_softcap
-    )
-
-
-@functools.lru_cache(maxsize=4096, typed=True)
-def _check_cross_entropy(
-    function: str, indices: bool, ignore_index: Any, reduction: Any, label_smoothing: Any, z_loss: Any,
-    logit_softcap: Any,
-) -> tuple[int, float, float, float]:  # fmt: skip
-    if reduction is None:
-        raise ValueError(f"{function}: reduction is None ({_one_of(REDUCTIONS)})")
-    check_choice(function, "reduction", reduction, REDUCTIONS)
-    if isinstance(ignore_index, (bool, np.bool_)) or not hasattr(ignore_index, "__index__"):
-        raise TypeError(f"{function}: ignore_index is a {type(ignore_index).__name__} (expected an int)")
-    ignored = operator.index(ignore_index)
-    if not -(2**63) <= ignored < 2**63:
-        raise ValueError(f"{function}: ignore_index is {ignored} (expected a 64-bit integer)")
-    if ignored >= 0 and not indices:
-        raise ValueError(
-            f"{function}: ignore_index is {ignored}, but target holds probabilities (expected class indices, or a "
-            "negative ignore_index, which ignores none)"
-        )
-    smoothing = _real(function, "label_smoothing", label_smoothing, "a number between 0 and 1")
-    if not 0 <= smoothing <= 1:
-        raise ValueError(f"{function}: label_smoothing is {smoothing} (expected a number between 0 and 1)")
-    penalty = _real(function, "z_loss", z_loss, "a number of at least 0")
-    if not 0 <= penalty < math.inf:
-        raise ValueError(f"{function}: z_loss is {penalty} (expected a finite number of at least 0)")
-    if logit_softcap is None:
-        return ignored, smoothing, penalty, 0.0
-    cap = _real(function, "logit_softcap", logit_softcap, "a positive number or None")
-    if not 0 < cap < math.inf:
-        raise ValueError(f"{function}: logit_softcap is {cap} (expected a positive finite number or None)")
-    return ignored, smoothing, penalty, cap
-
-
-def is_number(value: object) -> bool:
-    """A Python or NumPy number, as opposed to an array (of no dimensions perhaps)."""
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, (bool, np.bool_))
-
-
-def check_apart(function: str, home: Any, name: str, array: Any, other_name: str, other: Any) -> None:
-    """Two outputs of the caller must not share memory."""
-    if home.overlap(array, other):
-        raise ValueError(f"{function}: {name} overlaps {other_name} in memory (expected an array of its own)")
-
-
-def check_flag(function: str, argument: str, value: object) -> None:
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{function}: {argument} is a {type(value).__name__} (expected True or False)")
-
-
-def bad_label(
-    function: str, position: int, label: int, positions: tuple[int, ...], classes: int, ignore_index: int
-) -> ValueError:
-    """The error for a class index out of range, naming its row, its value and C."""
-    where = ", ".join(str(int(i)) for i in np.unravel_index(position, positions)) if positions else ""
-    return ValueError(
-        f"{function}: target{where and f'[{where}]'} is {label}, but logits have C={classes} classes (expected "
-        f"0 <= target < {classes}, or ignore_index={ignore_index})"
-    )
-
-
 def check_prepared(
     function: str, ndim: int, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any,
     padding_mode: Any, backend: str,
@@ -669,11 +607,12 @@ def check_prepared(
     w = home.admit(function, "weight", weight)
     b = None if bias is None else home.admit(function, "bias", bias)
     common_dtype(function, weight=w, bias=b)
-    if w.ndim not in (ndim, ndim + 2) or 0 in w.shape:
+    if w.ndim not in (ndim, ndim + 2):
         raise ValueError(
             f"{function}: weight has shape {tuple(w.shape)} (expected {ndim + 2} dimensions, (O, C/groups, "
             f"{_SPATIAL[ndim]}))"
         )
+    _check_no_zero(function, "weight", tuple(w.shape), tuple(w.shape))
     if b is not None:
         check_shape(function, "bias", b, (1 if w.ndim == ndim else w.shape[0],), "one per output channel")
     check_choice(function, "padding_mode", padding_mode, PADDING_MODES)

@@ -156,11 +156,23 @@ def cuda_status() -> tuple[bool, str]:
     try:
         cuda = importlib.import_module("fastconv.cuda_kernels._cuda")
     except Exception as error:  # a broken CUDA install raises RuntimeError and others, not only ImportError
+        found = installed("numba-cuda", "numba", "numpy")
         return False, (
-            f"numba.cuda cannot be imported ({type(error).__name__}: {error}). "
+            f"numba.cuda cannot be imported ({type(error).__name__}: {error}; {found}). "
             'Install it with `pip install "fastconv[cuda]"`.'
         )
     return cuda.available()
+
+
+def installed(*packages: str) -> str:
+    """The versions of those of the packages that are installed, in words."""
+    from importlib import metadata
+
+    versions = []
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions.append(f"{package} {metadata.version(package)}")
+    return ", ".join(versions)
 
 
 def _require_cuda(function: str) -> Any:

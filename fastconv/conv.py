@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from . import arguments
-from .algorithms import choose
+from .algorithms import check
 from .backends import home_of
 
 __all__ = [
@@ -46,7 +46,7 @@ class ConvGrads(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _forward(
+def forward(
     function, ndim, input, weight, bias, stride, padding, dilation, groups, padding_mode, layout, activation,
     algorithm, out, backend, packed=None,
 ):  # fmt: skip
@@ -59,7 +59,7 @@ def _forward(
         function, ndim, x.shape, w.shape, stride, padding, dilation, groups, padding_mode, layout
     )
     arguments.check_choice(function, "activation", activation, arguments.ACTIVATIONS)
-    algorithm = choose(function, "forward", plan.geometry, dtype, algorithm, home.name)
+    check(function, "forward", plan.geometry, dtype, algorithm, home.name)
     if b is not None:
         arguments.check_shape(function, "bias", b, (plan.geometry.out_channels,), "one per output channel")
     y, deliver = home.output(function, out, plan.output_shape, dtype, input)
@@ -84,7 +84,7 @@ def _weight_grad(
         function, ndim, x.shape, weight_size, stride, padding, dilation, groups, padding_mode, layout,
         weight_name="weight_size",
     )  # fmt: skip
-    algorithm = choose(function, "weight_grad", plan.geometry, dtype, algorithm, home.name)
+    check(function, "weight_grad", plan.geometry, dtype, algorithm, home.name)
     arguments.check_shape(function, "grad_output", dy, plan.output_shape, "the shape of the convolution's output")
     accumulate = arguments.check_accumulate(function, accumulate, out)
     dw, deliver = home.output(function, out, plan.weight_shape, dtype, input)
@@ -109,7 +109,7 @@ def _input_grad(
         function, ndim, input_size, w.shape, stride, padding, dilation, groups, padding_mode, layout,
         input_name="input_size",
     )  # fmt: skip
-    algorithm = choose(function, "input_grad", plan.geometry, dtype, algorithm, home.name)
+    check(function, "input_grad", plan.geometry, dtype, algorithm, home.name)
     arguments.check_shape(function, "grad_output", dy, plan.output_shape, "the shape of the convolution's output")
     accumulate = arguments.check_accumulate(function, accumulate, out)
     dx, deliver = home.output(function, out, plan.input_shape, dtype, grad_output)
@@ -135,7 +135,7 @@ def _transposed(
         function, ndim, x.shape, w.shape, stride, padding, output_padding, groups, dilation, padding_mode, layout
     )
     arguments.check_choice(function, "activation", activation, arguments.ACTIVATIONS)
-    algorithm = choose(function, "input_grad", plan.geometry, dtype, algorithm, home.name)
+    check(function, "input_grad", plan.geometry, dtype, algorithm, home.name)
     if b is not None:
         arguments.check_shape(function, "bias", b, (plan.geometry.in_channels,), "one per output channel")
     y, deliver = home.output(function, out, plan.input_shape, dtype, input)
@@ -211,7 +211,7 @@ def conv1d(
     groups : int, a divisor of C and O
     padding_mode : "zeros", "reflect", "replicate" or "circular"
     activation : None or "relu", applied after the bias in the same pass
-    algorithm : "auto" (by the shape: see `explain`), "direct", "winograd" or "fft"
+    algorithm : "auto" (by the shape: see `explain`), "direct", "winograd", "fft" or "loops" (the plain loops)
     out : array of the result's shape and dtype that overlaps no input; it is filled and returned
     backend : "auto" (where the arrays live), "cpu" or "cuda"
 
@@ -229,7 +229,7 @@ def conv1d(
     >>> fc.conv1d(x, w, padding=1).shape
     (2, 4, 8)
     """
-    return _forward(
+    return forward(
         "conv1d", 1, input, weight, bias, stride, padding, dilation, groups, padding_mode, layout, activation,
         algorithm, out, backend,
     )  # fmt: skip
@@ -356,7 +356,7 @@ def conv2d(
     groups : int, a divisor of C and O
     padding_mode : "zeros", "reflect", "replicate" or "circular"
     activation : None or "relu", applied after the bias in the same pass
-    algorithm : "auto" (by the shape: see `explain`), "direct", "winograd" or "fft"
+    algorithm : "auto" (by the shape: see `explain`), "direct", "winograd", "fft" or "loops" (the plain loops)
     out : array of the result's shape and dtype that overlaps no input; it is filled and returned
     backend : "auto" (where the arrays live), "cpu" or "cuda"
 
@@ -374,7 +374,7 @@ def conv2d(
     >>> fc.conv2d(x, w, padding=1).shape
     (2, 4, 8, 8)
     """
-    return _forward(
+    return forward(
         "conv2d", 2, input, weight, bias, stride, padding, dilation, groups, padding_mode, layout, activation,
         algorithm, out, backend,
     )  # fmt: skip
@@ -501,7 +501,7 @@ def conv3d(
     groups : int, a divisor of C and O
     padding_mode : "zeros", "reflect", "replicate" or "circular"
     activation : None or "relu", applied after the bias in the same pass
-    algorithm : "auto" (by the shape: see `explain`), "direct", "winograd" or "fft"
+    algorithm : "auto" (by the shape: see `explain`), "direct", "winograd", "fft" or "loops" (the plain loops)
     out : array of the result's shape and dtype that overlaps no input; it is filled and returned
     backend : "auto" (where the arrays live), "cpu" or "cuda"
 
@@ -519,7 +519,7 @@ def conv3d(
     >>> fc.conv3d(x, w, padding=1).shape
     (2, 4, 8, 8, 8)
     """
-    return _forward(
+    return forward(
         "conv3d", 3, input, weight, bias, stride, padding, dilation, groups, padding_mode, layout, activation,
         algorithm, out, backend,
     )  # fmt: skip

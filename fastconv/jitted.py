@@ -105,10 +105,13 @@ class _Call:
                 raise TypingError(f"{self.function}: {name} is a {kind} (expected numbers, strings, tuples or None)")
         elif name in ("out", "grad_out") and isinstance(kind, types.Optional):
             raise TypingError(f"{self.function}: {name} may be None (expected an array, or None in every call)")
-        elif not isinstance(_without_none(kind), types.Array) and not self._is_scale(name, kind):
+        elif not isinstance(_without_none(kind), types.Array) and not self._is_number(name, kind):
             raise TypingError(f"{self.function}: {name} is a {kind} (expected an array)")
 
-    def _is_scale(self, name: str, kind: Any) -> bool:
+    def _is_number(self, name: str, kind: Any) -> bool:
+        """Whether an array stands here that may also be a number: one class index, or the gradient of the loss."""
+        if name == "target":
+            return isinstance(_without_none(kind), types.Integer)
         return self.function == "softmax_cross_entropy_grad" and name == "grad_output" and _is_option(kind)
 
     def _common_dtype(self) -> Any:

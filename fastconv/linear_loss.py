@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import arguments
+from . import arguments, loss_arguments
 from .backends import home_of
 from .geometry import ConvGeometry
 
@@ -192,20 +192,24 @@ def _linear_cross_entropy(
     function, hidden, weight, target, bias, needs, class_weight, ignore_index, reduction, label_smoothing, z_loss,
     logit_softcap, return_lse, check, out, backend,
 ):  # fmt: skip
+    label = loss_arguments.single_label(function, target)
     home = home_of(
-        function, backend, hidden=hidden, weight=weight, target=target, bias=bias, class_weight=class_weight, out=out
-    )
+        function, backend, hidden=hidden, weight=weight, target=target if label is None else None, bias=bias,
+        class_weight=class_weight, out=out,
+    )  # fmt: skip
     x, w = home.admit(function, "hidden", hidden), home.admit(function, "weight", weight)
-    t = home.admit(function, "target", target)
+    t = home.admit(function, "target", target if label is None else label)
     b = None if bias is None else home.admit(function, "bias", bias)
     cw = None if class_weight is None else home.admit(function, "class_weight", class_weight)
     dtype = arguments.common_dtype(function, hidden=x, weight=w, bias=b, class_weight=cw)
-    positions, classes = arguments.linear_form(function, x.shape, w.shape)
+    positions, classes = loss_arguments.linear_form(function, x.shape, w.shape)
     for name, array in (("bias", b), ("class_weight", cw)):
         if array is not None:
             arguments.check_shape(function, name, array, (classes,), "one per class")
-    indices = arguments.check_target(function, t, dtype, (*positions, classes), positions)
-    options = arguments.check_cross_entropy(
+    indices = loss_arguments.check_target(
+        function, t, dtype, positions, (*positions, classes), "hidden", tuple(x.shape)
+    )
+    options = loss_arguments.check_cross_entropy(
         function, indices, ignore_index, reduction, label_smoothing, z_loss, logit_softcap
     )
     arguments.check_flag(function, "return_lse", return_lse)
@@ -233,7 +237,7 @@ def _linear_cross_entropy(
     bad, divisor, scale = here.judge(flat_target, cw, options[0], classes, reduction == "mean", chunks.hidden)
     if bad is not None:
         position, label = bad
-        raise arguments.bad_label(function, position, label, positions, classes, options[0])
+        raise loss_arguments.bad_label(function, position, label, positions, classes, options[0], "weight has")
     lse = home.output(function, None, positions, dtype, hidden) if return_lse else None
     losses, lses = chunks.empty(chunks.rows), chunks.empty(chunks.rows) if return_lse else None
     chunks.run(
@@ -278,7 +282,8 @@ def linear_cross_entropy(
     hidden : array (N, H), (H,) or (*, H), any strides
         float32, float64, float16 or bfloat16; the last two are computed in float32.
     weight : array (C, H), of the same dtype
-    target : class indices of any integer type, (N,), () or (*,); or probabilities (N, C), (C,) or (*, C)
+    target : class indices of any integer type, (N,), () or (*,), a Python or NumPy integer included; or probabilities
+        (N, C), (C,) or (*, C)
     bias : array (C,) or None
     class_weight : array (C,) of class weights, or None
     ignore_index, reduction, label_smoothing, z_loss, logit_softcap, check : as in `softmax_cross_entropy`

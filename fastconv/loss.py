@@ -1,14 +1,14 @@
 """The public softmax and cross-entropy functions: check, dispatch.
 
-Everything the user passes is judged in `arguments`, `backends` says where the arrays live, and the kernels are in
-`cpu.softmax_cross_entropy` and `cuda_kernels.softmax_cross_entropy` under the same names.
+Everything the user passes is judged in `arguments` and `loss_arguments`, `backends` says where the arrays live, and
+the kernels are in `cpu.softmax_cross_entropy` and `cuda_kernels.softmax_cross_entropy` under the same names.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from . import arguments
+from . import arguments, loss_arguments
 from .backends import home_of
 
 __all__ = [
@@ -24,20 +24,23 @@ def _cross_entropy(
     function, logits, target, weight, grad_output, ignore_index, reduction, label_smoothing, axis, z_loss,
     logit_softcap, return_lse, check, wants_loss, wants_grad, out, grad_out, backend,
 ):  # fmt: skip
-    scale = grad_output if grad_output is None or arguments.is_number(grad_output) else None
+    scale = grad_output if grad_output is None or loss_arguments.is_number(grad_output) else None
     slope = grad_output if scale is None else None
+    label = loss_arguments.single_label(function, target)
     home = home_of(
-        function, backend, logits=logits, target=target, weight=weight, grad_output=slope, out=out, grad_out=grad_out
-    )
-    z, t = home.admit(function, "logits", logits), home.admit(function, "target", target)
+        function, backend, logits=logits, target=target if label is None else None, weight=weight, grad_output=slope,
+        out=out, grad_out=grad_out,
+    )  # fmt: skip
+    z = home.admit(function, "logits", logits)
+    t = home.admit(function, "target", target if label is None else label)
     w = None if weight is None else home.admit(function, "weight", weight)
     dy = None if slope is None else home.admit(function, "grad_output", slope)
     dtype = arguments.common_dtype(function, logits=z, weight=w, grad_output=dy)
-    form, position_form, classes, positions = arguments.class_form(function, z.shape, axis)
+    form, position_form, classes, positions = loss_arguments.class_form(function, z.shape, axis)
     if classes == 0:
         raise ValueError(f"{function}: logits have shape {tuple(z.shape)} (expected at least one class)")
-    indices = arguments.check_target(function, t, dtype, tuple(z.shape), positions)
-    ignored, smoothing, penalty, cap = arguments.check_cross_entropy(
+    indices = loss_arguments.check_target(function, t, dtype, positions, tuple(z.shape))
+    ignored, smoothing, penalty, cap = loss_arguments.check_cross_entropy(
         function, indices, ignore_index, reduction, label_smoothing, z_loss, logit_softcap
     )
     if w is not None:
@@ -83,7 +86,7 @@ def _cross_entropy(
     )  # fmt: skip
     if bad is not None:
         position, label = bad
-        raise arguments.bad_label(function, position, label, positions, classes, ignored)
+        raise loss_arguments.bad_label(function, position, label, positions, classes, ignored)
     results = tuple(array if finish is None else finish() for array, finish in deliver)
     return results if len(results) > 1 else results[0]
 
@@ -92,7 +95,7 @@ def _softmax(function, logits, axis, log, out, backend):
     home = home_of(function, backend, logits=logits, out=out)
     z = home.admit(function, "logits", logits)
     dtype = arguments.common_dtype(function, logits=z)
-    form = arguments.class_form(function, z.shape, axis)[0]
+    form = loss_arguments.class_form(function, z.shape, axis)[0]
     result, finish = home.output(function, out, z.shape, dtype, logits)
     if out is not None:
         inputs: dict[str, Any] = {} if out is logits else {"logits": z}
@@ -102,7 +105,7 @@ def _softmax(function, logits, axis, log, out, backend):
 
 
 def softmax_cross_entropy(
-    logits, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, axis=1, z_loss=0.0,
+    logits, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, axis=None, z_loss=0.0,
     logit_softcap=None, return_lse=False, check=False, out=None, backend="auto",
 ):  # fmt: skip
     """Cross-entropy between the softmax of `logits` and `target`.
@@ -120,6 +123,7 @@ def softmax_cross_entropy(
     logits : array (N, C), (C,) or (N, C, *S), any strides
         float32, float64, float16 or bfloat16. -inf is probability 0; a row that holds nan gives nan.
     target : class indices of any integer type, (N,), () or (N, *S); or probabilities of the logits' dtype and shape
+        A Python or NumPy integer is one index, ().
         Probabilities need not sum to one. A class of coefficient q_c = 0 adds nothing to the loss, even where p_c is 0.
         One out of range raises ValueError before anything is written. On a CUDA device, unless `check` is True, the
         host does not wait to see them: one out of range makes the loss and the gradient of its position nan, and the
@@ -130,7 +134,7 @@ def softmax_cross_entropy(
         The mean divides by the sum of the weights of the labels that are not ignored; by the number of positions when
         `target` holds probabilities. It is nan when every position is ignored.
     label_smoothing : number between 0 and 1
-    axis : the class axis, 1 unless given; in one dimension the only one
+    axis : the class axis; None is axis 1, or axis 0 of logits (C,)
     z_loss : number >= 0; adds z_loss * lse**2 to the loss of each position that is not ignored, before the reduction
     logit_softcap : None, or a number that puts cap * tanh(z / cap) in the place of every logit z, -inf included
     return_lse : also return lse, of the softcapped logits, ignored positions included
@@ -163,8 +167,8 @@ def softmax_cross_entropy(
 
 
 def softmax_cross_entropy_grad(
-    logits, target, weight=None, grad_output=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, axis=1,
-    z_loss=0.0, logit_softcap=None, return_lse=False, check=False, out=None, backend="auto",
+    logits, target, weight=None, grad_output=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0,
+    axis=None, z_loss=0.0, logit_softcap=None, return_lse=False, check=False, out=None, backend="auto",
 ):  # fmt: skip
     """Gradient of `softmax_cross_entropy` with respect to `logits`.
 
@@ -192,7 +196,7 @@ def softmax_cross_entropy_grad(
 
 
 def softmax_cross_entropy_with_grad(
-    logits, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, axis=1, z_loss=0.0,
+    logits, target, weight=None, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, axis=None, z_loss=0.0,
     logit_softcap=None, return_lse=False, check=False, out=None, grad_out=None, backend="auto",
 ):  # fmt: skip
     """`softmax_cross_entropy` and its gradient with respect to `logits`, in one pass over the logits.
@@ -214,12 +218,13 @@ def softmax_cross_entropy_with_grad(
     )  # fmt: skip
 
 
-def softmax(logits, axis=1, *, out=None, backend="auto"):
+def softmax(logits, axis=None, *, out=None, backend="auto"):
     """exp(z_c) / sum over d of exp(z_d) along `axis` (`reference.softmax`).
 
-    `logits` has any shape and strides; in one dimension `axis` is the only one. float32, float64, float16 or bfloat16.
-    `out`, of the same shape and dtype, may be `logits` itself. Returns an array of the logits' shape and dtype. A row
-    that is all -inf gives nan. Raises ValueError for a wrong value or shape, TypeError for a wrong type or dtype,
+    `logits` has any shape and strides; float32, float64, float16 or bfloat16. `axis` is an int, or None for the class
+    axis of `softmax_cross_entropy`: axis 1, or axis 0 in one dimension (not all axes, as in SciPy). `out`, of the same
+    shape and dtype, may be `logits` itself. Returns an array of the logits' shape and dtype. A row that is all -inf
+    gives nan. Raises ValueError for a wrong value or shape, TypeError for a wrong type or dtype,
     BackendUnavailableError.
 
     >>> import numpy as np, fastconv as fc
@@ -229,7 +234,7 @@ def softmax(logits, axis=1, *, out=None, backend="auto"):
     return _softmax("softmax", logits, axis, False, out, backend)
 
 
-def log_softmax(logits, axis=1, *, out=None, backend="auto"):
+def log_softmax(logits, axis=None, *, out=None, backend="auto"):
     """z_c - log(sum over d of exp(z_d)) along `axis`: the logarithm of `softmax` (`reference.log_softmax`).
 
     Arguments, result and errors are those of `softmax`.

@@ -4,6 +4,7 @@ Without a GPU, CUDA means Numba's simulator, which needs its environment variabl
 `FASTCONV_TEST_GPU=1` runs the same tests on a real GPU instead.
 """
 
+import gc
 import os
 
 ON_GPU = os.environ.get("FASTCONV_TEST_GPU") == "1"
@@ -29,6 +30,12 @@ def backend(request: pytest.FixtureRequest) -> str:
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers that are the same in every run, and differ from test to test."""
     return np.random.default_rng(sum(request.node.name.encode()))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the collector of garbage leave out the tests themselves, millions of objects that stay."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

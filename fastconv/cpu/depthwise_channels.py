@@ -127,7 +127,7 @@ def _load_tile(p, out, y, channels, depth, height, width):
 
 @_jit
 def _store_tile(p, y, out, channels, depth, height, width):
-    """The reverse of `_load_tile`."""
+    """The reverse of `load_tile`."""
     runs, pixels = (1, height * width) if p[Y_ROWS] else (height, width)
     for d in range(depth):
         for r in range(runs):

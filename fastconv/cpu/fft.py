@@ -33,19 +33,17 @@ import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..geometry import ConvGeometry, Size3
+from ..packed import PackedWeights
 from . import tasks
 from .fft_bodies import Gather, Multiply, Scatter, gather, multiply, scatter
 from .tasks import data_address
 from .threads import get_num_threads
 from .vector.tile import tile as machine
-
-if TYPE_CHECKING:
-    from ..prepared import PackedWeights
 
 # Bytes of the tiles, their spectra and the results that are in memory at a time, and of the spectra of weights, as far
 # as one tile and one output channel allow. Chunks that stay in the last cache are 1.3 times faster than larger ones.
@@ -56,7 +54,7 @@ _TILES, _PRODUCT = 1, 2  # the slots of `tasks.workspace` that are used
 
 LARGEST_TILE = 2**20  # points, unless the kernel needs more: larger ones have no advantage
 
-# What the parts cost on one core, for the choice of the tile and `algorithms.choose`: operations a nanosecond of the
+# What the parts cost on one core, for the choice of the tile and `methods`: operations a nanosecond of the
 # transforms (2.5 n log2 n for n points) and of the products of spectra (8 for each frequency), and points a nanosecond
 # that are copied. Measured in float32, with SciPy; the table of docs/algorithms.md shows how well they fit.
 TRANSFORM_RATE, PRODUCT_RATE, COPY_RATE = 14.0, 30.0, 2.0

@@ -1,8 +1,12 @@
 """How the CPU kernels are compiled: lazily, once per floating-point type, into Numba's cache.
 
-A kernel is written once, as explicit loops over `prange`, with one signature per floating-point type. The signature is
+A kernel is written once, as explicit loops over `prange`, with one signature per element type. The signature is
 explicit so that any array a user brings (contiguous or not, read-only or not) reaches the one compiled version. It is
 compiled a second time, for one thread, only where a parallel loop must not be started (`threads.parallel_allowed`).
+
+The kernels of `loops` stand under Numba's own ``@njit(parallel=True, ...)``. `kernel`, above it, takes the function and
+the options from there: by itself, Numba would compile for the layouts of every call anew, could not be trusted to cache
+(`compiled`), and would start parallel loops wherever the threading layer allows none.
 """
 
 from __future__ import annotations
@@ -78,19 +82,29 @@ def _compiled(decorator: Callable[..., Any], signature: Any, function: Callable[
         return decorator(signature, cache=True, **options)(twin)
 
 
+_PARALLEL = {"parallel": True, "nogil": True}
+
+
 class Kernel:
-    """A function of loops, compiled on first use for each floating-point type: ``kernel[dtype](...)``."""
+    """A function of loops, compiled on first use for each element type: ``kernel[dtype](...)``.
+
+    `function` may stand under ``@njit``, whose options are then taken; otherwise it is compiled as parallel loops.
+    """
 
     def __init__(self, function: Callable[..., None], signature: Callable[[Any], Any]) -> None:
         self.__doc__ = function.__doc__
-        self.function = function
+        given = getattr(function, "targetoptions", _PARALLEL)
+        self.options = {name: value for name, value in given.items() if name in _PARALLEL}
+        self.function = getattr(function, "py_func", function)
         self.signature = signature
 
     @functools.cache  # noqa: B019 - kernels live as long as the module
     def compiled(self, dtype: np.dtype | None = None, parallel: bool = True) -> Callable[..., None]:
-        """The kernel for one floating-point type (None: it has no use for one), as parallel or serial loops."""
+        """The kernel for one element type (None: it has no use for one), as parallel or serial loops."""
         threads.load_layer()
-        return compiled(numba.njit, self.signature(REAL.get(dtype)), self.function, parallel=parallel, nogil=True)
+        options = self.options if parallel else {**self.options, "parallel": False}
+        element = None if dtype is None else numba.from_dtype(dtype)
+        return compiled(numba.njit, self.signature(element), self.function, **options)
 
     def __getitem__(self, dtype: np.dtype) -> Callable[..., None]:
         compiled = self.compiled(dtype, threads.parallel_allowed())
@@ -103,5 +117,5 @@ class Kernel:
 
 
 def kernel(signature: Callable[[Any], Any]) -> Callable[[Callable[..., None]], Kernel]:
-    """Make a `Kernel` of a function; `signature` gives its Numba signature for a floating-point type."""
+    """Make a `Kernel` of a function; `signature` gives its Numba signature for an element type."""
     return lambda function: Kernel(function, signature)

@@ -13,7 +13,7 @@ are transposed into the output once, at the end; each block of the weights is us
 
 The blocks of the reduction are those of `correlate`, and so is the order of the sum in them. What is left out would add
 zeros, so the result has the same bits. Only zero times a weight that is not finite would be nan: the packing of the
-weights takes note of these, and `convolution` calls `correlate` where a zero of the padding is a number like others.
+weights takes note of these, and the next of `methods` computes where a zero of the padding is a number like others.
 """
 
 from __future__ import annotations

@@ -252,8 +252,8 @@ def _launch(
         none_2 if loss is None else loss,
         none_3 if grad is None else grad,
         none_2 if lse is None else lse,
-        partial, tasks.data_address(parameters), is_by_class, plain, body.address(dtype), tasks._scratch(scratch),
-        ALONE,
+        partial, tasks.data_address(parameters), is_by_class, plain, body.address(dtype),
+        tasks.scratch_memory(scratch), ALONE,
     )  # fmt: skip
     if count < 0:
         return count, 0.0

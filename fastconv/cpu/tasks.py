@@ -244,7 +244,7 @@ def data_address(array: np.ndarray) -> int:
 address = data_address  # its name before
 
 
-def _scratch(size: int) -> int:
+def scratch_memory(size: int) -> int:
     """Address of `size` bytes of this Python thread's own scratch memory, aligned to a cache line."""
     kept, place = getattr(_local, "scratch", (0, 0))
     if kept < size:
@@ -295,7 +295,7 @@ def run_stages(dtype: np.dtype, stages: Sequence[Stage]) -> None:
         most, work, scratch = max(most, tasks), work + flops, max(scratch, size)
     many = min(most, workers(work))
     scratch = -(-scratch // 64) * 64
-    place = _scratch(scratch * many)
+    place = scratch_memory(scratch * many)
     following = 0
     for body, tasks, parameters, _, _, waits in reversed(stages):
         header = 0, 0, 0, 0, place, scratch, body.address(dtype), tasks, waits, following

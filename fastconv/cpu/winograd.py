@@ -16,7 +16,6 @@ computed again by the direct sum, which has the right ones.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import numpy as np
@@ -292,11 +291,10 @@ def tile_axis(out: int, m: int, source: np.ndarray, before: int, size: int) -> A
     return Axis(tiles, m + 2, m, 1, padded[:needed].copy(), before, size)
 
 
-@functools.lru_cache(maxsize=1024)
-def _plan(
+def plan(
     geometry: ConvGeometry, operation: str, dtype: np.dtype, x: tuple[int, ...], y: tuple[int, ...], workers: int
-) -> tuple[Plan, int]:
-    """The plan, and the outputs of a tile in each dimension."""
+) -> Plan:
+    """The plan for arrays of these strides, in elements."""
     t = tile(dtype.itemsize * 8)
     m = tile_size(geometry, operation)
     points = (m + 2) ** 2
@@ -325,20 +323,26 @@ def _plan(
     block_channels = max(1, min(channels, SLAB_BYTES // (slab.channel * dtype.itemsize)))
     blocks = Blocks(1, rows, channels, points, block_channels, points, -(-rows // t.rows))
     zeros = operation == "input_grad" or geometry.padding_mode == "zeros"
-    plan = plan_correlation(dtype, geometry.batch, blocks, axes, x, y, zeros, False, workers, block)
+    tiles = plan_correlation(dtype, geometry.batch, blocks, axes, x, y, zeros, False, workers, block)
 
     row_group = max(1, min(blocks.panels, _M_BYTES // (points * t.rows * t.columns * dtype.itemsize)))
     u_size = block * points * u_pitch
     m_size = row_group * points * t.rows * t.columns
     slab = slab_shape(axes, block * t.columns, geometry.batch, t.columns)
     table_bytes = -(-(block * t.vectors * run_stride(t.lanes) + 4 + slab.table) * 8 // 64) * 64
-    p = Tiles.beginning_with(plan.parameters)
+    p = Tiles.beginning_with(tiles.parameters)
     p.panel_elements, p.table_bytes = 0, table_bytes
     p.kernels = microkernels(dtype, rows, blocks.panels, False)
     p.m, p.points, p.image_h, p.image_w, p.block, p.row_group = m, points, image[1], image[2], block, row_group
     p.u_pitch, p.u_elements, p.m_elements, p.v_slack = u_pitch, u_size, m_size, _SLACK
     elements = int(p.slab.elements) + u_size + m_size + (points + m * m + block) * t.columns
-    return replace(plan, parameters=np.asarray(p), scratch=elements * dtype.itemsize + table_bytes), m
+    return replace(tiles, parameters=np.asarray(p), scratch=elements * dtype.itemsize + table_bytes)
+
+
+def transformed_size(rows: int, channels: int, m: int, dtype: np.dtype) -> int:
+    """Elements of the transformed weights."""
+    panels = -(-rows // tile(dtype.itemsize * 8).rows)
+    return (m + 2) ** 2 * (rows * channels + panels * _SLACK)
 
 
 def transform_weights(
@@ -358,8 +362,7 @@ def transform_weights(
         else:
             offsets = np.zeros(9, np.int64)  # read forwards, used backwards
     panels = -(-rows // t.rows)
-    points = (m + 2) ** 2
-    size = points * (rows * channels + panels * _SLACK)
+    size = transformed_size(rows, channels, m, dtype)
     v = np.empty(size, dtype) if keep else tasks.workspace(size, dtype)
     p = Weights.of(
         w=tasks.data_address(weight), w_end=np.lib.array_utils.byte_bounds(weight)[1], row_step=row_step,
@@ -372,14 +375,12 @@ def transform_weights(
 
 
 def run(
-    geometry: ConvGeometry, operation: str, input: np.ndarray, v: np.ndarray, bias: np.ndarray | None, relu: bool,
-    out: np.ndarray, strides: tuple[tuple[int, ...], tuple[int, ...]], workers: int,
-) -> np.ndarray:  # fmt: skip
+    plan: Plan, input: np.ndarray, v: np.ndarray, bias: np.ndarray | None, relu: bool, out: np.ndarray
+) -> np.ndarray:
     """Fill `out`; return the samples (bool) that have to be computed again by the direct sum."""
-    plan, _ = _plan(geometry, operation, out.dtype, *strides, workers)
     if bias is None:
         bias = np.zeros(out.shape[1], out.dtype)
-    flags = np.zeros(geometry.batch, np.int64)
+    flags = np.zeros(len(out), np.int64)
     parameters = plan.parameters.copy()
     parameters["operands"] = (
         tasks.data_address(input), tasks.data_address(v), tasks.data_address(out), tasks.data_address(bias), True, relu,

@@ -21,7 +21,6 @@ infinite or nan the direct sum computes all of them again.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -283,8 +282,7 @@ def _cut(geometry: ConvGeometry, m: int, units: int, tiles: int, t: Tile, size: 
     return best[1:]
 
 
-@functools.lru_cache(maxsize=1024)
-def _plan(geometry: ConvGeometry, dtype: np.dtype, x: Strides, dy: Strides, dw: Strides) -> Plan:
+def plan(geometry: ConvGeometry, dtype: np.dtype, x: Strides, dy: Strides, dw: Strides) -> Plan:
     """The plan for arrays of these strides, in elements."""
     t = tile(dtype.itemsize * 8)
     size = dtype.itemsize
@@ -348,24 +346,16 @@ def _plan(geometry: ConvGeometry, dtype: np.dtype, x: Strides, dy: Strides, dw: 
     return Plan(np.asarray(p), tables, channel_blocks * out_blocks * splits, scratch, flops)
 
 
-def _partial_size(plan: Plan) -> int:
+def partial_size(plan: Plan) -> int:
     """Elements of the kernels of all parts of the tiles; 0 if there is one part."""
     return plan.tasks * int(plan.parameters["tile_elements"]) if plan.parameters["splits"] > 1 else 0
 
 
-def workspace(geometry: ConvGeometry, dtype: np.dtype) -> int:
-    """Bytes that a call takes beside its operands and result."""
-    strides = (0,) * 5
-    plan = _plan(geometry, dtype, strides, strides, strides)
-    return tasks.workers(plan.flops) * plan.scratch + _partial_size(plan) * dtype.itemsize
-
-
-def run(geometry: ConvGeometry, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, strides: tuple[Strides, ...]) -> bool:
+def run(plan: Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray) -> bool:
     """Fill `dw`; return False if the direct sum has to do so instead."""
-    plan = _plan(geometry, dw.dtype, *strides)
     parameters = plan.parameters.copy()
     needed = np.zeros(1, np.int64)
-    partial = np.empty(_partial_size(plan), dw.dtype)
+    partial = np.empty(partial_size(plan), dw.dtype)
     parameters["operands"] = data_address(x), data_address(dy), data_address(dw), False, data_address(partial)
     parameters["suspects"] = data_address(needed)
     stages: list[tasks.Stage] = [(_gradient, plan.tasks, parameters, plan.scratch, plan.flops, 0)]

@@ -7,10 +7,13 @@ import itertools
 
 import numpy as np
 import pytest
+from numba import njit
 
 import fastconv as fc
 from fastconv import algorithms, arguments
-from helpers import LAYOUTS, functions, normal
+from fastconv.cpu import convolution, methods
+from fastconv.cpu.methods import transforms
+from helpers import LAYOUTS, functions, integers, normal
 from shapes import CASES
 
 SINGLE = np.dtype(np.float32)
@@ -24,7 +27,12 @@ def geometry(input, weight, stride=1, padding=0, dilation=1, groups=1, padding_m
 
 
 def fastest(operation, *shape, **options):
-    return algorithms.fastest(operation, geometry(*shape, **options), SINGLE, "cpu")
+    return chosen(operation, geometry(*shape, **options)).algorithm
+
+
+def chosen(operation, shape, algorithm="auto"):
+    """The method that runs an algorithm on arrays in C order."""
+    return methods.choose(methods.problem_of(operation, shape, SINGLE, algorithm))
 
 
 # Clear cases on either side of each boundary.
@@ -70,11 +78,12 @@ def test_choice_for_weight_gradients(channels, size, expected):
 
 def test_tiles_that_reach_far_beyond_the_image_do_not_pay():
     long = geometry((1, 128, 1, 2000), (128, 128, 3, 3), padding=1)
-    assert algorithms.fastest("forward", long, SINGLE, "cpu") == "direct"
-    assert "tiles reach beyond 1x2000 pixels" in algorithms.why_slower("winograd", "forward", long)
+    assert chosen("forward", long).algorithm == "direct"
+    (winograd,) = (method for method in methods.METHODS["forward"] if method.name == "winograd")
+    assert "tiles reach beyond 1x2000 pixels" in winograd.slower(methods.problem_of("forward", long, SINGLE))
 
 
-@pytest.mark.parametrize("operation", algorithms.OPERATIONS)
+@pytest.mark.parametrize("operation", methods.OPERATIONS)
 def test_the_choice_does_not_depend_on_batch_threads_or_history(operation):
     before = fc.get_num_threads()
     shapes = [(c[1], c[2]) for c in CHOICES]
@@ -82,7 +91,7 @@ def test_the_choice_does_not_depend_on_batch_threads_or_history(operation):
     try:
         for threads, batch in itertools.product((1, 7), (1, 64)):
             fc.set_num_threads(threads)
-            algorithms.fastest.cache_clear()
+            methods.forget_plans()
             chosen = [
                 fastest(operation, (batch, *shape[0][1:]), shape[1], **options)
                 for shape, options in reversed(shapes)
@@ -95,16 +104,18 @@ def test_the_choice_does_not_depend_on_batch_threads_or_history(operation):
 def test_the_choice_is_what_runs(monkeypatch):
     """For every pass of the public functions, asked once."""
     asked = []
-    original = algorithms.fastest
-    monkeypatch.setattr(algorithms, "fastest", lambda op, *rest: asked.append(op) or original(op, *rest))
+    original = convolution.run
+    monkeypatch.setattr(convolution, "run", lambda problem, *rest: asked.append(problem) or original(problem, *rest))
     x, w = np.ones((1, 1, 9, 9), np.float32), np.ones((1, 1, 3, 3), np.float32)
     y = fc.conv2d(x, w)
     fc.conv2d_backward(x, w, y)
     fc.conv_transpose2d(y, w)
-    assert asked == ["forward", "input_grad", "weight_grad", "input_grad"]
+    assert [problem.operation for problem in asked] == ["forward", "input_grad", "weight_grad", "input_grad"]
+    assert {problem.algorithm for problem in asked} == {"auto"}
     x, w = np.ones((1, 1, 200, 200), np.float32), np.ones((1, 1, 99, 99), np.float32)
-    assert original("forward", geometry(x.shape, w.shape), SINGLE, "cpu") == "fft"
+    assert chosen("forward", geometry(x.shape, w.shape)).algorithm == "fft"
     np.testing.assert_array_equal(fc.conv2d(x, w), fc.conv2d(x, w, algorithm="fft"))
+    assert methods.plan_of(asked[-2]).method.name == methods.plan_of(asked[-1]).method.name == "fft"
 
 
 REFUSED = [
@@ -134,16 +145,52 @@ def test_cuda_is_direct(algorithm):
     with pytest.raises(ValueError, match=r"conv2d: algorithm='.*' does not apply: the cuda backend has the direct"):
         fc.conv2d(x, w, algorithm=algorithm, backend="cuda")
     large = geometry((1, 1, 512, 512), (1, 1, 63, 63))
-    assert algorithms.fastest("forward", large, SINGLE, "cuda") == "direct"
+    assert algorithms.why_not("auto", "forward", large, SINGLE, "cuda") is None
 
 
-@pytest.mark.parametrize("operation", algorithms.OPERATIONS)
+def test_loops_in_every_function(backend, rng):
+    """On whole numbers they give what the direct sum gives, for every function that takes an algorithm."""
+    x, w, b = integers(rng, (2, 4, 5, 4), "float32"), integers(rng, (6, 2, 3, 2), "float32"), integers(rng, (6,))
+    b, dy = b.astype(np.float32), integers(rng, (2, 6, 3, 3), "float32")
+    calls = {
+        "conv": lambda **o: fc.conv2d(x, w, b, activation="relu", **o),
+        "1d": lambda **o: fc.conv1d(x[:, :, 0], w[:, :, 0], b, **o),
+        "3d": lambda **o: fc.conv3d(x[:, :, None], w[:, :, None], b, padding_mode="circular", padding=1, **o),
+        "weight": lambda **o: fc.conv2d_weight_grad(x, w.shape, dy, **o),
+        "input": lambda **o: fc.conv2d_input_grad(x.shape, w, dy, **o),
+        "backward": lambda **o: fc.conv2d_backward(x, w, dy, **o),
+        "transpose": lambda **o: fc.conv_transpose2d(dy, w, b[:4], stride=2, **o),
+    }
+    for name, call in calls.items():
+        options = {"groups": 2, "backend": backend}
+        result, expected = call(algorithm="loops", **options), call(algorithm="direct", **options)
+        for one, other in zip(*(r if isinstance(r, tuple) else (r,) for r in (result, expected)), strict=True):
+            np.testing.assert_array_equal(one, other, name)
+
+
+def test_loops_of_a_prepared_convolution_and_of_jitted_code(rng):
+    x, w = normal(rng, (2, 3, 9, 8), "float32"), normal(rng, (4, 3, 3, 3), "float32")
+    expected = fc.conv2d(x, w, padding=1, algorithm="loops")
+    op = fc.Conv2d(w, padding=1, algorithm="loops")
+    for _ in range(2):
+        np.testing.assert_array_equal(op(x), expected)
+
+    @njit
+    def caller(x, w):
+        return fc.conv2d(x, w, padding=1, algorithm="loops")
+
+    np.testing.assert_array_equal(caller(x, w), expected)
+    assert not np.array_equal(fc.conv2d(x, w, padding=1), expected), "it was not the loops that ran"
+
+
+@pytest.mark.parametrize("operation", methods.OPERATIONS)
 def test_the_choice_always_applies(operation):
     for case in CASES:
         options = {name: value for name, value in case.options.items() if name != "algorithm"}
         shape = geometry(case.input, case.weight, **options)
-        chosen = algorithms.fastest(operation, shape, SINGLE, "cpu")
-        assert algorithms.why_not(chosen, operation, shape, SINGLE, "cpu") is None
+        algorithm = chosen(operation, shape).algorithm
+        assert algorithm != "loops"  # the last resort, and what the others are tested by
+        assert algorithms.why_not(algorithm, operation, shape, SINGLE, "cpu") is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -160,6 +207,11 @@ LAYERS = [
     ((2, 4, 4000), (4, 4, 257), {}),
     ((1, 8, 12, 12, 12), (8, 8, 5, 5, 5), {"padding": 2}),
 ]
+
+
+def expected_error(algorithm, operation, shape, dtype):
+    problem = methods.problem_of(operation, shape, dtype, algorithm)
+    return methods.choose(problem).error(problem)
 
 
 def errors(operation, shape, weight, options, dtype, offset, rng):
@@ -181,15 +233,15 @@ def errors(operation, shape, weight, options, dtype, offset, rng):
     exact = run("direct", lambda a: a.astype(np.float64))
     unit = np.sqrt(np.mean(exact**2))
     result = {}
-    for algorithm in ("direct", "winograd", "fft"):
+    for algorithm in ("direct", "winograd", "fft", "loops"):
         if algorithms.why_not(algorithm, operation, found, SINGLE, "cpu") is None:
             error = run(algorithm) - exact
-            expected = algorithms.expected_error(algorithm, operation, found, np.dtype(dtype))
+            expected = expected_error(algorithm, operation, found, np.dtype(dtype))
             result[algorithm] = np.sqrt(np.mean(error**2)) / unit, np.abs(error).max() / unit, expected
     return result
 
 
-@pytest.mark.parametrize("operation", algorithms.OPERATIONS)
+@pytest.mark.parametrize("operation", methods.OPERATIONS)
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_expected_error(operation, layer, rng):
     """What `explain` says is right within a factor of two above, and no more than six times too much."""
@@ -198,7 +250,7 @@ def test_expected_error(operation, layer, rng):
 
 
 @pytest.mark.parametrize("offset", [0, 3])
-@pytest.mark.parametrize("operation", algorithms.OPERATIONS)
+@pytest.mark.parametrize("operation", methods.OPERATIONS)
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if max(layer[1][2:]) >= 5], ids=str)
 def test_fft_against_the_direct_sum(operation, layer, offset, rng):
     """rms within 3 times, largest error within 4 times, on kernels of 5 and more, offset data included."""
@@ -209,17 +261,20 @@ def test_fft_against_the_direct_sum(operation, layer, offset, rng):
 
 def test_expected_error_scales_with_the_precision():
     shape = geometry((1, 32, 40, 40), (32, 32, 7, 7), padding=3)
-    for algorithm, operation in itertools.product(("direct", "fft"), algorithms.OPERATIONS):
-        single, double = (algorithms.expected_error(algorithm, operation, shape, np.dtype(d)) for d in ("f4", "f8"))
+    for algorithm, operation in itertools.product(("direct", "fft", "loops"), methods.OPERATIONS):
+        single, double = (expected_error(algorithm, operation, shape, np.dtype(d)) for d in ("f4", "f8"))
         assert single / double == pytest.approx(2.0**29)
 
 
 def test_cost_is_that_of_one_sample():
     one = geometry((1, 32, 128, 128), (32, 32, 15, 15), padding=7)
     eight = dataclasses.replace(one, batch=8)
-    assert algorithms.direct_nanoseconds(one) == algorithms.direct_nanoseconds(eight)
-    for algorithm in ("direct", "fft"):
-        assert algorithms.flops(algorithm, "forward", eight) == pytest.approx(
-            8 * algorithms.flops(algorithm, "forward", one), rel=1e-9
-        )
-    assert algorithms.flops("fft", "forward", one) < algorithms.flops("direct", "forward", one) / 5
+    assert transforms.direct_nanoseconds(one) == transforms.direct_nanoseconds(eight)
+
+    def flops(algorithm, shape):
+        problem = methods.problem_of("forward", shape, SINGLE, algorithm)
+        return methods.choose(problem).flops(problem)
+
+    for algorithm in ("direct", "fft", "loops"):
+        assert flops(algorithm, eight) == pytest.approx(8 * flops(algorithm, one), rel=1e-9)
+    assert flops("fft", one) < flops("direct", one) / 5

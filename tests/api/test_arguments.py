@@ -63,6 +63,11 @@ def _shared(shape, start=0):
     return _SHARED[start : start + int(np.prod(shape))].reshape(shape)
 
 
+def _many(*shape):
+    """One element in every place, so that nothing holds them all."""
+    return np.broadcast_to(np.float32(1), shape)
+
+
 def _read_only(*shape):
     array = ones(*shape)
     array.flags.writeable = False
@@ -134,16 +139,19 @@ ERRORS = [
     ("conv2d", {"weight": ones()}, ValueError,
      "weight has shape () (expected 4 dimensions, (O, C/groups, *K (2 sizes)))"),
     ("conv2d", {"weight": ones(3, 3)}, ValueError,
-     "input has shape (2, 6, 5, 4) and weight (3, 3) (expected a bare 2-D array with a bare 2-D weight, or a weight of "
-     "shape (O, C/groups, *K (2 sizes)))"),
+     "input has shape (2, 6, 5, 4) and weight has shape (3, 3) (expected 2 dimensions of both, or weight shape "
+     "(O, C/groups, *K (2 sizes)))"),
     ("conv2d", {"input": ones(2, 6, 0, 4)}, ValueError,
-     "input has shape (6, 0, 4) (expected no size of 0 but the batch)"),
+     "input has shape (2, 6, 0, 4) (expected no size of 0 but the batch)"),
+    ("conv2d", {"input": ones(2, 0, 4, 6), "layout": "NHWC"}, ValueError,
+     "input has shape (2, 0, 4, 6) (expected no size of 0 but the batch)"),
+    ("conv2d", {"input": ones(6, 0, 4)}, ValueError, "input has shape (6, 0, 4) (expected no size of 0)"),
+    ("conv2d", {"input": ones(0, 4), "weight": ones(3, 3)}, ValueError,
+     "input has shape (0, 4) (expected no size of 0)"),
     ("conv2d", {"input": ones(2, 0, 5, 4), "weight": ones(4, 0, 3, 3)}, ValueError,
-     "input has shape (0, 5, 4) (expected no size of 0 but the batch)"),
-    ("conv2d", {"weight": ones(0, 6, 3, 3)}, ValueError,
-     "weight has shape (0, 6, 3, 3) (expected no size of 0 but the batch)"),
-    ("conv2d", {"weight": ones(4, 6, 3, 0)}, ValueError,
-     "weight has shape (4, 6, 3, 0) (expected no size of 0 but the batch)"),
+     "input has shape (2, 0, 5, 4) (expected no size of 0 but the batch)"),
+    ("conv2d", {"weight": ones(0, 6, 3, 3)}, ValueError, "weight has shape (0, 6, 3, 3) (expected no size of 0)"),
+    ("conv2d", {"weight": ones(4, 6, 3, 0)}, ValueError, "weight has shape (4, 6, 3, 0) (expected no size of 0)"),
     ("conv2d", {"bias": ones(3)}, ValueError, "bias has shape (3,) (expected (4,) one per output channel)"),
     ("conv2d", {"bias": ones(4, 1)}, ValueError, "bias has shape (4, 1) (expected (4,) one per output channel)"),
     ("conv2d", {"weight": ones(4, 6, 6, 3)}, ValueError,
@@ -168,10 +176,36 @@ ERRORS = [
     ("conv2d_weight_grad", {"weight_size": (4, 6, 3.0, 3)}, TypeError, "weight_size holds a float (expected integers)"),
     ("conv2d_weight_grad", {"weight_size": (4, 6, -3, 3)}, ValueError, "weight_size is -3 (expected at least 0)"),
     ("conv2d_weight_grad", {"weight_size": (4, 6, 0, 3)}, ValueError,
-     "weight_size has shape (4, 6, 0, 3) (expected no size of 0 but the batch)"),
+     "weight_size is (4, 6, 0, 3) (expected no size of 0)"),
     ("conv2d_weight_grad", {"weight_size": (4, 5, 3, 3)}, ValueError,
-     "weight_size has 5 input channels per group, but input has 6 channels and groups=1 (expected weight shape "
+     "weight_size has 5 input channels per group, but input has 6 channels and groups=1 (expected weight_size "
      "(O, 6, *K))"),
+    ("conv2d_weight_grad", {"weight_size": (4, 6, 3)}, ValueError,
+     "weight_size is (4, 6, 3) (expected 4 dimensions, (O, C/groups, *K (2 sizes)))"),
+    ("conv2d_weight_grad", {"weight_size": (3, 3)}, ValueError,
+     "input has shape (2, 6, 5, 4) and weight_size is (3, 3) (expected 2 dimensions of both, or weight_size "
+     "(O, C/groups, *K (2 sizes)))"),
+    ("conv2d_weight_grad", {"weight_size": (2, 6, 2**30, 2**30)}, ValueError,
+     "weight_size is (2, 6, 1073741824, 1073741824) (expected fewer than 2**60 elements)"),
+    ("conv2d_weight_grad", {"weight_size": (2**57, 6, 1, 1)}, ValueError,
+     "input has shape (2, 6, 5, 4) and weight_size is (144115188075855872, 6, 1, 1), with which the output would have "
+     "shape (2, 144115188075855872, 5, 4) (expected fewer than 2**60 elements)"),
+    ("conv2d_weight_grad", {"padding": 2**31 - 1}, ValueError,
+     "padding is 2147483647, with which the output would have shape (2, 4, 4294967297, 4294967296) (expected fewer "
+     "than 2**60 elements)"),
+    ("conv2d_input_grad", {"input_size": (2, 6)}, ValueError,
+     "input_size is (2, 6) (expected 4 dimensions in layout 'NCHW', or 3 without the batch)"),
+    ("conv2d_input_grad", {"input_size": (5, 4), "weight": ones(3, 3, 3)}, ValueError,
+     "weight has shape (3, 3, 3) (expected 4 dimensions, (O, C/groups, *K (2 sizes)))"),
+    ("conv2d_input_grad", {"weight": ones(3, 3)}, ValueError,
+     "input_size is (2, 6, 5, 4) and weight has shape (3, 3) (expected 2 dimensions of both, or weight shape "
+     "(O, C/groups, *K (2 sizes)))"),
+    ("conv2d_input_grad", {"input_size": (2, 6, 5, 0)}, ValueError,
+     "input_size is (2, 6, 5, 0) (expected no size of 0 but the batch)"),
+    ("conv2d_input_grad", {"input_size": (2**30, 6, 2**30, 4), "stride": 2**31 - 1}, ValueError,
+     "input_size is (1073741824, 6, 1073741824, 4) (expected fewer than 2**60 elements)"),
+    ("conv2d_input_grad", {"input_size": (0, 6, 5, 2**70)}, ValueError,
+     f"input_size is (0, 6, 5, {2**70}) (expected fewer than 2**60 elements)"),
     ("conv2d_input_grad", {"input_size": None}, TypeError,
      "input_size is a NoneType (expected a shape, a tuple of ints)"),
     ("conv2d_input_grad", {"input_size": (2, 6, 5, True)}, TypeError, "input_size holds a bool (expected integers)"),
@@ -216,7 +250,14 @@ ERRORS = [
      "padding is 'SAME' (expected one of 'valid', 'same', 'full', or integers)"),
     ("conv2d", {"padding": 2**31}, ValueError, "padding is 2147483648 (expected at most 2147483647)"),
     ("conv2d", {"padding": 2**31 - 1}, ValueError,
-     "the result would have shape (2, 4, 4294967297, 4294967296), more elements than an array can have"),
+     "padding is 2147483647, with which the output would have shape (2, 4, 4294967297, 4294967296) (expected fewer "
+     "than 2**60 elements)"),
+    ("conv2d", {"padding": "full", "dilation": 2**31 - 1}, ValueError,
+     "padding is 'full', with which the output would have shape (2, 4, 4294967299, 4294967298) (expected fewer than "
+     "2**60 elements)"),
+    ("conv2d", {"padding": ((2**31 - 1, 0), [0, 2**31 - 1])}, ValueError,
+     "padding is ((2147483647, 0), [0, 2147483647]), with which the output would have shape "
+     "(2, 4, 2147483650, 2147483649) (expected fewer than 2**60 elements)"),
     ("conv2d", {"padding": (5, 0), "padding_mode": "reflect"}, ValueError,
      "padding of 5 reflects more than the 5 elements of input in dimension H (expected padding < size)"),
     ("conv2d", {"padding": ((0, 0), (5, 0)), "padding_mode": "circular"}, ValueError,
@@ -284,15 +325,28 @@ ERRORS = [
     ("conv_transpose2d", {"stride": (2, 3), "output_padding": (1, 3)}, ValueError,
      "output_padding is 3 (expected less than stride=3 or dilation=1, whichever is more)"),
     ("conv_transpose2d", {"padding": 2}, ValueError,
-     "the result would have size (1, 0) (expected less padding or a larger kernel or input)"),
+     "padding is 2, with which the result would have size (1, 0) (expected less padding or a larger kernel or input)"),
     ("conv_transpose2d", {"weight": ones(4, 6, 3)}, ValueError,
-     "weight has shape (4, 6, 3) (expected 4 dimensions, (O, C/groups, *K (2 sizes)))"),
+     "weight has shape (4, 6, 3) (expected 4 dimensions, (C, O/groups, *K (2 sizes)))"),
+    ("conv_transpose2d", {"weight": ones(3, 3)}, ValueError,
+     "input has shape (2, 4, 3, 2) and weight has shape (3, 3) (expected 2 dimensions of both, or weight shape "
+     "(C, O/groups, *K (2 sizes)))"),
     ("conv_transpose2d", {"input": ones(2, 4, 3, 0)}, ValueError,
-     "input has shape (4, 3, 0) (expected no size of 0 but the batch)"),
+     "input has shape (2, 4, 3, 0) (expected no size of 0 but the batch)"),
     ("conv_transpose2d", {"stride": (1.0, 1)}, TypeError, "stride holds a float (expected integers)"),
     ("conv_transpose2d", {"output_padding": -1}, ValueError, "output_padding is -1 (expected at least 0)"),
     ("conv_transpose2d", {"stride": 2**31 - 1, "dilation": 2**31 - 1}, ValueError,
-     "the result would have shape (2, 6, 8589934589, 6442450942), more elements than an array can have"),
+     "stride is 2147483647 and dilation is 2147483647, with which the result would have shape "
+     "(2, 6, 8589934589, 6442450942) (expected fewer than 2**60 elements)"),
+    ("conv_transpose2d", {"stride": 2**31 - 1, "dilation": 2}, ValueError,
+     "stride is 2147483647, with which the result would have shape (2, 6, 4294967299, 2147483652) (expected fewer than "
+     "2**60 elements)"),
+    ("conv_transpose2d", {"dilation": (2**31 - 1,) * 2}, ValueError,
+     "dilation is (2147483647, 2147483647), with which the result would have shape (2, 6, 4294967297, 4294967296) "
+     "(expected fewer than 2**60 elements)"),
+    ("conv_transpose2d", {"weight": ones(4, 6, 1, 1), "dilation": 2**31 - 1, "output_padding": 2**31 - 2}, ValueError,
+     "output_padding is 2147483646, with which the result would have shape (2, 6, 2147483649, 2147483648) (expected "
+     "fewer than 2**60 elements)"),
     ("conv_transpose2d", {"padding": (4, 0), "padding_mode": "reflect", "dilation": 3}, ValueError,
      "padding of 4 reflects more than the 1 elements of the result in dimension H (expected padding < size)"),
     ("conv_transpose2d", {"out": ones(2, 6, 5, 5)}, ValueError, "out has shape (2, 6, 5, 5) (expected (2, 6, 5, 4))"),
@@ -331,6 +385,35 @@ def test_example_of_the_contract():
         "conv2d: weight has 4 input channels per group, but input has 6 channels and groups=1 "
         "(expected weight shape (O, 6, *K))"
     )
+
+
+@pytest.mark.parametrize(
+    ("run", "text"),
+    [
+        (lambda: fc.Conv2d(ones(0, 6, 3, 3)), "Conv2d: weight has shape (0, 6, 3, 3) (expected no size of 0)"),
+        (lambda: fc.explain((2, 6, 5, 0), (4, 6, 3, 3)),
+         "explain: input_shape is (2, 6, 5, 0) (expected no size of 0 but the batch)"),
+        (lambda: fc.explain((2, 6, 5, 4), (4, 5, 3, 3)),
+         "explain: weight_shape has 5 input channels per group, but input_shape has 6 channels and groups=1 (expected "
+         "weight_shape (O, 6, *K))"),
+        (lambda: fc.explain((2**30, 6, 2**30, 4), (4, 6, 3, 3)),
+         "explain: input_shape is (1073741824, 6, 1073741824, 4) (expected fewer than 2**60 elements)"),
+        (lambda: fc.explain((2, 6, 5, 4), (4, 6, 3, 3), padding=2**31 - 1),
+         "explain: padding is 2147483647, with which the output would have shape (2, 4, 4294967297, 4294967296) "
+         "(expected fewer than 2**60 elements)"),
+        (lambda: fc.conv2d(_many(2**20, 6, 2**10, 2**10), _many(2**21, 6, 1, 1)),
+         "conv2d: input has shape (1048576, 6, 1024, 1024) and weight has shape (2097152, 6, 1, 1), with which the "
+         "output would have shape (1048576, 2097152, 1024, 1024) (expected fewer than 2**60 elements)"),
+        (lambda: fc.conv_transpose2d(_many(2**28, 4, 2**15, 2**15), ones(4, 6, 1, 1)),
+         "conv_transpose2d: input has shape (268435456, 4, 32768, 32768) and weight has shape (4, 6, 1, 1), with which "
+         "the result would have shape (268435456, 6, 32768, 32768) (expected fewer than 2**60 elements)"),
+    ],
+    ids=["prepared", "zero", "channels", "too large", "padding", "views", "transposed views"],
+)  # fmt: skip
+def test_texts_of_other_calls(run, text):
+    with pytest.raises(ValueError) as error:
+        run()
+    assert str(error.value) == text
 
 
 @pytest.mark.parametrize("ndim", [1, 2, 3])

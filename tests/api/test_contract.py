@@ -60,8 +60,8 @@ LOSSES = {
     "softmax_cross_entropy": Signature("logits, target, weight=None", _LOSS),
     "softmax_cross_entropy_grad": Signature("logits, target, weight=None, grad_output=None", _LOSS),
     "softmax_cross_entropy_with_grad": Signature("logits, target, weight=None", f"{_LOSS}, grad_out=None"),
-    "softmax": Signature("logits, axis=1", ""),
-    "log_softmax": Signature("logits, axis=1", ""),
+    "softmax": Signature("logits, axis=None", ""),
+    "log_softmax": Signature("logits, axis=None", ""),
     "linear_cross_entropy": Signature("hidden, weight, target, bias=None", f"{_LOSS}, class_weight=None"),
     "linear_cross_entropy_with_grad": Signature(
         "hidden, weight, target, bias=None", f"{_LOSS}, class_weight=None, needs=('hidden', 'weight', 'bias')"

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 
 import fastconv as fc
-from fastconv import algorithms
+from fastconv.arguments import ALGORITHMS
+from fastconv.cpu import convolution, methods, simd
+from fastconv.cpu.methods import METHODS, OPERATIONS
 from shapes import CASES
 
 PLANE = (1, 1, 512, 512), (1, 1, 63, 63)
 
 
-@pytest.mark.parametrize("op", algorithms.OPERATIONS)
+@pytest.mark.parametrize("op", OPERATIONS)
 def test_every_case(op):
     """Shapes, flops and bytes are those of the convolution, in one to three dimensions."""
     for case in CASES:
@@ -27,10 +29,13 @@ def test_every_case(op):
         assert e.bytes == 4 * sum(int(np.prod(shape)) for shape in sizes)
         assert e.workspace > 0
         assert 0 < e.error < 1e-5
-        assert {e.algorithm, *e.others} == {"direct", "winograd", "fft"}
-        assert len(e.others) == 2
+        assert {e.algorithm, *e.others} == set(ALGORITHMS) - {"auto"}
+        assert e.algorithm not in e.others
         assert e.reason
         assert all(e.others.values())
+        assert {e.method, *e.other_methods} == {method.name for method in METHODS[op]}
+        assert e.method not in e.other_methods
+        assert all(e.other_methods.values())
 
 
 def test_it_says_what_runs():
@@ -51,8 +56,11 @@ def test_text():
     assert repr(fc.explain(*PLANE, padding="same")) == text
     first, *lines = text.splitlines()
     assert first == "forward of (1, 1, 512, 512) with (1, 1, 63, 63) -> (1, 1, 512, 512), float32"
+    others = len(ALGORITHMS) - 2
+    other_methods = sum(method.name not in ALGORITHMS for method in METHODS["forward"])  # the others are said before
     assert [line.split()[0] for line in lines] == [
-        "algorithm", "not", "not", "arithmetic", "memory", "workspace", "error",
+        "algorithm", *["not"] * others, "method", *["not"] * other_methods, "arithmetic", "memory", "workspace",
+        "error",
     ]  # fmt: skip
     assert lines[0].startswith("  algorithm  fft: about ")
     assert max(map(len, lines)) <= 120
@@ -65,6 +73,80 @@ def test_forced():
     e = fc.explain(*PLANE, algorithm="direct")
     assert e.algorithm == "direct"
     assert e.others["fft"] == "would be faster than direct"
+
+
+@pytest.fixture
+def two_threads():
+    """The choice between methods of the direct sum may depend on how many there are."""
+    before = fc.get_num_threads()
+    fc.set_num_threads(2)
+    yield
+    fc.set_num_threads(before)
+
+
+# (shapes, options, pass, layout) and the method, with vectors that have masks
+METHODS_OF = [
+    (((8, 64, 7, 7), (64, 64, 3, 3)), {"padding": 1}, "forward", "NCHW", "small_planes"),
+    (((8, 64, 56, 56), (64, 64, 3, 3)), {"padding": 1}, "forward", "NCHW", "implicit_gemm"),
+    (((8, 64, 56, 56), (64, 64, 3, 3)), {"padding": 1}, "forward", "NHWC", "channels_last"),
+    (((8, 64, 56, 56), (64, 64, 3, 3)), {"padding": 1}, "input_grad", "NHWC", "phased"),
+    (((8, 64, 56, 56), (64, 64, 3, 3)), {"padding": 1, "padding_mode": "reflect"}, "input_grad", "NHWC", "padded"),
+    (((8, 96, 56, 56), (96, 1, 3, 3)), {"padding": 1, "groups": 96}, "forward", "NHWC", "depthwise_channels"),
+    (((8, 96, 56, 56), (96, 1, 3, 3)), {"padding": 1, "groups": 96}, "forward", "NCHW", "depthwise_planes"),
+    (((8, 96, 56, 56), (96, 4, 3, 3)), {"padding": 1, "groups": 24}, "forward", "NHWC", "grouped"),
+]
+
+
+@pytest.mark.skipif(not simd.tile(32).masks, reason="which method runs is another choice on another tile")
+@pytest.mark.parametrize(("shapes", "options", "op", "layout", "expected"), METHODS_OF)
+@pytest.mark.usefixtures("two_threads")
+def test_method_and_layout(shapes, options, op, layout, expected, monkeypatch):
+    """What is planned for a call with such arrays is what is said."""
+    input, weight = shapes
+    if layout == "NHWC":
+        input = (input[0], *input[2:], input[1])
+    e = fc.explain(input, weight, op=op, layout=layout, algorithm="direct", **options)
+    assert e.method == expected
+    if expected == "phased":
+        assert e.parts == ("channels_last",)
+        assert "phased of channels_last" in str(e)
+    ran = []
+    original = convolution.run
+    monkeypatch.setattr(convolution, "run", lambda problem, *rest: ran.append(problem) or original(problem, *rest))
+    x, w, dy = (np.ones(shape, np.float32) for shape in (input, weight, e.output_shape))
+    common = {"layout": layout, "algorithm": "direct", **options}
+    if op == "forward":
+        fc.conv2d(x, w, **common)
+    else:
+        fc.conv2d_input_grad(x.shape, w, dy, **common)
+    (problem,) = ran
+    plan = methods.plan_of(problem)
+    assert (plan.method.name, plan.parts, plan.workspace) == (e.method, e.parts, e.workspace)
+
+
+def test_padding_mode_and_layout_are_judged():
+    with pytest.raises(ValueError, match="explain: layout is 'NCL' "):
+        fc.explain(*PLANE, layout="NCL")
+    with pytest.raises(ValueError, match="explain: padding_mode is 'mirror' "):
+        fc.explain(*PLANE, padding_mode="mirror")
+    with pytest.raises(ValueError, match="does not apply: the input gradient of padding_mode='reflect'"):
+        fc.explain((1, 8, 9, 9), (8, 8, 3, 3), padding=1, padding_mode="reflect", op="input_grad", algorithm="winograd")
+
+
+def test_empty_batch():
+    e = fc.explain((0, 3, 8, 8), (4, 3, 3, 3))
+    assert (e.output_shape, e.workspace, e.direct_flops) == ((0, 4, 6, 6), 0, 0)
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_loops(op):
+    e = fc.explain(*PLANE, op=op)
+    assert e.others["loops"] == "applies always, but fft is faster"
+    e = fc.explain(*PLANE, op=op, algorithm="loops")
+    assert (e.algorithm, e.reason, e.workspace) == ("loops", "asked for", 0)
+    assert e.flops == e.direct_flops
+    assert "by the definition" not in str(e)
+    assert e.others["fft"] == "would be faster than loops"
 
 
 @pytest.mark.parametrize("dtype", ["float32", np.float64, np.dtype("f2"), "bfloat16", ml_dtypes.bfloat16], ids=str)

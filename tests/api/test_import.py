@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import inspect
 import json
 
 import pytest
 
+import fastconv as fc
 from helpers import output_of, run_python
 
 # What an import costs beyond NumPy, which the caller has imported anyway. It takes a twentieth of this.
@@ -44,6 +48,27 @@ def violations(statement: str) -> set[str]:
     if runs[0]["threads"] > 1:
         found.add("threads")
     return found
+
+
+def test_dir_shows_the_public_names():
+    """In a fresh process, where nothing has been used: names that are loaded when they are asked for included."""
+    code = """
+        import fastconv as fc
+        shown = dir(fc)
+        print(sorted(set(shown) ^ set(fc.__all__)))
+        print(all(hasattr(fc, name) for name in shown))
+    """
+    hidden, there = output_of(run_python(code)).splitlines()
+    dunders = ast.literal_eval(hidden)
+    assert all(name.startswith("__") and name.endswith("__") for name in dunders)
+    assert {"__all__", "__doc__", "__file__", "__name__", "__path__", "__spec__"} <= set(dunders)
+    assert there == "True"
+
+
+def test_dir_shows_no_module():
+    for module in ("conv", "loss", "arguments", "backends", "cpu", "cuda_kernels", "jitted"):
+        importlib.import_module(f"fastconv.{module}")
+    assert not [name for name in dir(fc) if inspect.ismodule(getattr(fc, name))]
 
 
 def test_import_is_cheap():

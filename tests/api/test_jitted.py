@@ -60,8 +60,15 @@ CALLS = [
     ("loss_grad", "fc.softmax_cross_entropy_grad(z, t, None, 2.0)"),
     ("loss_with_grad", 'fc.softmax_cross_entropy_with_grad(z, t, reduction="sum", ignore_index=1)'),
     ("loss_1d", "fc.softmax_cross_entropy_with_grad(z[0, :, 0], t[0, 0:1].reshape(()))"),
+    ("loss_integer", "fc.softmax_cross_entropy(z[0, :, 0], t[0, 0])"),
+    ("loss_integer_grad", "fc.softmax_cross_entropy_grad(z[0, :, 0], 2)"),
+    ("loss_integer_ignored", "fc.softmax_cross_entropy_with_grad(z[0, :, 0], t[0, 0] * 0 - 100, reduction='sum')"),
+    ("linear_integer", "fc.linear_cross_entropy(z[0, :, 0], z.reshape((12, 5)), t[0, 1])"),
+    ("linear_integer_grad", "fc.linear_cross_entropy_with_grad(z[0, :, 0], z.reshape((12, 5)), 11)"),
     ("loss_lse", "fc.softmax_cross_entropy(z, t, return_lse=True, check=True)"),
     ("softmax", "fc.softmax(z, 2)"),
+    ("softmax_default", "fc.softmax(z)"),
+    ("softmax_none", "fc.softmax(z[0, :, 0], None)"),
     ("log_softmax", "fc.log_softmax(z, axis=0)"),
 ]
 
@@ -115,6 +122,27 @@ def test_same_errors(groups, kind):
     assert str(found.value) == str(expected.value)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        "fc.softmax(z[0, :, 0], 1)",
+        "fc.log_softmax(z[0, :, 0], axis=1)",
+        "fc.softmax(z, 3)",
+        "fc.softmax_cross_entropy(z[0, :, 0], 0, axis=1)",
+        "fc.softmax_cross_entropy(z[0, :, 0], t[0, 0] + 5)",
+        "fc.softmax_cross_entropy(z[0], t[0, 0])",
+        "fc.linear_cross_entropy(z[0, :, 0], z.reshape((12, 5)), -1)",
+    ],
+)
+def test_same_errors_of_losses(call):
+    f = function(call)
+    with pytest.raises(ValueError) as expected:
+        f(X, W, DY, Z, T)
+    with pytest.raises(ValueError) as found:
+        njit(f)(X, W, DY, Z, T)
+    assert str(found.value) == str(expected.value)
+
+
 def test_an_error_can_be_caught():
     @njit
     def f(x, w, groups):
@@ -135,6 +163,9 @@ def test_an_error_can_be_caught():
         ("fc.conv2d(1, w)", "conv2d: input is a .* .expected an array"),
         ("fc.conv2d(x, w, stride=2j)", "conv2d: stride is a complex128"),
         ("fc.conv2d(x, w.astype(np.float32))", "conv2d: weight is float32, but input is float64"),
+        ("fc.softmax_cross_entropy(z[0, :, 0], True)", "softmax_cross_entropy: target is a .*bool.* .expected an"),
+        ("fc.softmax_cross_entropy(z[0, :, 0], t[0, 0] > 0)", "softmax_cross_entropy: target is a bool"),
+        ("fc.linear_cross_entropy(z[0, :, 0], z[0].T, 1.0)", "linear_cross_entropy: target is a float64"),
         ("fc.conv2d(x)", "conv2d: missing a required argument: 'weight'"),
         ("fc.conv2d(x, w, None, 1, 0, 1, 1, 'zeros')", "conv2d: too many positional arguments"),
     ],

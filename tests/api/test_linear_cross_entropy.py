@@ -398,6 +398,19 @@ def test_parts_are_even(total, most, unit):
     assert not parts or max(lengths) - min(lengths) <= 1
 
 
+@pytest.mark.parametrize("kind", [int, np.uint8, np.int64])
+def test_an_integer_is_the_label_of_one_row(rng, backend, kind):
+    hidden, weight = rng.standard_normal(3), rng.standard_normal((5, 3))
+    for label in (1, 4):
+        options = {"ignore_index": 4, "reduction": "sum", "backend": backend}
+        loss = fc.linear_cross_entropy(hidden, weight, kind(label), **options)
+        results = fc.linear_cross_entropy_with_grad(hidden, weight, kind(label), **options)
+        expected = fc.linear_cross_entropy_with_grad(hidden, weight, np.array(label), **options)
+        assert_same_bits(loss, expected.loss)
+        for a, b in zip(results[:3], expected[:3], strict=True):
+            assert_same_bits(a, b)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Errors
 # ---------------------------------------------------------------------------------------------------------------------
@@ -418,12 +431,18 @@ HIDDEN, WEIGHT, TARGET = np.zeros((4, 3)), np.zeros((5, 3)), np.zeros(4, int)
         ({"bias": np.zeros(3)}, ValueError, r"bias has shape \(3,\) \(expected \(5,\) one per class\)"),
         ({"class_weight": np.zeros(3)}, ValueError, r"class_weight has shape \(3,\) \(expected \(5,\)"),
         ({"class_weight": np.zeros(5, np.float32)}, TypeError, "class_weight is float32, but hidden is float64"),
-        ({"target": np.zeros(3, int)}, ValueError, r"target holds class indices of shape \(3,\).*expected \(4,\)"),
+        ({"target": np.zeros(3, int)}, ValueError,
+         r"target holds class indices of shape \(3,\), but hidden has shape \(4, 3\) \(expected \(4,\)"),
         ({"target": np.zeros((4, 4))}, ValueError, r"target holds probabilities of shape \(4, 4\) \(expected \(4, 5\)"),
-        ({"target": np.zeros((4, 5), np.float32)}, TypeError, "target is float32"),
+        ({"target": np.zeros((4, 5), np.float32)}, TypeError, "target is float32, but hidden is float64"),
+        ({"target": np.zeros(4, bool)}, TypeError, "target has dtype bool .* of the type of hidden, float64"),
         ({"target": np.zeros((4, 5)), "ignore_index": 1}, ValueError, "ignore_index is 1, but target holds prob"),
-        ({"target": np.array([0, 1, 5, 9])}, ValueError, r"target\[2\] is 5, but logits have C=5 classes"),
+        ({"target": np.array([0, 1, 5, 9])}, ValueError, r"target\[2\] is 5, but weight has C=5 classes"),
         ({"target": np.array([0, -1, 0, 0])}, ValueError, r"target\[1\] is -1"),
+        ({"target": 1}, ValueError, r"target holds .* of shape \(\), but hidden has shape \(4, 3\) \(expected \(4,\)"),
+        ({"hidden": np.zeros(3), "target": True}, TypeError, "target is a bool"),
+        ({"hidden": np.zeros(3), "target": 5}, ValueError, "target is 5, but weight has C=5 classes"),
+        ({"hidden": np.zeros(3), "target": 2**70}, ValueError, r"target is \d+ \(expected a 64-bit integer\)"),
         ({"reduction": "max"}, ValueError, "reduction is 'max'"),
         ({"label_smoothing": 2}, ValueError, "label_smoothing is 2"),
         ({"z_loss": -1}, ValueError, "z_loss is -1"),
@@ -461,7 +480,7 @@ def test_errors_of_needs():
 def test_a_bad_label_is_found_before_anything_is_written(backend):
     out = np.full((), 77.0)
     labels = np.array([[0, 1], [2, -3]])
-    with pytest.raises(ValueError, match=r"target\[1, 1\] is -3, but logits have C=5 classes"):
+    with pytest.raises(ValueError, match=r"target\[1, 1\] is -3, but weight has C=5 classes"):
         fc.linear_cross_entropy(HIDDEN.reshape(2, 2, 3), WEIGHT, labels, out=out, backend=backend)
     assert out == 77
 

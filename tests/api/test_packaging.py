@@ -10,7 +10,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -73,6 +73,19 @@ def test_the_version_is_one():
     assert project["version"] == fc.__version__
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert re.search(r"^## (\S+)", changelog, re.MULTILINE)[1] == fc.__version__
+
+
+def test_no_python_is_too_new():
+    """Numba's versions have limits of their own; one here would outlive them, and hold back every later Python."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"] == ">=3.11"
+    classifiers = set(project["classifiers"])
+    assert {f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)} <= classifiers
+    assert list(project["classifiers"]) == sorted(project["classifiers"])
+    # `make` refuses what pip would refuse
+    condition = re.search(r"import sys; sys\.exit\((.*)\)'", (ROOT / "Makefile").read_text())[1]
+    for version, refused in ((3, 10, 18), True), ((3, 11, 0), False), ((3, 13, 9), False), ((3, 15, 0), False):
+        assert eval(condition, {"sys": SimpleNamespace(version_info=version)}) is refused
 
 
 def test_type_checkers_see_the_public_names():

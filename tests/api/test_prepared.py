@@ -9,7 +9,7 @@ import pytest
 
 import fastconv as fc
 from fastconv.cpu import fft
-from fastconv.prepared import PackedWeights
+from fastconv.packed import PackedWeights
 
 CASES = {
     "direct": ((2, 5, 12, 13), (7, 5, 5, 5), {"stride": 2, "padding": 2}),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fastconv as fc
-from fastconv.cpu import convolution, tasks
+from fastconv.cpu import reals, tasks
 from helpers import DTYPES, LAYOUTS, channels_last, functions, integers, normal
 from shapes import CASES, Case
 from tolerance import assert_same_bits
@@ -24,8 +24,8 @@ SLICED = [
 @pytest.fixture(params=[1, 1500, 4000])
 def few_bytes(request, monkeypatch):
     """One sample at a time, and a few."""
-    monkeypatch.setattr(convolution, "_SLICE_BYTES", request.param)
-    monkeypatch.setattr(convolution, "_SLICE_WEIGHTS", 0)
+    monkeypatch.setattr(reals, "SLICE_BYTES", request.param)
+    monkeypatch.setattr(reals, "SLICE_WEIGHTS", 0)
 
 
 def _results(case, x, w, b, dy, dx, dw, last, algorithm):

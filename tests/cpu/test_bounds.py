@@ -14,41 +14,13 @@ from helpers import SUPPORT, output_of, run_python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is protected by way of Linux' libc")
 
-GUARDED = """
-    import ctypes, faulthandler, mmap, sys
-    sys.path.insert(0, sys.argv[1])
-    faulthandler.enable()
-    import numpy as np
-    import fastconv as fc
-    from helpers import LAYOUTS, VIEWS, functions
-    from shapes import CASES
-
-    libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
-
-    def guarded(array, at_end):
-        # the same values and strides, against a page that may not be touched
-        order = np.argsort([-abs(step) for step in array.strides], kind="stable")
-        flip = tuple(slice(None, None, -1 if step < 0 else 1) for step in array.strides)
-        packed = np.ascontiguousarray(array[flip].transpose(order))
-        pages = -(-packed.nbytes // page)
-        memory = mmap.mmap(-1, (pages + 2) * page)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        first = page + (pages * page - packed.nbytes if at_end else 0)
-        copy = np.frombuffer(memory, packed.dtype, packed.size, first).reshape(packed.shape)
-        copy[...] = packed
-        for closed in (base, base + (pages + 1) * page):
-            assert libc.mprotect(ctypes.c_void_p(closed), ctypes.c_size_t(page), 0) == 0
-        return copy.transpose(np.argsort(order))[flip]
-
-    def seen(arrays):
-        # every array at the beginning and at the end of its memory, in three orders of its axes
-        for view in (lambda a: a, VIEWS["reversed"], VIEWS["channels_last_memory"]):
-            for at_end in (False, True):
-                yield [guarded(view(a), at_end) if a.ndim else a for a in arrays]
-"""
-
 CONVOLUTIONS = """
-    rng, dtype, algorithm = np.random.default_rng(0), np.dtype(sys.argv[2]), sys.argv[3]
+    import sys
+    import numpy as np
+    from guarded import guarded, seen
+    from helpers import LAYOUTS, functions
+    from shapes import CASES
+    rng, dtype, algorithm = np.random.default_rng(0), np.dtype(sys.argv[1]), sys.argv[2]
     count = 0
     for case in CASES:
         if case.macs > 3_000_000 or (dtype == np.float64 and case.macs > 100_000):
@@ -73,7 +45,11 @@ CONVOLUTIONS = """
 """
 
 LOSSES = """
-    rng, dtype = np.random.default_rng(0), np.dtype(sys.argv[2])
+    import sys
+    import numpy as np
+    import fastconv as fc
+    from guarded import guarded, seen
+    rng, dtype = np.random.default_rng(0), np.dtype(sys.argv[1])
     count = 0
     for shape in [(1,), (5, 1), (3, 5), (7, 8), (2, 17), (4, 33), (3, 100), (2, 4097), (1, 40_000), (2, 3, 5, 7),
                   (3, 21, 16, 3), (2, 40, 1, 9), (1, 1000, 33)]:
@@ -106,18 +82,23 @@ LOSSES = """
     [("float32", "direct"), ("float64", "direct"), ("float32", "winograd"), ("float32", "fft")],
 )
 def test_convolutions_stay_within_their_arrays(dtype, algorithm):
-    process = run_python(GUARDED + CONVOLUTIONS, SUPPORT, dtype, algorithm, timeout=600)
+    process = run_python(CONVOLUTIONS, dtype, algorithm, path=[SUPPORT], timeout=600)
     assert int(output_of(process)) > 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_losses_stay_within_their_arrays(dtype):
-    assert int(output_of(run_python(GUARDED + LOSSES, SUPPORT, dtype, timeout=600))) > 0
+    assert int(output_of(run_python(LOSSES, dtype, path=[SUPPORT], timeout=600))) > 0
 
 
 def test_a_read_beyond_the_end_is_found():
-    process = run_python(
-        GUARDED + "    np.lib.stride_tricks.as_strided(guarded(np.ones(5, np.float32), True), (6,)).sum()",
-        SUPPORT,
-    )
+    code = """
+        import numpy as np
+        from guarded import guarded
+        inside = guarded(np.ones(5, np.float32), True)
+        print(inside.sum(), flush=True)
+        print(np.lib.stride_tricks.as_strided(inside, (6,)).sum())
+    """
+    process = run_python(code, path=[SUPPORT])
     assert process.returncode < 0
+    assert process.stdout == "5.0\n"

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_bounds import GUARDED
 
 import fastconv as fc
 import oracle
-from fastconv.cpu import channels_last, convolution, implicit_gemm
-from fastconv.cpu.vector.tile import features, tile
-from helpers import LAYOUTS, SUPPORT, channels_first, functions, integers, normal, output_of, run_python
+from fastconv.cpu import channels_last, implicit_gemm, methods
+from fastconv.cpu.vector.tile import tile
+from helpers import LAYOUTS, channels_first, functions, integers, normal, output_of
 from helpers import channels_last as last_
+from processors import needs_x86, run_on
 from shapes import Case
 from tolerance import assert_same_bits
 
@@ -56,17 +56,13 @@ def planned(monkeypatch: pytest.MonkeyPatch):
     """Every product that may goes this way, whether it pays or not; the plans of those that did."""
     plans = []
     plan = channels_last.plan_correlation
-    clear()
-    for name in ("_TRANSPOSE_COST", "_TRANSPOSE_COST_WITHOUT_MASKS"):
-        monkeypatch.setattr(channels_last, name, 1e9)
     monkeypatch.setattr(channels_last, "plan_correlation", lambda *a, **o: plans.append(a) or plan(*a, **o))
-    yield plans
-    clear()
+    with methods.only(*WAYS):
+        yield plans
 
 
-def clear() -> None:
-    for plan in (convolution._forward_plan, convolution._input_grad_phases, convolution._weight_grad_plan):
-        plan.cache_clear()
+# Where the first does not apply, the second does.
+WAYS = ("channels_last", "implicit_gemm")
 
 
 def arrays(case: Case, make, rng: np.random.Generator, dtype) -> list[np.ndarray]:
@@ -221,9 +217,8 @@ def test_not_finite(value: float, rng) -> None:
 
 
 @pytest.mark.skipif(not tile(32).masks, reason="what pays is another choice on another tile")
-def test_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_pays() -> None:
     """Layers of few products for each element that is moved, and of channels that fill the vectors."""
-    monkeypatch.undo()
     dtype = np.dtype(np.float32)
 
     def goes(rows: int, channels: int, taps: int, needed: float = 1, x=None, y=None) -> bool:
@@ -248,32 +243,27 @@ def test_what_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not goes(64, 3, 3, y=(56 * 56 * 64, 56 * 56, 0, 56, 1))
 
 
-SSE = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+cmov,+popcnt"
-
-
-@pytest.mark.skipif(features()[0] != "x86_64", reason="names of x86 processors")
+@needs_x86
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is protected by way of Linux' libc")
-@pytest.mark.parametrize(
-    ("name", "features"), [("haswell", f"{SSE},+avx,+avx2,+fma"), ("nehalem", SSE)], ids=["avx2", "sse"]
-)
-def test_other_tiles(name: str, features: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processor", ["avx2", "sse"])
+def test_other_tiles(processor: str) -> None:
     """Without masks a part of a vector goes through a tile; nothing outside the arrays is read or written."""
-    code = GUARDED + """
+    code = """
+    import numpy as np
     import test_channels_last as t
-    from fastconv.cpu import channels_last
-    channels_last._TRANSPOSE_COST_WITHOUT_MASKS = 1e9
+    from fastconv.cpu import methods
+    from guarded import guarded
     t.last_ = lambda array: guarded(np.ascontiguousarray(np.moveaxis(array, 1, -1)), t.at_end)
     for case in t.CASES:
         operands = t.arrays(case, t.integers, np.random.default_rng(0), np.float32)
         expected = t.exact(case, operands)
         for t.at_end in (False, True):
             some = [guarded(array, t.at_end) for array in operands]
-            for name, result in t.results(case, some).items():
+            with methods.only(*t.WAYS):
+                found = t.results(case, some)
+            for name, result in found.items():
                 np.testing.assert_array_equal(result, expected[name], str(case) + " " + name)
     print(len(t.CASES))
     """
-    process = run_python(
-        code, SUPPORT, timeout=600, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
-        NUMBA_CACHE_DIR=str(tmp_path),
-    )  # fmt: skip
+    process = run_on(processor, code, path=[str(Path(__file__).parent)])
     assert int(output_of(process)) == len(CASES)

@@ -34,7 +34,9 @@ def _square(task, worker, p, real):
     simd.at(real, p[RESULT])[task] = first + second / 2
 
 
-def test_helpers_are_compiled_in_the_body_alone():
+def test_helpers_are_compiled_in_the_body_alone(monkeypatch, tmp_path):
+    # An empty cache: where the body was found in it, there would be no helpers to look at.
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     dtype = np.dtype(np.float64)
     result, parameters = np.zeros(20), np.zeros(END, np.int64)
     parameters[[RESULT, LIMIT]] = tasks.address(result), 50

@@ -5,16 +5,17 @@ The cases of `shapes.CASES` run on these kernels too, in test_convolution.py; he
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import fastconv as fc
 import oracle
-from fastconv.cpu import convolution, depthwise, depthwise_channels, depthwise_planes, simd
+from fastconv.cpu import depthwise, depthwise_channels, depthwise_planes, methods, simd
 from fastconv.geometry import PADDING_MODES, ConvGeometry
 from helpers import (
     LAYOUTS,
-    SUPPORT,
     VIEWS,
     channels_first,
     channels_last,
@@ -22,8 +23,8 @@ from helpers import (
     integers,
     normal,
     output_of,
-    run_python,
 )
+from processors import PROCESSORS, needs_x86, run_on
 from shapes import Case
 from tolerance import assert_accurate, assert_same_bits, expect
 
@@ -144,19 +145,11 @@ BY_NAME |= {case.name: case for case in PLANE_CASES}
 ALL_CASES = [*CASES, *CHANNEL_CASES, *PLANE_CASES]
 
 
-def forget_plans():
-    for passes in ("forward", "input_grad", "weight_grad"):
-        getattr(convolution, f"_depthwise_{passes}_plan").cache_clear()
-
-
 @pytest.fixture
-def no_masks(monkeypatch):
+def no_masks():
     """As where vectors have no masks: the kernels that planes are not read in place by."""
-    for applies in ("applies", "applies_by_two"):
-        monkeypatch.setattr(depthwise_planes, applies, lambda *_, **__: False)
-    forget_plans()
-    yield
-    forget_plans()
+    with methods.only("depthwise_channels", "depthwise"):
+        yield
 
 
 def bodies(monkeypatch, cases):
@@ -233,9 +226,9 @@ def asks_ahead(monkeypatch):
     for module in (depthwise_channels, depthwise_planes):
         monkeypatch.setattr(module, "AHEAD_BYTES", 0)
     monkeypatch.setattr(depthwise_channels, "IN_PLACE_BYTES", 0)
-    forget_plans()
+    methods.forget_plans()
     yield
-    forget_plans()
+    methods.forget_plans()
 
 
 @pytest.mark.parametrize("case", [*CHANNEL_CASES, *PLANE_CASES], ids=str)
@@ -348,15 +341,10 @@ def plans_of(shape, kernel, stride, dtype):
         shape[0], shape[1], shape[1], shape[1], shape[2:], kernel, (1, 1, stride), one, (0, 0, 0), (0, 0, 0), "zeros"
     )
     assert depthwise.applies(geometry)
-    steps = [
-        tuple(dtype.itemsize * int(np.prod(s[n + 1 :])) for n in range(5))
-        for s in (shape, (*shape[:2], *geometry.output_size))
+    return [
+        methods.plan_of(methods.problem_of(operation, geometry, dtype, "direct", workers=2)).plan
+        for operation in methods.OPERATIONS
     ]
-    return (
-        convolution._depthwise_forward_plan(geometry, dtype, *steps, 2),
-        convolution._depthwise_input_grad_plan(geometry, dtype, *steps[::-1], False, 2),
-        convolution._depthwise_weight_grad_plan(geometry, dtype, *steps),
-    )
 
 
 def test_blocks_of_filter_rows():
@@ -370,20 +358,12 @@ def test_blocks_of_filter_rows():
             assert len(cut) <= -(-taps // 7) + 2, (stride, taps)
 
 
-SSE = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+cmov,+popcnt"
-
-
-@pytest.mark.skipif(simd._features()[0] != "x86_64", reason="names of x86 processors")
-@pytest.mark.parametrize(
-    ("name", "features", "dtype", "lanes"),
-    [("haswell", f"{SSE},+avx,+avx2,+fma", "float32", 8), ("nehalem", SSE, "float64", 2)],
-    ids=["avx2", "sse"],
-)
-def test_other_vectors(name, features, dtype, lanes, tmp_path):
+@needs_x86
+@pytest.mark.parametrize(("processor", "dtype"), [("avx2", "float32"), ("sse", "float64")])
+def test_other_vectors(processor, dtype):
     """With the vectors of older processors, on whole numbers. Few cases, since each compiles functions of its own."""
     code = """
         import sys
-        sys.path.insert(0, sys.argv[1])
         import numpy as np
         import oracle, test_depthwise
         from fastconv.arguments import LAYOUTS
@@ -392,7 +372,7 @@ def test_other_vectors(name, features, dtype, lanes, tmp_path):
         for name in ("width_13", "stride2_3x3_13x70", "multiplier_3", "1d_k4", "channels_13", "channels_stride2_5x5"):
             case = test_depthwise.BY_NAME[name]
             f, plain = functions(case.ndim), case.plain_options
-            x, w, dy = (integers(rng, s, sys.argv[2]) for s in (case.input, case.weight, case.output))
+            x, w, dy = (integers(rng, s, sys.argv[1]) for s in (case.input, case.weight, case.output))
             y, dw = f.conv(x, w, **case.options), f.weight_grad(x, w.shape, dy, **case.options)
             dx = f.input_grad(x.shape, w, dy, **case.options)
             np.testing.assert_array_equal(y, oracle.convolution(x, w, **plain), case.name)
@@ -405,11 +385,8 @@ def test_other_vectors(name, features, dtype, lanes, tmp_path):
         from fastconv.cpu import simd
         print(simd.tile(8 * x.itemsize).lanes)
     """
-    process = run_python(
-        code, SUPPORT, dtype, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
-        NUMBA_CACHE_DIR=str(tmp_path),
-    )  # fmt: skip
-    assert output_of(process) == str(lanes)
+    process = run_on(processor, code, dtype, path=[str(Path(__file__).parent)])
+    assert int(output_of(process)) == PROCESSORS[processor].lanes(np.dtype(dtype).itemsize)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -430,7 +407,6 @@ def test_groups_of_few_channels(groups, size, kernel, options, per_group, dtype,
     channels = groups * per_group
     case = Case("", "", (3, channels, *size), (channels, per_group, kernel, kernel), groups=groups, **options)
     x, w, b, dy = (integers(rng, shape, dtype) for shape in (case.input, case.weight, case.weight[:1], case.output))
-    convolution._small_groups_plan.cache_clear()
     y = oracle.convolution(x, w, b, **case.plain_options)
     last = {**case.options, "layout": "NHWC"}
     np.testing.assert_array_equal(fc.conv2d(channels_last(x), w, b, **last), channels_last(y))
@@ -495,12 +471,13 @@ def test_who_computes_groups_of_few_channels():
 
     def has_plan(groups, per_group, out_per_group, last=True):
         g = geometry(groups, per_group, out_per_group)
-        axes = (0, 4, 1, 2, 3)
-        x, y = (
-            np.empty((2, 1, 9, 9, n), np.float32).transpose(axes) if last else np.empty((2, n, 1, 9, 9), np.float32)
-            for n in (g.in_channels, g.out_channels)
-        )
-        return convolution._small_groups_plan(g, x.dtype, x.strides, y.strides, True, 2) is not None
+        problem = methods.problem_of("forward", g, np.dtype(np.float32), "direct", workers=2)
+        if last:
+            x, y = (
+                np.empty((2, 1, 9, 9, n), np.float32).transpose(0, 4, 1, 2, 3) for n in (g.in_channels, g.out_channels)
+            )
+            problem = problem._replace(input=x.strides, output=y.strides)
+        return methods.choose(problem).name == "grouped"
 
     t = simd.tile(32)
     for n in (2, 4, 8):

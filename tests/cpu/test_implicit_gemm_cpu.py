@@ -5,15 +5,9 @@ import pytest
 
 import fastconv as fc
 import oracle
-from fastconv.cpu.convolution import (
-    _choose_rows,
-    _elements,
-    _forward_plan,
-    _phase_runs,
-    _small_groups_weight_grad_plan,
-    _weight_grad_plan,
-)
+from fastconv.cpu import methods
 from fastconv.cpu.implicit_gemm import SLAB_BYTES, TILE_BYTES, gradient, is_better_exchanged
+from fastconv.cpu.phases import choose_rows, phase_runs
 from fastconv.cpu.vector.tile import tile as tile_of
 from fastconv.geometry import ConvGeometry
 from helpers import channels_first, channels_last, fortran_last, integers, reversed_, strided, transposed
@@ -41,10 +35,8 @@ def test_who_packs_the_weights(few: bool) -> None:
             kernel_size=(1, *kernel), stride=(1, stride, stride), dilation=(1, 1, 1), pad_before=pad, pad_after=pad,
             padding_mode="zeros",
         )  # fmt: skip
-        x, y = np.empty((*shape[:2], *size), np.float32), np.empty((shape[0], out_channels, *geometry.output_size), "f")
-        w = np.empty((out_channels, shape[1], *geometry.kernel_size), np.float32)
-        *_, plan = _forward_plan(geometry, x.dtype, x.strides, w.strides, y.strides, 2, False)
-        assert plan.packs == few
+        problem = methods.problem_of("forward", geometry, np.dtype(np.float32), "direct", workers=2)
+        assert methods.plan_of(problem).product.packs == few
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -104,7 +96,7 @@ def test_weights_of_all_phases(case, layout: str, dtype: type, rng: np.random.Ge
 )
 def test_phases_that_are_rows_of_one_product(sizes, runs) -> None:
     """A window of the same position reads the elements of a run, with neighbouring taps."""
-    assert _phase_runs(*sizes) == [tuple(run) for run in runs]
+    assert phase_runs(*sizes) == [tuple(run) for run in runs]
 
 
 # (input shape, output channels, kernel, strides, padding, dilations, groups), and how rows are chosen for an input
@@ -142,7 +134,10 @@ def test_phases_as_rows(case, first, last, dtype, form, rng: np.random.Generator
             input_size=(1, *shape[2:]), kernel_size=(1, *kernel), stride=(1, *stride), dilation=(1, *dilation),
             pad_before=(0, *padding), pad_after=(0, *padding), padding_mode="zeros",
         )  # fmt: skip
-        rows = _choose_rows(geometry, plane.dtype, _elements(w[:, :, None]), _elements(plane))
+        of_weight, of_plane = (
+            tuple(step // plane.itemsize for step in array.strides) for array in (w[:, :, None], plane)
+        )
+        rows = choose_rows(geometry, plane.dtype, of_weight, of_plane)
         are_rows = any(len(run) > 1 for run in rows.runs[rows.axis])
         assert (are_rows, rows.each_channel) == (last if form == "last" else first)
     for add in (False, True):
@@ -225,8 +220,8 @@ def test_weight_gradient_of_small_groups(channels, out_channels, stride, accumul
     )  # fmt: skip
     x = integers(rng, (2, groups * channels, *size), dtype)
     dy = integers(rng, (2, groups * out_channels, *geometry.output_size), dtype)
-    plan = _small_groups_weight_grad_plan(geometry, x.dtype, x.strides, dy.strides)
-    assert (plan is not None) == tile_of(x.itemsize * 8).masks
+    plan = methods.plan_of(methods.problem_of("weight_grad", geometry, x.dtype, "direct"))
+    assert (plan.method.name == "grouped_by_channel") == tile_of(x.itemsize * 8).masks
     x, dy = x[:, :, 0], dy[:, :, 0]
     shape = (groups * out_channels, channels, 3, 3)
     known = {"stride": (stride, stride), "padding": [(1, 1)] * 2, "dilation": (1, 1), "groups": groups}
@@ -245,7 +240,7 @@ def test_weight_gradient_of_padded_images_in_parts(size, stride, mode, last, dty
     """Rows at the edges of images, between them, and pieces of long rows follow one another in a slab."""
     if ahead:
         monkeypatch.setattr(gradient, "PREFETCH_BYTES", 0)
-    _weight_grad_plan.cache_clear()
+    methods.forget_plans()
     shape = 71, 3, 3, 3
     known = {"stride": (stride, stride), "padding": [(2, 2)] * 2, "dilation": (2, 2), "padding_mode": mode}
     x = integers(rng, (3, 3, *size), dtype)
@@ -254,7 +249,7 @@ def test_weight_gradient_of_padded_images_in_parts(size, stride, mode, last, dty
     if last:
         x, dy = (channels_first(channels_last(a)) for a in (x, dy))
     np.testing.assert_array_equal(fc.conv2d_weight_grad(x, shape, dy, **known), exact)
-    _weight_grad_plan.cache_clear()
+    methods.forget_plans()
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import numpy as np
 import pytest
 
-from fastconv.cpu import simd
-from helpers import SUPPORT, output_of, run_python
-
-SSE = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+cmov,+popcnt"
-PROCESSORS = {
-    "avx2": ("haswell", f"{SSE},+avx,+avx2,+fma", 8),
-    "avx": ("sandybridge", f"{SSE},+avx", 8),
-    "sse": ("nehalem", SSE, 4),
-}
+from helpers import output_of
+from processors import PROCESSORS, needs_x86, run_on
 
 CODE = """
     import sys
-    sys.path.insert(0, sys.argv[1])
     import numpy as np
     import oracle
     from fastconv.cpu import simd
@@ -29,7 +20,7 @@ CODE = """
     rng = np.random.default_rng(0)
     for case in CASES:
         f, plain = functions(case.ndim), case.plain_options
-        x, w, dy = (integers(rng, s, sys.argv[2]) for s in (case.input, case.weight, case.output))
+        x, w, dy = (integers(rng, s, sys.argv[1]) for s in (case.input, case.weight, case.output))
         y = oracle.convolution(x, w, **plain)
         dw = oracle.weight_grad(x, dy, weight_shape=w.shape, **plain)
         dx = oracle.input_grad(w, dy, input_shape=x.shape, **plain)
@@ -42,17 +33,13 @@ CODE = """
         same(channels_first(f.conv(x, w, **options)), y)
         same(f.weight_grad(x, w.shape, dy, **options), dw)
         same(channels_first(f.input_grad(x.shape, w, dy, **options)), dx)
-    print(simd.tile(32).lanes)
+    print(simd.tile(8 * x.itemsize).lanes)
 """
 
 
-@pytest.mark.skipif(simd._features()[0] != "x86_64", reason="names of x86 processors")
+@needs_x86
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_every_case(name: str, dtype: str, tmp_path: Path) -> None:
-    cpu, features, lanes = PROCESSORS[name]
-    process = run_python(
-        CODE, SUPPORT, dtype, timeout=600, NUMBA_CPU_NAME=cpu, NUMBA_CPU_FEATURES=features,
-        NUMBA_CACHE_DIR=str(tmp_path),
-    )  # fmt: skip
-    assert int(output_of(process)) == lanes
+def test_every_case(name: str, dtype: str) -> None:
+    lanes = output_of(run_on(name, CODE, dtype))
+    assert int(lanes) == PROCESSORS[name].lanes(np.dtype(dtype).itemsize)

@@ -8,8 +8,8 @@ import pytest
 
 import fastconv as fc
 import oracle
-from fastconv.cpu import convolution, implicit_gemm, small_planes
-from fastconv.cpu.vector.tile import features, tile
+from fastconv.cpu import implicit_gemm, methods, small_planes
+from fastconv.cpu.vector.tile import tile
 from helpers import (
     LAYOUTS,
     SUPPORT,
@@ -22,6 +22,7 @@ from helpers import (
     run_python,
     strided,
 )
+from processors import PROCESSORS, needs_x86, run_on
 from shapes import Case
 from tolerance import assert_same_bits
 
@@ -58,27 +59,6 @@ def two_threads():
     fc.set_num_threads(before)
 
 
-@pytest.fixture
-def with_zeros(monkeypatch: pytest.MonkeyPatch):
-    """A context in which no product is left out."""
-    plans = convolution._forward_plan, convolution._input_grad_phases
-
-    def clear() -> None:
-        for plan in plans:
-            plan.cache_clear()
-
-    class WithZeros:
-        def __enter__(self) -> None:
-            clear()
-            monkeypatch.setattr(small_planes, "cut_all", lambda *arguments: None)
-
-        def __exit__(self, *_: object) -> None:
-            clear()
-            monkeypatch.undo()
-
-    return WithZeros()
-
-
 def _results(case: Case, operands, last: bool) -> dict[str, np.ndarray]:
     """Forward and input gradient, in every way that their products may end."""
     x, w, b, dy, start = operands
@@ -111,8 +91,7 @@ def test_these_cases_go_that_way(case: Case, monkeypatch: pytest.MonkeyPatch, rn
         return plan(*arguments, **options)
 
     monkeypatch.setattr(small_planes, "plan_correlation", planning)
-    convolution._forward_plan.cache_clear()
-    convolution._input_grad_phases.cache_clear()
+    methods.forget_plans()
     x, w, _, dy, _ = _operands(case, normal, rng, np.float32)
     f = functions(case.ndim)
     f.conv(x, w, **case.options)
@@ -125,10 +104,10 @@ def test_these_cases_go_that_way(case: Case, monkeypatch: pytest.MonkeyPatch, rn
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_bits_are_those_of_all_products(case: Case, dtype, last: bool, with_zeros, rng) -> None:
+def test_the_bits_are_those_of_all_products(case: Case, dtype, last: bool, rng) -> None:
     operands = _operands(case, normal, rng, dtype)
     results = _results(case, operands, last)
-    with with_zeros:
+    with methods.only("implicit_gemm"):
         expected = _results(case, operands, last)
     for name, result in results.items():
         assert_same_bits(result, expected[name])
@@ -223,18 +202,11 @@ def test_what_is_left_to_the_other_product() -> None:
     assert not goes(axis(7, 2, 4), axis(7))  # output rows that see nothing
 
 
-AVX = "+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+cmov,+popcnt,+avx"
-
-
-@pytest.mark.skipif(features()[0] != "x86_64", reason="names of x86 processors")
-@pytest.mark.parametrize(
-    ("name", "features"), [("haswell", f"{AVX},+avx2,+fma"), ("sandybridge", AVX)], ids=["avx2", "avx"]
-)
-def test_other_tiles(name: str, features: str, tmp_path: Path) -> None:
+@needs_x86
+@pytest.mark.parametrize("processor", ["avx2", "avx"])
+def test_other_tiles(processor: str) -> None:
     """With 16 registers and half as long vectors, with and without multiply-adds."""
     code = """
-        import sys
-        sys.path.insert(0, sys.argv[1])
         import numpy as np
         import oracle
         from fastconv.cpu import small_planes
@@ -255,24 +227,20 @@ def test_other_tiles(name: str, features: str, tmp_path: Path) -> None:
         assert planned
         print(tile(32).lanes)
     """
-    process = run_python(
-        code, SUPPORT, timeout=300, NUMBA_CPU_NAME=name, NUMBA_CPU_FEATURES=features,
-        NUMBA_CACHE_DIR=str(tmp_path),
-    )  # fmt: skip
-    assert int(output_of(process)) == 8
+    process = run_on(processor, code, path=[str(Path(__file__).parent)])
+    assert int(output_of(process)) == PROCESSORS[processor].lanes(4)
 
 
 GUARDED = """
     import sys
-    sys.path.insert(0, sys.argv[1])
-    from test_bounds import GUARDED
-    from textwrap import dedent
-    exec(dedent(GUARDED))
+    import numpy as np
+    from guarded import guarded, seen
+    from helpers import functions
     from test_small_planes import CASES
     rng, count = np.random.default_rng(0), 0
     for case in CASES:
         f = functions(case.ndim)
-        for x, w, b, dy in seen([rng.standard_normal(s).astype(sys.argv[2])
+        for x, w, b, dy in seen([rng.standard_normal(s).astype(sys.argv[1])
                                  for s in (case.input, case.weight, case.weight[:1], case.output)]):
             for end in (False, True):
                 f.conv(x, w, b, out=guarded(dy, end), **case.options)
@@ -285,5 +253,5 @@ GUARDED = """
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is protected by way of Linux' libc")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_nothing_is_read_or_written_outside_the_arrays(dtype: str) -> None:
-    process = run_python(GUARDED, SUPPORT, dtype, timeout=600)
+    process = run_python(GUARDED, dtype, path=[SUPPORT, str(Path(__file__).parent)], timeout=600)
     assert int(output_of(process)) == 12 * len(CASES)

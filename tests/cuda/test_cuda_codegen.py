@@ -14,6 +14,7 @@ from fastconv.arguments import convolution_plan
 from fastconv.cuda_kernels import _cuda, convolution, linear_cross_entropy, softmax_cross_entropy
 from fastconv.cuda_kernels._cuda import DeviceArray, cuda
 from fastconv.cuda_kernels.jit import ELEMENTS, Kernel, array_of
+from helpers import output_of, run_python
 
 pytestmark = pytest.mark.codegen
 
@@ -53,6 +54,27 @@ def compiler():
         pytest.fail("the simulator has no compiler: run this file with FASTCONV_TEST_GPU=1")
     if getattr(cuda, "implementation", None) != "NVIDIA":
         pytest.fail("the gate is for numba-cuda, which is not installed (expected the cuda-dev extra)")
+
+
+def test_kernels_compile_without_what_numpy_removed():
+    """As with NumPy 2.5, which has no `row_stack`: a process of its own, since the first compilation imports it."""
+    code = """
+        import numpy as np
+        if vars(np).pop("row_stack", None):
+            np.__all__.remove("row_stack")
+        from numba import types
+        from fastconv.cuda_kernels import convolution, linear_cross_entropy, softmax_cross_entropy
+        from fastconv.cuda_kernels._cuda import cuda
+        from fastconv.cuda_kernels.jit import ELEMENTS
+        for kernel in (convolution.forward_kernel, linear_cross_entropy.widen_kernel, softmax_cross_entropy.sum_kernel):
+            element = ELEMENTS["float32"]
+            ptx, _ = cuda.compile(
+                kernel.factory(element), types.void(*kernel.signature(element)), device=False, abi="numba", cc=(8, 0),
+                output="ptx",
+            )
+            print(ptx.count(".entry"), hasattr(np, "row_stack"))
+    """
+    assert output_of(run_python(code)).splitlines() == ["1 False"] * 3
 
 
 def name_of(architecture):

@@ -114,7 +114,8 @@ CALLS = {
 def test_with_check_a_bad_label_is_an_error_at_once_and_nothing_is_written(name, waits, rng):
     logits = rng.standard_normal((5, 5)).astype(np.float32)
     z, t = on_device(logits, np.array([0, 4, -100, 5, -1], np.int16))
-    with pytest.raises(ValueError, match=r"cross_entropy\w*: target\[3\] is 5, but logits have C=5 classes"):
+    source = "weight has" if name == "linear" else "logits have"
+    with pytest.raises(ValueError, match=rf"cross_entropy\w*: target\[3\] is 5, but {source} C=5 classes"):
         CALLS[name](z, t, check=True)
     np.testing.assert_array_equal(z.copy_to_host(), logits)
     assert waits == [np.int16, np.int64]  # the labels, and what calls before have met
@@ -164,8 +165,21 @@ def test_positions_are_counted_through_the_chunks(waits, monkeypatch):
     fc.linear_cross_entropy(hidden, weight, cuda.to_device(labels))
     with pytest.raises(ValueError, match=LATER.format(3 * 9 + 7)):
         fc.softmax(np.zeros((1, 2)), backend="cuda")
-    with pytest.raises(ValueError, match=r"target\[3, 7\] is 4, but logits have C=4"):
+    with pytest.raises(ValueError, match=r"target\[3, 7\] is 4, but weight has C=4"):
         fc.linear_cross_entropy(hidden, weight, cuda.to_device(labels), check=True)
+
+
+@pytest.mark.parametrize("label", [2, np.int64(2)])
+def test_an_integer_label_goes_where_the_logits_are(label, waits, rng):
+    """It is judged on the host, which waits for nothing."""
+    logits = rng.standard_normal(5).astype(np.float32)
+    z, t = on_device(logits, 2)
+    loss = fc.softmax_cross_entropy(z, label)
+    assert type(loss) is type(z)
+    with pytest.raises(ValueError, match="target is 7, but logits have C=5 classes"):
+        fc.softmax_cross_entropy(z, type(label)(7))
+    assert waits == []
+    np.testing.assert_array_equal(loss.copy_to_host(), fc.softmax_cross_entropy(z, t).copy_to_host())
 
 
 def test_check_reads_labels_of_any_strides(waits, rng):
@@ -266,6 +280,23 @@ def test_tables_are_copied_once_for_a_geometry(monkeypatch):
         convolution.forward(geometry, x, w, None, False, "direct", None, y)
         convolution.weight_grad(geometry, x, y, False, "direct", w)
     assert uploads == [3]
+
+
+@pytest.mark.parametrize("algorithm", ["loops", "direct"])
+def test_loops_skip_the_faster_kernels(algorithm, monkeypatch, rng):
+    """Where the device has what those need, they are asked for every algorithm but the loops."""
+    asked = []
+    monkeypatch.setattr(convolution, "has_engine", lambda: True)
+    for module in (convolution.depthwise, convolution.implicit_gemm):
+        for name in ("forward", "weight_grad", "input_grad"):
+            monkeypatch.setattr(module, name, lambda *_: asked.append(1))
+    x, w = rng.standard_normal((1, 2, 4, 4)), rng.standard_normal((3, 2, 2, 2))
+    options = {"algorithm": algorithm, "backend": "cuda"}
+    y = fc.conv2d(x, w, **options)
+    np.testing.assert_allclose(y, fc.conv2d(x, w), rtol=1e-12, atol=1e-12)
+    fc.conv2d_weight_grad(x, w.shape, y, **options)
+    fc.conv2d_input_grad(x.shape, w, y, **options)
+    assert len(asked) == (0 if algorithm == "loops" else 6)
 
 
 def test_indices_do_not_wrap_around():

@@ -80,9 +80,14 @@ class Memory:
         self.address = array.__array_interface__["data"][0]
 
     def _check(self, index: Any) -> None:
-        places = index if isinstance(index, tuple) else (index,)
-        if len(places) != len(self.shape) or any(not 0 <= i < n for i, n in zip(places, self.shape, strict=True)):
-            raise SimulationError(f"{self.name}: index {index} is out of bounds of {self.shape}")
+        places, shape = index if isinstance(index, tuple) else (index,), self.shape
+        if len(places) == len(shape):
+            for i, n in zip(places, shape):  # noqa: B905 - `strict` costs as much as the rest
+                if not 0 <= i < n:
+                    break
+            else:
+                return
+        raise SimulationError(f"{self.name}: index {index} is out of bounds of {shape}")
 
     def __getitem__(self, index: Any) -> Any:
         self._check(index)
@@ -113,89 +118,109 @@ class Memory:
 class SharedMemory(Memory):
     """Shared memory that knows who touched each element since the last barrier.
 
-    A clock counts the barriers of the block and those of each warp. A barrier of the block orders what another warp
-    did; what another lane of the same warp did is also ordered by a barrier or a collective of the warp.
+    A barrier of the block orders everything before it. What another lane of the same warp did is also ordered by a
+    barrier or a collective of the warp: a clock counts those of each warp.
     """
 
-    __slots__ = ("block", "readers", "under_way", "writers")
+    __slots__ = ("barriers", "block", "readers", "under_way", "writers")
 
     def __init__(self, array: np.ndarray, block: Block) -> None:
         super().__init__(array, "shared memory")
         self.block = block
-        self.writers: dict[int, tuple[int, int, int]] = {}  # element -> thread and its clocks
-        self.readers: dict[int, dict[int, tuple[int, int]]] = {}
+        self.barriers = block.barriers  # those of the block before what the following two have seen
+        self.writers: dict[int, tuple[int, int]] = {}  # element -> thread and its warp's clock
+        self.readers: dict[int, dict[int, int]] = {}  # element -> the same of several threads
         self.under_way: Counter[int] = Counter()  # asynchronous copies into each element that nobody has waited for
 
-    def _ordered(self, thread: int, clocks: tuple[int, int]) -> bool:
-        now = greenlet.getcurrent()
-        if thread == now.rank or clocks[0] < self.block.barriers:
-            return True
-        return thread // WARP == now.rank // WARP and clocks[1] < self.block.warp_barriers[thread // WARP]
+    def _now(self) -> tuple[int, int]:
+        """The thread that runs, and the clock of its warp."""
+        block, rank = self.block, greenlet.getcurrent().rank
+        if self.barriers != block.barriers:
+            self.barriers = block.barriers
+            self.writers.clear()
+            self.readers.clear()
+        return rank, block.warp_barriers[rank // WARP]
 
-    def _clocks(self) -> tuple[int, int]:
-        return self.block.barriers, self.block.warp_barriers[greenlet.getcurrent().rank // WARP]
-
-    def _race(self, what: str, element: int, thread: int) -> SimulationError:
+    def _race(self, rank: int, what: str, element: int, thread: int) -> SimulationError:
         return SimulationError(
-            f"shared memory: race at element {element}: thread {greenlet.getcurrent().rank} {what} thread {thread} "
+            f"shared memory: race at element {element}: thread {rank} {what} thread {thread} "
             "with no barrier in between"
         )
 
-    def _landed(self, element: int) -> None:
-        if self.under_way[element]:
-            raise SimulationError(f"shared memory: element {element} is used while an asynchronous copy is under way")
+    def _landed(self, elements: range) -> None:
+        for element in elements:
+            if self.under_way.get(element):
+                raise SimulationError(
+                    f"shared memory: element {element} is used while an asynchronous copy is under way"
+                )
 
     def issue(self, start: int, count: int) -> None:
         """A copy into these elements begins: it may land at once, over what is still in use."""
         self._vector(start, count)
-        for element in range(start, start + count):
-            self.note_write(element)
-            self.under_way[element] += 1
+        self._note_writes(range(start, start + count))
+        self.under_way.update(range(start, start + count))
 
     def land(self, start: int, values: np.ndarray) -> None:
         """The thread that issued the copy has waited for it."""
         self.under_way.subtract(range(start, start + len(values)))
         self.write(start, values)
 
-    def note_read(self, element: int) -> None:
-        self._landed(element)
-        writer = self.writers.get(element)
-        if writer is not None and not self._ordered(writer[0], writer[1:]):
-            raise self._race("reads what was written by", element, writer[0])
-        self.readers.setdefault(element, {})[greenlet.getcurrent().rank] = self._clocks()
+    def _note_reads(self, elements: range) -> None:
+        if self.under_way:
+            self._landed(elements)
+        rank, clock = self._now()
+        writers, readers = self.writers, self.readers
+        for element in elements:
+            writer = writers.get(element)
+            if writer is not None:
+                thread, then = writer
+                if thread != rank and (thread // WARP != rank // WARP or then >= clock):
+                    raise self._race(rank, "reads what was written by", element, thread)
+            seen = readers.get(element)
+            if seen is None:
+                readers[element] = {rank: clock}
+            else:
+                seen[rank] = clock
 
-    def note_write(self, element: int) -> None:
-        self._landed(element)
-        writer = self.writers.get(element)
-        if writer is not None and not self._ordered(writer[0], writer[1:]):
-            raise self._race("writes over", element, writer[0])
-        for thread, clocks in self.readers.pop(element, {}).items():
-            if not self._ordered(thread, clocks):
-                raise self._race("writes what is still read by", element, thread)
-        self.writers[element] = (greenlet.getcurrent().rank, *self._clocks())
+    def _note_writes(self, elements: range) -> None:
+        if self.under_way:
+            self._landed(elements)
+        rank, clock = self._now()
+        writers, readers = self.writers, self.readers
+        for element in elements:
+            writer = writers.get(element)
+            if writer is not None:
+                thread, then = writer
+                if thread != rank and (thread // WARP != rank // WARP or then >= clock):
+                    raise self._race(rank, "writes over", element, thread)
+            seen = readers.pop(element, None)
+            if seen is not None:
+                for thread, then in seen.items():
+                    if thread != rank and (thread // WARP != rank // WARP or then >= clock):
+                        raise self._race(rank, "writes what is still read by", element, thread)
+            writers[element] = rank, clock
 
-    def _flat(self, index: Any) -> int:
-        return int(np.ravel_multi_index(index, self.shape)) if isinstance(index, tuple) else int(index)
+    def _flat(self, index: Any) -> range:
+        element = int(np.ravel_multi_index(index, self.shape)) if isinstance(index, tuple) else int(index)
+        return range(element, element + 1)
 
     def __getitem__(self, index: Any) -> Any:
         value = super().__getitem__(index)
-        self.note_read(self._flat(index))
+        self._note_reads(self._flat(index))
         return value
 
     def __setitem__(self, index: Any, value: Any) -> None:
         super().__setitem__(index, value)
-        self.note_write(self._flat(index))
+        self._note_writes(self._flat(index))
 
     def read(self, start: int, count: int) -> np.ndarray:
         values = super().read(start, count)
-        for element in range(start, start + count):
-            self.note_read(element)
+        self._note_reads(range(start, start + count))
         return values
 
     def write(self, start: int, values: Sequence[Any] | np.ndarray) -> None:
         super().write(start, values)
-        for element in range(start, start + len(values)):
-            self.note_write(element)
+        self._note_writes(range(start, start + len(values)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
