@@ -80,6 +80,16 @@ def test_a_copy_of_one_block():
     assert q.flags.aligned
 
 
+def test_a_record_of_all_its_values():
+    p = Scaling.of(x=5, entries=6, height=(7, 8), width=(9, 10), total=11)
+    assert p.dtype == Scaling.dtype
+    assert p.shape == ()
+    assert p["header"].item() == (0,) * len(tasks.Header.fields)
+    assert (p["x"], p["height"]["table"], p["width"]["before"], p["total"]) == (5, 7, 10, 11)
+    with pytest.raises(KeyError, match="width"):
+        Scaling.of(x=5, entries=6, height=(7, 8), total=11)
+
+
 def test_a_name_that_arrays_have_is_refused():
     with pytest.raises(TypeError, match="a field cannot be called 'size'"):
         type("Bad", (Record,), {"__annotations__": {"size": Integer}})
