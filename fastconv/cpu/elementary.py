@@ -43,6 +43,12 @@ def _bits(value: float, float_type: Any) -> int:
     return int(np.float64(value).view(np.uint64))
 
 
+def _unbiased(float_type: Any) -> int:
+    """Subtracted from the bits of n + `_shift`, it leaves n + 2*bias: both halves of that are biased exponents."""
+    _, mantissa_bits, bias, _ = _FORMATS[float_type]
+    return _bits(_shift(mantissa_bits, bias) - 2 * bias, float_type)
+
+
 @intrinsic
 def multiply_add(typingctx, a, b, c):
     """a*b + c, rounded once where the machine has a fused multiply-add and twice where it would be a library call."""
@@ -61,27 +67,16 @@ def _times_power_of_two(typingctx, p, shifted):
     """p * 2**n, given n + `_shift`. Two factors, so that subnormal results round once and overflow gives inf."""
 
     def codegen(context, builder, signature, args):
-        return times_power_of_two(builder, signature.args[0], *args)
+        significand, shifted = args
+        integer, mantissa_bits, _, _ = _FORMATS[p]
+        k = builder.sub(builder.bitcast(shifted, integer), ir.Constant(integer, _unbiased(p)))
+        low = builder.lshr(k, ir.Constant(integer, 1))
+        for half in (low, builder.sub(k, low)):
+            factor = builder.bitcast(builder.shl(half, ir.Constant(integer, mantissa_bits)), significand.type)
+            significand = builder.fmul(significand, factor)
+        return significand
 
     return (p(p, p), codegen) if p in _FORMATS else None
-
-
-def times_power_of_two(builder: ir.IRBuilder, kind: Any, significand: ir.Value, shifted: ir.Value) -> ir.Value:
-    """The instructions of `_times_power_of_two`, for a number of type `kind` or a vector of them."""
-    integer, mantissa_bits, bias, _ = _FORMATS[kind]
-    lanes = getattr(significand.type, "count", 0)
-    integers = ir.VectorType(integer, lanes) if lanes else integer
-
-    def constant(value: int) -> ir.Constant:
-        return ir.Constant(integers, [value] * lanes if lanes else value)
-
-    magic = constant(_bits(_shift(mantissa_bits, bias) - 2 * bias, kind))
-    k = builder.sub(builder.bitcast(shifted, integers), magic)  # n + 2*bias: both halves are biased exponents
-    low = builder.lshr(k, constant(1))
-    for half in (low, builder.sub(k, low)):
-        factor = builder.bitcast(builder.shl(half, constant(mantissa_bits)), significand.type)
-        significand = builder.fmul(significand, factor)
-    return significand
 
 
 @intrinsic
@@ -240,7 +235,7 @@ def _tanh_64(x):
 
 
 class ExpConstants(NamedTuple):
-    """What exp is made of, for `simd`, which emits the same operations in the same order as vectors."""
+    """What exp is made of, for `vector.softmax`, which has the same operations in the same order on vectors."""
 
     low: Any
     log2e: Any
@@ -248,15 +243,18 @@ class ExpConstants(NamedTuple):
     ln2_high: Any
     ln2_low: Any
     polynomial: tuple[Any, ...]  # of (exp(r) - 1 - r) / r**2, the highest power first
+    mantissa_bits: int
+    unbiased: int  # see `_unbiased`
 
 
 EXP_CONSTANTS = {
     types.float32: ExpConstants(
-        _LOW_32, _LOG2E_32, _SHIFT_32, _LN2_HIGH_32, _LN2_LOW_32, (_E4_32, _E3_32, _E2_32, _E1_32, _E0_32)
+        _LOW_32, _LOG2E_32, _SHIFT_32, _LN2_HIGH_32, _LN2_LOW_32, (_E4_32, _E3_32, _E2_32, _E1_32, _E0_32), 23,
+        _unbiased(types.float32),
     ),
     types.float64: ExpConstants(
         _LOW_64, _LOG2E_64, _SHIFT_64, _LN2_HIGH_64, _LN2_LOW_64,
-        (_E9_64, _E8_64, _E7_64, _E6_64, _E5_64, _E4_64, _E3_64, _E2_64, _E1_64, _E0_64),
+        (_E9_64, _E8_64, _E7_64, _E6_64, _E5_64, _E4_64, _E3_64, _E2_64, _E1_64, _E0_64), 52, _unbiased(types.float64),
     ),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ gaps) and the results between the strides are not stored: both cost what a convo
 which the kernel has one tap are not transformed.
 
 Channels are summed in the frequency domain, and so are the tiles of the weight gradient: one inverse transform for
-each result, however many terms it has. This sum is a body of its own over the vector function `simd.multiply_spectra`,
+each result, however many terms it has. This sum is a body of its own over the vector function `multiply_spectra`,
 not a matrix product for each frequency: the transforms leave the frequencies next to one another in memory, which is
 how vectors want them, depthwise layers included; a matrix product would need a transposed copy of every spectrum, and
 the bits of a BLAS depend on its threads. Here a frequency is one chain of multiply-adds over the channels.
@@ -36,13 +36,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from ..geometry import ConvGeometry, Size3
 from ..packed import PackedWeights
-from . import simd, tasks
-from .contraction import address
+from . import tasks
+from .fft_bodies import Gather, Multiply, Scatter, gather, multiply, scatter
+from .tasks import data_address
 from .threads import get_num_threads
+from .vector.tile import tile as machine
 
 # Bytes of the tiles, their spectra and the results that are in memory at a time, and of the spectra of weights, as far
 # as one tile and one output channel allow. Chunks that stay in the last cache are 1.3 times faster than larger ones.
@@ -224,166 +225,6 @@ def _complex(transform: Any, spectra: np.ndarray, n: int, axis: int, options: di
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bodies
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Of _gather and _scatter: the array of strides and the tiles; the tables of _gather.
-(
-    ARRAY, TILES, A_N, A_C, A_D, A_H, A_W, FIRST_CHANNEL, FIRST_TILE, NUMBER, COUNT_D, COUNT_H, COUNT_W,
-    STEP_D, STEP_H, STEP_W, TILE_D, TILE_H, TILE_W, END,
-) = range(tasks.FIRST, tasks.FIRST + 20)  # fmt: skip
-TABLE_D, TABLE_H, TABLE_W, USED_D, USED_H, USED_W, RUN_FIRST, RUN_END, GATHER_END = range(END, END + 9)
-(
-    SIZE_D, SIZE_H, SIZE_W, STRIDE_D, STRIDE_H, STRIDE_W, SHIFT_D, SHIFT_H, SHIFT_W, BIAS, RELU, ADD, SCATTER_END,
-) = range(END, END + 13)  # fmt: skip
-
-# Of _multiply: three arrays of spectra, with their steps from row to row, column to column, term to term and group to
-# group of the matrix product that each frequency is.
-(
-    LEFT, RIGHT, PRODUCT, LEFT_ROW, LEFT_TERM, LEFT_GROUP, RIGHT_COLUMN, RIGHT_TERM, RIGHT_GROUP, PRODUCT_ROW,
-    PRODUCT_COLUMN, PRODUCT_GROUP, ROWS, COLUMNS, TERMS, REALS, BLOCK, BLOCKS, COLUMN_BLOCK, COLUMN_BLOCKS, CONJUGATE,
-    M_ADD, MULTIPLY_END,
-) = range(tasks.FIRST, tasks.FIRST + 23)  # fmt: skip
-
-
-@njit
-def _where(p, tile):
-    """(sample, first position in each dimension) of a tile, by its number."""
-    rest, w = tile // p[COUNT_W], tile % p[COUNT_W]
-    rest, h = rest // p[COUNT_H], rest % p[COUNT_H]
-    return rest // p[COUNT_D], rest % p[COUNT_D] * p[STEP_D], h * p[STEP_H], w * p[STEP_W]
-
-
-@tasks.Body
-def _gather(task, worker, p, real):
-    """Copy tile `task % NUMBER` of channel `task // NUMBER` from the array, zeros where its tables say -1.
-
-    Per dimension the table has an entry for every position of every tile, and USED of the points of a tile are filled,
-    the others zero. Positions RUN_FIRST .. RUN_END of the last dimension lie one after another in the array.
-    """
-    channel, tile = p[FIRST_CHANNEL] + task // p[NUMBER], p[FIRST_TILE] + task % p[NUMBER]
-    n, d0, h0, w0 = _where(p, tile)
-    table_d = simd.offset(simd.at(p, p[TABLE_D]), d0)
-    table_h = simd.offset(simd.at(p, p[TABLE_H]), h0)
-    table_w = simd.offset(simd.at(p, p[TABLE_W]), w0)
-    plane = simd.offset(simd.at(real, p[ARRAY]), n * p[A_N] + channel * p[A_C])
-    row = simd.offset(simd.at(real, p[TILES]), task * p[TILE_D] * p[TILE_H] * p[TILE_W])
-    used, step = p[USED_W], p[A_W]
-    low = min(max(p[RUN_FIRST] - w0, 0), used)
-    high = max(min(p[RUN_END] - w0, used), low)
-    for d in range(p[TILE_D]):
-        for h in range(p[TILE_H]):
-            if d >= p[USED_D] or h >= p[USED_H] or table_d[d] < 0 or table_h[h] < 0:
-                simd.fill_zero(row, p[TILE_W])
-            else:
-                source = simd.offset(plane, table_d[d] * p[A_D] + table_h[h] * p[A_H])
-                for w in range(low):
-                    row[w] = source[table_w[w] * step] if table_w[w] >= 0 else 0
-                if low < high:
-                    run = simd.offset(source, table_w[low] * step)
-                    target = simd.offset(row, low)
-                    if step == 1:
-                        simd.copy_span(target, run, high - low)
-                    else:
-                        for w in range(high - low):
-                            target[w] = run[w * step]
-                for w in range(high, used):
-                    row[w] = source[table_w[w] * step] if table_w[w] >= 0 else 0
-                for w in range(used, p[TILE_W]):
-                    row[w] = 0
-            row = simd.offset(row, p[TILE_W])
-
-
-@tasks.Body
-def _scatter(task, worker, p, real):
-    """Store the results of tile `task % NUMBER` of channel `task // NUMBER`: every STRIDE-th, plus bias, through relu.
-
-    The tile has TILE points of which SHIFT .. SHIFT + STEP are results.
-    """
-    channel, tile = p[FIRST_CHANNEL] + task // p[NUMBER], p[FIRST_TILE] + task % p[NUMBER]
-    n, d0, h0, w0 = _where(p, tile)
-    plane = simd.offset(simd.at(real, p[ARRAY]), n * p[A_N] + channel * p[A_C])
-    results = simd.offset(simd.at(real, p[TILES]), task * p[TILE_D] * p[TILE_H] * p[TILE_W])
-    bias = simd.at(real, p[BIAS])[channel]
-    stride_w, step = p[STRIDE_W], p[A_W]
-    first_w, end_w = _strided(w0, p[STEP_W], stride_w, p[SIZE_W])
-    first_d, end_d = _strided(d0, p[STEP_D], p[STRIDE_D], p[SIZE_D])
-    first_h, end_h = _strided(h0, p[STEP_H], p[STRIDE_H], p[SIZE_H])
-    for d in range(first_d, end_d):
-        for h in range(first_h, end_h):
-            place_d, place_h = d * p[STRIDE_D] - d0 + p[SHIFT_D], h * p[STRIDE_H] - h0 + p[SHIFT_H]
-            source = simd.offset(results, (place_d * p[TILE_H] + place_h) * p[TILE_W] + p[SHIFT_W] - w0)
-            row = simd.offset(plane, d * p[A_D] + h * p[A_H])
-            relu = p[RELU] != 0
-            if stride_w == 1 and step == 1 and not p[ADD]:  # a loop that becomes vectors
-                target = simd.offset(row, first_w)
-                source = simd.offset(source, first_w)
-                for w in range(end_w - first_w):
-                    value = source[w] + bias
-                    target[w] = 0 if relu and value < 0 else value
-            else:
-                for w in range(first_w, end_w):
-                    value = source[w * stride_w] + bias
-                    if p[ADD]:
-                        value += row[w * step]
-                    row[w * step] = 0 if relu and value < 0 else value
-
-
-@njit
-def _strided(start, step, stride, size):
-    """The multiples of the stride in start .. start + step, divided by it, up to `size`."""
-    return (start + stride - 1) // stride, min((start + step + stride - 1) // stride, size)
-
-
-@tasks.Body
-def _multiply(task, worker, p, real):
-    """At each frequency PRODUCT[row, column] (+)= sum over terms of LEFT[row, term] * RIGHT[term, column].
-
-    A task has a block of frequencies that stays in L1 for all terms, and a block of columns, of one group.
-    """
-    block, rest = task % p[BLOCKS], task // p[BLOCKS]
-    column_block, group = rest % p[COLUMN_BLOCKS], rest // p[COLUMN_BLOCKS]
-    first = block * p[BLOCK]
-    reals = min(p[BLOCK], p[REALS] - first)
-    left = simd.offset(simd.at(real, p[LEFT]), group * p[LEFT_GROUP] + first)
-    right = simd.offset(simd.at(real, p[RIGHT]), group * p[RIGHT_GROUP] + first)
-    product = simd.offset(simd.at(real, p[PRODUCT]), group * p[PRODUCT_GROUP] + first)
-    vectors = reals // simd.lanes(real)
-    rest_of_block = vectors * simd.lanes(real)
-    for row in range(0, p[ROWS], simd.SPECTRA_ROWS):
-        rows = min(simd.SPECTRA_ROWS, p[ROWS] - row)
-        a = simd.offset(left, row * p[LEFT_ROW])
-        for column in range(column_block * p[COLUMN_BLOCK], min((column_block + 1) * p[COLUMN_BLOCK], p[COLUMNS])):
-            b = simd.offset(right, column * p[RIGHT_COLUMN])
-            c = simd.offset(product, row * p[PRODUCT_ROW] + column * p[PRODUCT_COLUMN])
-            if vectors > 0:
-                simd.multiply_spectra(
-                    rows, vectors, p[TERMS], a, p[LEFT_ROW], p[LEFT_TERM], b, p[RIGHT_TERM], c, p[PRODUCT_ROW],
-                    p[CONJUGATE], p[M_ADD],
-                )  # fmt: skip
-            for k in range(rest_of_block, reals, 2):
-                for i in range(rows):
-                    _multiply_one(p, simd.offset(a, i * p[LEFT_ROW] + k), simd.offset(b, k),
-                                  simd.offset(c, i * p[PRODUCT_ROW] + k))  # fmt: skip
-
-
-@njit
-def _multiply_one(p, a, b, c):
-    """The product of one row and one column at one frequency."""
-    re = im = a[0] * 0
-    sign = -1 if p[CONJUGATE] else 1
-    for term in range(p[TERMS]):
-        a_re, a_im = a[term * p[LEFT_TERM]], a[term * p[LEFT_TERM] + 1] * sign
-        b_re, b_im = b[term * p[RIGHT_TERM]], b[term * p[RIGHT_TERM] + 1]
-        re += a_re * b_re - a_im * b_im
-        im += a_re * b_im + a_im * b_re
-    if p[M_ADD]:
-        re += c[0]
-        im += c[1]
-    c[0], c[1] = re, im
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The three passes
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -421,12 +262,15 @@ def _tiles(array: np.ndarray, source: _Source, tiling: Tiling, channels: range, 
     """[channel][tile][D][H][W]: the tiles `chunk`, numbered over all samples, of these channels."""
     shape = (len(channels), len(chunk), *tiling.tile)
     tiles = tasks.workspace(math.prod(shape), array.dtype, _TILES).reshape(shape)
-    parameters = np.zeros(GATHER_END, np.int64)
-    parameters[ARRAY:] = (
-        address(array), address(tiles), *_strides(array), channels.start, chunk.start, len(chunk), *tiling.count,
-        *tiling.step, *tiling.tile, *map(address, source.tables), *source.used, *source.run,
+    n_step, c_step, *step = _strides(array)
+    first, end = source.run
+    parameters = Gather.of(
+        array=data_address(array), n_step=n_step, c_step=c_step, step=tuple(step), tiles=data_address(tiles),
+        tile=tiling.tile, first_channel=channels.start, first_tile=chunk.start, number=len(chunk), count=tiling.count,
+        advance=tiling.step, tables=tuple(map(data_address, source.tables)), used=source.used, run_first=first,
+        run_end=end,
     )  # fmt: skip
-    tasks.run(_gather, array.dtype, len(channels) * len(chunk), parameters, 64, 8 * tiles.size)
+    tasks.run(gather, array.dtype, len(channels) * len(chunk), parameters, 64, 8 * tiles.size)
     return tiles
 
 
@@ -437,12 +281,14 @@ def _store(
     """The inverse of `_tiles`, of the results: each tile's begin at point `first` of its last transformed dimension."""
     shift = [0, 0, 0]
     shift[tiling.axes[-1]] = first
-    parameters = np.zeros(SCATTER_END, np.int64)
-    parameters[ARRAY:] = (
-        address(out), address(results), *_strides(out), channels.start, chunk.start, len(chunk), *tiling.count,
-        *tiling.step, *results.shape[2:], *out.shape[2:], *stride, *shift, address(bias), relu, add,
+    n_step, c_step, *step = _strides(out)
+    parameters = Scatter.of(
+        array=data_address(out), n_step=n_step, c_step=c_step, step=tuple(step), tiles=data_address(results),
+        tile=results.shape[2:], first_channel=channels.start, first_tile=chunk.start, number=len(chunk),
+        count=tiling.count, advance=tiling.step, out=out.shape[2:], stride=stride, shift=tuple(shift),
+        bias=data_address(bias), relu=relu, add=add,
     )  # fmt: skip
-    tasks.run(_scatter, out.dtype, len(channels) * len(chunk), parameters, 64, 8 * results.size)
+    tasks.run(scatter, out.dtype, len(channels) * len(chunk), parameters, 64, 8 * results.size)
 
 
 def _product(
@@ -456,7 +302,7 @@ def _product(
     frequencies = math.prod(out.shape[2:])
     rows, columns, terms = left.shape[0] // groups, out.shape[1], left.shape[1]
     real = np.dtype(out.real.dtype)
-    lanes = simd.tile(8 * real.itemsize).lanes
+    lanes = machine(8 * real.itemsize).lanes
     left_row, left_term = (2 * step for step in _strides(left)[:2])
     right_group, right_term, right_column = (2 * step for step in _strides(right)[:3])
     out_row, out_column = (2 * step for step in _strides(out)[:2])
@@ -464,14 +310,15 @@ def _product(
     blocks = -(-2 * frequencies // block)
     column_block = 16
     column_blocks = -(-columns // column_block)
-    parameters = np.zeros(MULTIPLY_END, np.int64)
-    parameters[LEFT:] = (
-        address(left), address(right), address(out), left_row, left_term, rows * left_row, right_column, right_term,
-        right_group, out_row, out_column, rows * out_row, rows, columns, terms, 2 * frequencies, block, blocks,
-        column_block, column_blocks, conjugate, add,
+    parameters = Multiply.of(
+        left=(data_address(left), left_row, left_term, rows * left_row),
+        right=(data_address(right), right_term, right_column, right_group),
+        product=(data_address(out), out_row, out_column, rows * out_row),
+        rows=rows, columns=columns, terms=terms, reals=2 * frequencies, block=block, blocks=blocks,
+        column_block=column_block, column_blocks=column_blocks, conjugated=conjugate, add=add,
     )  # fmt: skip
     work = 8 * groups * rows * columns * terms * frequencies
-    tasks.run(_multiply, real, groups * column_blocks * blocks, parameters, 64, work)
+    tasks.run(multiply, real, groups * column_blocks * blocks, parameters, 64, work)
 
 
 def _chunks(number: int, each: int) -> Iterator[range]:

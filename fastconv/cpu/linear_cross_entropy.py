@@ -10,8 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from . import simd, tasks
-from .contraction import address
+from . import tasks
+from .records import Integer, Reals
+from .tasks import data_address
+from .vector import tile as machine
+from .vector.memory import offset
+from .vector.move import PREFETCH, transpose
 
 # Bytes of the logits that exist at one time. For each chunk the weight is read twice and its whole gradient is read and
 # written, so fewer rows are slower: with 1024 features and 32000 classes 144 by 2 to 4 % against 160. With all else
@@ -54,31 +58,35 @@ def columns(rows: np.ndarray) -> np.ndarray:
     """The transposed matrix of one in C order, also in C order: the kernels read consecutive rows side by side."""
     count, features = rows.shape
     out = np.empty((features, count), rows.dtype)
-    parameters = np.zeros(_END, np.int64)
-    parameters[[_FROM, _TO, _ROWS, _FEATURES]] = address(rows), address(out), count, features
+    parameters = _Matrix.of(source=data_address(rows), target=data_address(out), rows=count, features=features)
     # counted as 16 operations an element, since reading and writing is all of the work
     tasks.run(_transpose, rows.dtype, -(-features // _STRIP), parameters, 64, 16 * rows.size)
     return out
 
 
-_FROM, _TO, _ROWS, _FEATURES, _END = range(tasks.FIRST, tasks.FIRST + 5)
 _STRIP = 64  # features of a task: some cache lines of each row, since a line on its own is not fetched ahead
 
 
-@tasks.Body
+class _Matrix(tasks.Parameters):
+    source: Reals  # [rows][features]
+    target: Reals  # [features][rows]
+    rows: Integer
+    features: Integer
+
+
+@tasks.body(_Matrix)
 def _transpose(task, worker, p, real):
     """to[feature, row] = from[row, feature] for the features of a strip. NumPy takes ten times as long."""
-    source, target = simd.at(real, p[_FROM]), simd.at(real, p[_TO])
-    rows, features = p[_ROWS], p[_FEATURES]
-    lanes = simd.lanes(real)
+    source, target, rows, features = p.source, p.target, p.rows, p.features
+    lanes = machine.lanes(real)
     begin, end = task * _STRIP, min((task + 1) * _STRIP, features)
     whole = begin + (end - begin) // lanes * lanes if rows >= lanes else begin
     if whole > begin:
         for r in range(0, rows, lanes):
             row = min(r, rows - lanes)  # the last block overlaps the one before
             for f in range(begin, whole, lanes):
-                block = simd.offset(source, row * features + f)
-                simd.transpose(simd.offset(target, f * rows + row), rows, block, features, lanes, simd.AHEAD * lanes)
+                block = offset(source, row * features + f)
+                transpose(offset(target, f * rows + row), rows, block, features, lanes, PREFETCH * lanes)
     for f in range(whole, end):
         for row in range(rows):
             target[f * rows + row] = source[row * features + f]

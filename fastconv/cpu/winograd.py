@@ -32,7 +32,7 @@ from .records import Integer, Integers, Reals
 from .vector import move
 from .vector import tile as machine
 from .vector.gemm import ADD, contract_packed, pack_panel, run_stride, run_table_stride
-from .vector.memory import at, fill_zero, integers_at, offset, pointer_address
+from .vector.memory import at, fill_zero, integers_at, no_inline, offset, pointer_address
 from .vector.tile import tile
 from .vector.winograd import transform_input, transform_output, transform_weight
 
@@ -101,6 +101,60 @@ def _store_tiles(p, y, outputs, tile, end, m):
         tile += count
 
 
+@helper
+def _transform_inputs(p, u, inputs, slab, channels, tables, panels):
+    """U[panel][xi][channel][tile] for the channels that are in the slab."""
+    no_inline()
+    columns, lanes = machine.columns(slab), machine.lanes(slab)
+    table_pitch = columns // lanes * run_table_stride(slab)
+    for k in range(channels):
+        for q in range(panels):
+            table = offset(tables, q * table_pitch)
+            pack_panel(inputs, offset(slab, k * p.slab.channel_pitch), 1, 0, p.points, p.tap_offset, table, 0)
+            target = offset(u, q * p.points * p.u_pitch + k * columns)
+            for lane in range(0, columns, lanes):
+                transform_input(p.m, offset(target, lane), p.u_pitch, offset(inputs, lane), columns)
+
+
+@helper
+def _multiply(p, products, u, group, group_end, tiles):
+    """M[panel][xi][row][tile] of a group of panels of output channels, for one panel of tiles."""
+    no_inline()
+    columns, lanes, depth = machine.columns(u), machine.lanes(u), p.channels
+    vectors, kernels_pitch = (tiles + lanes - 1) // lanes, columns // lanes + 1
+    for xi in range(p.points):
+        panel = offset(u, xi * p.u_pitch)
+        for i in range(group, group_end):
+            o = i * p.row_channels // p.row_panels
+            rows = (i + 1) * p.row_channels // p.row_panels - o
+            v = offset(p.operands.w, p.points * (o * depth + i * p.v_slack))
+            v = offset(v, xi * (rows * depth + p.v_slack))
+            place = offset(products, ((i - group) * p.points * machine.tile_rows(u) + xi * rows) * columns)
+            for c in range(0, depth, CHAIN):
+                contract_packed(
+                    p.kernels[rows * kernels_pitch + vectors], min(CHAIN, depth - c), offset(v, c * rows),
+                    offset(panel, c * columns), place, ADD if c else 0,
+                )  # fmt: skip
+
+
+@helper
+def _transform_outputs(p, products, outputs, suspect, group, group_end, tile, end):
+    """From M to the outputs of tiles tile .. end, in a group of panels of output channels."""
+    no_inline()
+    columns, lanes, y, bias = machine.columns(outputs), machine.lanes(outputs), p.operands.y, p.operands.bias
+    for i in range(group, group_end):
+        o = i * p.row_channels // p.row_panels
+        rows = (i + 1) * p.row_channels // p.row_panels - o
+        place = offset(products, (i - group) * p.points * machine.tile_rows(outputs) * columns)
+        for row in range(rows):
+            for first in range(0, end - tile, lanes):
+                transform_output(
+                    p.m, offset(outputs, first * p.m), columns * p.m, offset(place, row * columns + first),
+                    rows * columns, offset(bias, o + row), p.operands.relu, offset(suspect, first),
+                )  # fmt: skip
+            _store_tiles(p, offset(y, (o + row) * p.output.c), outputs, tile, end, p.m)
+
+
 @tasks.body(Tiles)
 def _winograd(task, worker, p, real):
     """Task = a range of tiles and a range of output channels."""
@@ -109,19 +163,13 @@ def _winograd(task, worker, p, real):
     products = offset(u, p.u_elements)
     inputs = offset(products, p.m_elements)
     columns, lanes = machine.columns(real), machine.lanes(real)
-    m, points = p.m, p.points
-    outputs = offset(inputs, points * columns)
-    suspect = offset(outputs, m * m * columns)
+    outputs = offset(inputs, p.points * columns)
+    suspect = offset(outputs, p.m * p.m * columns)
     tables = integers_at(p.header.scratch + (worker + 1) * p.header.scratch_bytes - p.table_bytes)
     table_pitch = columns // lanes * run_table_stride(real)
     tables_end = offset(tables, p.block * table_pitch)
     rows_table = offset(tables_end, 4)
-    tap_offset = p.tap_offset
-    x, y, v = p.operands.x, p.operands.y, p.operands.w
-    bias, flags = p.operands.bias, p.suspects
-    kernels = p.kernels
     out_h, out_w = p.out.h, p.out.w
-    depth, row_channels, row_panels = p.channels, p.row_channels, p.row_panels
 
     part, block = task % p.row_tasks, task // p.row_tasks
     first_panel, last_panel = part * p.row_panels // p.row_tasks, (part + 1) * p.row_panels // p.row_tasks
@@ -147,62 +195,27 @@ def _winograd(task, worker, p, real):
             table = offset(tables, q * table_pitch)
             find_runs(p, table, tile, min(tile + columns, stop), first_row, first_column, real)
         listed = find_rows(p, rows_table, first_row, last_row)
-        # U[panel][xi][channel][tile]
         if start != first and p.padded:
             fill_zero(slab, p.slab.elements)
         for c in range(0, p.channels, p.block_channels):
             channels = min(p.block_channels, p.channels - c)
             tasks.call_with(p.slab.fill_body, (
-                p, slab, offset(x, c * p.input.c), channels, rows_table, listed, first_column * p.slab.width.stride,
-                tables_end,
+                p, slab, offset(p.operands.x, c * p.input.c), channels, rows_table, listed,
+                first_column * p.slab.width.stride, tables_end,
             ))  # fmt: skip
-            for k in range(channels):
-                for q in range(panels):
-                    pack_panel(
-                        inputs, offset(slab, k * p.slab.channel_pitch), 1, 0, points, tap_offset,
-                        offset(tables, q * table_pitch), 0,
-                    )  # fmt: skip
-                    target = offset(u, q * points * p.u_pitch + (c + k) * columns)
-                    for lane in range(0, columns, lanes):
-                        transform_input(m, offset(target, lane), p.u_pitch, offset(inputs, lane), columns)
-        # some panels of output channels at a time: M[panel][xi][row][tile], and out
+            _transform_inputs(p, offset(u, c * columns), inputs, slab, channels, tables, panels)
+        # some panels of output channels at a time
         fill_zero(suspect, panels * columns)
         for group in range(first_panel, last_panel, p.row_group):
             group_end = min(group + p.row_group, last_panel)
             for q in range(panels):
                 tile = start + q * columns
                 end = min(tile + columns, stop)
-                vectors = (end - tile + lanes - 1) // lanes
-                for xi in range(points):
-                    panel = offset(u, (q * points + xi) * p.u_pitch)
-                    for i in range(group, group_end):
-                        o = i * row_channels // row_panels
-                        rows = (i + 1) * row_channels // row_panels - o
-                        a = offset(v, points * (o * depth + i * p.v_slack))
-                        a = offset(a, xi * (rows * depth + p.v_slack))
-                        place = offset(
-                            products, ((i - group) * points * machine.tile_rows(real) + xi * rows) * columns
-                        )
-                        for c in range(0, depth, CHAIN):
-                            contract_packed(
-                                kernels[rows * (columns // lanes + 1) + vectors], min(CHAIN, depth - c),
-                                offset(a, c * rows), offset(panel, c * columns), place, ADD if c else 0,
-                            )  # fmt: skip
-                for i in range(group, group_end):
-                    o = i * row_channels // row_panels
-                    rows = (i + 1) * row_channels // row_panels - o
-                    place = offset(products, (i - group) * points * machine.tile_rows(real) * columns)
-                    for row in range(rows):
-                        for vector in range(vectors):
-                            transform_output(
-                                m, offset(outputs, vector * lanes * m), columns * m,
-                                offset(place, row * columns + vector * lanes), rows * columns,
-                                offset(bias, o + row), p.operands.relu, offset(suspect, q * columns + vector * lanes),
-                            )  # fmt: skip
-                        _store_tiles(p, offset(y, (o + row) * p.output.c), outputs, tile, end, m)
+                _multiply(p, products, offset(u, q * p.points * p.u_pitch), group, group_end, end - tile)
+                _transform_outputs(p, products, outputs, offset(suspect, q * columns), group, group_end, tile, end)
         for tile in range(start, stop):
             if suspect[tile - start] != 0:
-                flags[tile // out_w // out_h] = 1
+                p.suspects[tile // out_w // out_h] = 1
 
 
 @tasks.body(Weights)
@@ -351,11 +364,11 @@ def transform_weights(
     panels = -(-rows // t.rows)
     size = transformed_size(rows, channels, m, dtype)
     v = np.empty(size, dtype) if keep else tasks.workspace(size, dtype)
-    p = Weights.zeros()
-    p.w, p.w_end, p.v = tasks.data_address(weight), np.lib.array_utils.byte_bounds(weight)[1], tasks.data_address(v)
-    p.row_step, p.channel_step, p.tap_offset = row_step, channel_step, tasks.data_address(offsets)
-    p.contiguous, p.backwards = contiguous, operation == "input_grad"
-    p.rows, p.channels, p.panels, p.m = rows, channels, panels, m
+    p = Weights.of(
+        w=tasks.data_address(weight), w_end=np.lib.array_utils.byte_bounds(weight)[1], row_step=row_step,
+        channel_step=channel_step, tap_offset=tasks.data_address(offsets), contiguous=contiguous,
+        backwards=operation == "input_grad", v=tasks.data_address(v), rows=rows, channels=channels, panels=panels, m=m,
+    )  # fmt: skip
     scratch = max(9, t.lanes) * t.lanes * dtype.itemsize
     tasks.run(_transform_weights, dtype, panels, p, scratch, 16 * v.size)
     return v

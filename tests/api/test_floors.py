@@ -39,6 +39,7 @@ MACHINERY = {
         "depthwise_planes": "the same with whole planes, read where they lie",
         "elementary": "exp, log and tanh in vectors; CUDA has its own",
         "fft": "convolution by Fourier transforms; CUDA has the direct sum only",
+        "fft_bodies": "its loops",
         "half": "float16 in vectors; CUDA has instructions for it",
         "jit": "how kernels are compiled",
         "loops": "the plain kernels, those of convolution and softmax_cross_entropy on CUDA; compared below",

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numba import njit
 
-from fastconv.cpu import elementary, simd
-from fastconv.cpu.softmax_cross_entropy import _pointer
+from fastconv.cpu import elementary
+from fastconv.cpu.vector import softmax
 
 FUNCTIONS = ("exp", "log", "tanh")
 # What is promised, in units in the last place of the exact result.
@@ -145,33 +145,26 @@ def test_loops_are_vectorised(name, dtype):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The vector loops of softmax, `simd.span_...`
+# The vector loops of softmax, `softmax.span_...`
 # ---------------------------------------------------------------------------------------------------------------------
 
 SPANS = (1, 5, 16, 63, 64, 65, 130, 1000, 4097)
 
 
-@njit
 def maximum(x, like):
-    return simd.span_maximum(_pointer(x.ctypes.data, like), x.size)
+    return softmax.span_maximum.run(x.dtype, (x, x.size))
 
 
-@njit
 def exponentials(x, base, y):
-    x_pointer, y_pointer = _pointer(x.ctypes.data, base), _pointer(y.ctypes.data, base)
-    return simd.span_exponentials(y_pointer, x_pointer, x.size, base, np.int64(2048))
+    return softmax.span_exponentials.run(x.dtype, (y, x, x.size, base, 2048))
 
 
-@njit
 def scale(x, factor, y, past_cache):
-    simd.span_scale(_pointer(y.ctypes.data, factor), _pointer(x.ctypes.data, factor), x.size, factor, past_cache)
-    simd.drain_stores()
+    softmax.span_scale.run(x.dtype, (y, x, x.size, factor, past_cache))
 
 
-@njit
 def products(q, x, base, sums):
-    q_pointer, x_pointer = _pointer(q.ctypes.data, base), _pointer(x.ctypes.data, base)
-    simd.span_products(q_pointer, x_pointer, x.size, base, _pointer(sums.ctypes.data, 0.0), np.int64(2048))
+    softmax.span_products.run(x.dtype, (q, x, x.size, base, sums, 2048))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
