@@ -10,8 +10,6 @@ A *pointer* here is Numba's ``CPointer(float32)`` or ``CPointer(float64)``: inde
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
