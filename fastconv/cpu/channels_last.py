@@ -33,7 +33,7 @@ from .implicit_gemm.blocks import (
     offsets_of_taps,
 )  # fmt: skip
 from .implicit_gemm.gradient import row_place
-from .implicit_gemm.parameters import Correlation
+from .implicit_gemm.parameters import Correlation, as_common
 from .implicit_gemm.plan import AGAIN_WEIGHTS, Plan, aliases, pitch_of_pixels, set_common, set_pixel_slab
 from .implicit_gemm.slab import find_rows
 from .jit import helper
@@ -125,7 +125,7 @@ def correlate_pixels(task, worker, p, real):
     y = offset(p.operands.y, group * p.output_group)
     w = offset(p.operands.w, group * p.row_channels * p.channels * p.taps)
     bias = offset(p.operands.bias, group * p.row_channels)
-    listed = 0 if p.slab.in_place else find_rows(p, rows_table, first, last)
+    listed = 0 if p.slab.in_place else find_rows(as_common(p), rows_table, first, last)
     if p.padded and not p.slab.in_place:
         fill_zero(slab, p.slab.elements)
     reduced = 0  # how much of the reduction has been done
@@ -157,7 +157,7 @@ def correlate_pixels(task, worker, p, real):
                     h -= first % out_h if segment == 0 else 0
                     slab_row = segment * p.slab.depth.taps * p.slab.segment_rows + h * p.slab.height.stride
                     source = offset(slab, slab_row * p.slab.row_pitch)
-                target = offset(y, row_place(p, row) + first_pixel * p.output.w)
+                target = offset(y, row_place(as_common(p), row) + first_pixel * p.output.w)
                 _contract_row(p, depth, weights, panel, panel_end, source, target, pixels, flags, bias, tile)
         reduced += depth
 

@@ -174,6 +174,22 @@ class _Element(AbstractTemplate):
         return None
 
 
+def beginning(record: type[Record]) -> Any:
+    """``first(p)`` of compiled code: a pointer to the record that p's begins with, which it inherits from.
+
+    Helpers that get this are compiled once, not again for each kind of record.
+    """
+
+    @intrinsic
+    def first(typingctx, pointer):
+        def codegen(context, builder, sig, args):
+            return args[0]
+
+        return RecordPointer(record, pointer.real)(pointer), codegen
+
+    return first
+
+
 def record_at(record: type[Record]) -> Any:
     """``place(address, like)`` of compiled code: the record at an address, with the floating-point type of `like`."""
 

@@ -28,7 +28,7 @@ import numpy as np
 from . import tasks
 from .implicit_gemm.blocks import Axis, Blocks, Strides, ceil_div, slab_shape, tap_offsets
 from .implicit_gemm.panels import find_parts, load_tile, store_tile
-from .implicit_gemm.parameters import Correlation
+from .implicit_gemm.parameters import Correlation, as_common
 from .implicit_gemm.plan import AGAIN_WEIGHTS, Plan, set_common
 from .implicit_gemm.slab import find_rows
 from .jit import helper
@@ -88,9 +88,9 @@ def _move_sums(p, y, sums, tile, parts, pixel, last, load):
     lanes, columns = machine.lanes(sums), machine.columns(sums)
     while pixel < last:
         count = min(columns, last - pixel)
-        find_parts(p, parts, pixel, pixel + count)
+        find_parts(as_common(p), parts, pixel, pixel + count)
         if load:
-            load_tile(p, y, tile, parts, columns)
+            load_tile(as_common(p), y, tile, parts, columns)
         for j in range(0, count, lanes):
             for i in range(0, columns, lanes):
                 of_pixels, of_channels = offset(sums, j * columns + i), offset(tile, i * columns + j)
@@ -99,7 +99,7 @@ def _move_sums(p, y, sums, tile, parts, pixel, last, load):
                 else:
                     move.transpose_block(of_channels, columns, of_pixels, columns, min(lanes, count - j), lanes)
         if not load:
-            store_tile(p, y, tile, parts, columns)
+            store_tile(as_common(p), y, tile, parts, columns)
         sums = offset(sums, count * columns)
         pixel += count
 
@@ -174,7 +174,7 @@ def correlate_planes(task, worker, p, real):
             stop = min(n + p.chunk, last_n)
             source = offset(x, c * p.input.c + n * p.input.n)
             if not p.slab.in_place:
-                listed = find_rows(p, rows_table, n * out_rows, stop * out_rows)
+                listed = find_rows(as_common(p), rows_table, n * out_rows, stop * out_rows)
                 tasks.call_with(
                     p.slab.fill_body, (p, scratch, offset(x, c * p.input.c), channels, rows_table, listed, 0, table)
                 )

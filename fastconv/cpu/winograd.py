@@ -24,7 +24,7 @@ from ..geometry import ConvGeometry
 from . import tasks
 from .implicit_gemm.blocks import SLAB_BYTES, Axis, Blocks, slab_shape
 from .implicit_gemm.panels import find_runs
-from .implicit_gemm.parameters import Correlation
+from .implicit_gemm.parameters import Correlation, as_common
 from .implicit_gemm.plan import Plan, microkernels, plan_correlation
 from .implicit_gemm.slab import find_rows
 from .jit import helper
@@ -193,8 +193,8 @@ def _winograd(task, worker, p, real):
         for q in range(panels):
             tile = start + q * columns
             table = offset(tables, q * table_pitch)
-            find_runs(p, table, tile, min(tile + columns, stop), first_row, first_column, real)
-        listed = find_rows(p, rows_table, first_row, last_row)
+            find_runs(as_common(p), table, tile, min(tile + columns, stop), first_row, first_column, real)
+        listed = find_rows(as_common(p), rows_table, first_row, last_row)
         if start != first and p.padded:
             fill_zero(slab, p.slab.elements)
         for c in range(0, p.channels, p.block_channels):

@@ -30,7 +30,7 @@ from . import tasks
 from .implicit_gemm.blocks import Strides
 from .implicit_gemm.gradient import store_gradient, sum_splits
 from .implicit_gemm.parameters import Strides as Steps
-from .implicit_gemm.parameters import WeightGradient
+from .implicit_gemm.parameters import WeightGradient, as_weight_gradient
 from .implicit_gemm.plan import Plan
 from .jit import helper
 from .records import Integer, Integers, Record, copy_of
@@ -228,7 +228,7 @@ def _gradient(task, worker, p, real):
             p.suspects[0] = 1
     if p.splits == 1:
         store_gradient(
-            p, u, 0, first_channel, channels * 9, first_vector, last_vector, p.operands.dw
+            as_weight_gradient(p), u, 0, first_channel, channels * 9, first_vector, last_vector, p.operands.dw
         )
     else:
         size = channels * 9 * (last_vector - first_vector) * lanes

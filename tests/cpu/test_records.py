@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastconv.cpu import tasks
-from fastconv.cpu.records import Double, Integer, Integers, Reals, Record, copy_of, pointer_to
+from fastconv.cpu.records import Double, Integer, Integers, Reals, Record, beginning, copy_of, pointer_to
 
 
 class Entry(Record):
@@ -93,3 +93,18 @@ def test_a_record_of_all_its_values():
 def test_a_name_that_arrays_have_is_refused():
     with pytest.raises(TypeError, match="a field cannot be called 'size'"):
         type("Bad", (Record,), {"__annotations__": {"size": Integer}})
+
+
+first_of = beginning(Scaling)
+
+
+@tasks.body(Longer)
+def _count(task, worker, p, real):
+    first_of(p).total = p.header.tasks
+    p.more = first_of(p).total + 1
+
+
+def test_the_beginning_of_a_record_is_the_one_it_inherits_from():
+    p = Longer.zeros()
+    tasks.run(_count, np.dtype("float32"), 5, p, 64, 0)
+    assert (p.total, p.more) == (5, 6)

@@ -8,7 +8,7 @@ from ..vector import tile as machine
 from ..vector.gemm import ADD, BIAS, RELU, contract, contract_narrow
 from ..vector.memory import at, fill_zero, integers_at, no_inline, offset
 from .panels import find_parts, load_tile, store_tile, take_panel
-from .parameters import Correlation
+from .parameters import Correlation, as_common
 from .slab import find_rows
 
 
@@ -66,12 +66,12 @@ def _multiply_panels(
             n = pixel // plane if plane else 0
             whole = plane and end - pixel == columns and end <= (n + 1) * plane
             if not whole:
-                find_parts(p, parts, pixel, end)
+                find_parts(as_common(p), parts, pixel, end)
             place, pitch = offset(y, o * p.output.c), p.output.c
             if whole:
                 place = offset(place, n * p.output.n + pixel - n * plane)
             elif flags & ADD:
-                load_tile(p, place, tile, parts, rows)
+                load_tile(as_common(p), place, tile, parts, rows)
             target = place
             if not whole:
                 target, pitch = tile, columns
@@ -86,7 +86,7 @@ def _multiply_panels(
                     rows, rest, depth, a, offset(panel, done), offset(tile, done), flags, channel_bias, narrow_sums
                 )
             if not whole:
-                store_tile(p, place, tile, parts, rows)
+                store_tile(as_common(p), place, tile, parts, rows)
 
 
 @tasks.body(Correlation)
@@ -123,7 +123,7 @@ def correlate(task, worker, p, real):
     rows_table = offset(table, p.row_table)
     # is a panel used by one product alone? In place the product that packs is faster, since it fetches ahead
     once = last_panel - first_panel == 1 and not p.slab.in_place
-    listed = 0 if p.slab.in_place else find_rows(p, rows_table, first_row, last_row)
+    listed = 0 if p.slab.in_place else find_rows(as_common(p), rows_table, first_row, last_row)
     if p.padded:
         fill_zero(slab, p.slab.elements)
 

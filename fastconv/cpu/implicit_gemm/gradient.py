@@ -28,7 +28,7 @@ from .blocks import (
     slab_shape,
     tap_offsets,
 )  # fmt: skip
-from .parameters import WeightGradient
+from .parameters import WeightGradient, as_common
 from .plan import Plan, aliases, pitch_of_pixels, set_common, set_pixel_slab
 from .slab import find_rows_and_zeros
 
@@ -212,7 +212,7 @@ def add_weight_gradient(task, worker, p, real):
             first_column = 0
             length = out_w
         if not p.slab.in_place:
-            listed, zeros = find_rows_and_zeros(p, rows_table, first_row, last_row)
+            listed, zeros = find_rows_and_zeros(as_common(p), rows_table, first_row, last_row)
             if p.padded and (unit == first_unit or zeros or p.chunks):  # else its zeros are where they were
                 fill_zero(slab, p.slab.elements)
             first_u = first_column * p.slab.width.stride

@@ -11,6 +11,7 @@ from ..vector import move
 from ..vector import tile as machine
 from ..vector.gemm import FIXED_RUNS, MOST_RUNS, PACK, READ, pack_panel, run_table_stride
 from ..vector.memory import no_inline, offset
+from .parameters import as_common
 
 
 @helper
@@ -88,7 +89,7 @@ def take_panel(
     """
     no_inline()
     lanes, columns = machine.lanes(panel), machine.columns(panel)
-    largest = find_runs(p, table, pixel, end, first_row, first_column, panel)
+    largest = find_runs(as_common(p), table, pixel, end, first_row, first_column, panel)
     inside = channels  # so many channels whose vectors end inside the input: in place, the last may be the end of it
     after = largest + slab_place + (channels - 1) * p.input.c + 2 * columns - p.extent
     if p.slab.in_place and after > 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .. import tasks
-from ..records import Integer, Integers, PointerTo, Reals, Record
+from ..records import Integer, Integers, PointerTo, Reals, Record, beginning
 
 
 class Strides(Record):
@@ -83,6 +83,9 @@ class Common(tasks.Parameters):
     padded: Integer  # does any window reach outside the input?
     table_bytes: Integer  # at the end of the scratch memory: tables of integers, among them
     row_table: Integer  # that of `slab.find_rows` here
+
+
+as_common = beginning(Common)  # for what all bodies call
 
 
 class Fill(Record):
@@ -255,3 +258,6 @@ class WeightGradient(Common):
     prefetch: Integer  # is the gradient of the output prefetched?
     panel_elements: Integer  # parts of the scratch memory, in elements
     tile_elements: Integer
+
+
+as_weight_gradient = beginning(WeightGradient)
