@@ -48,7 +48,6 @@ MACHINERY = {
         "problem": "what a method of convolution is asked and answers",
         "reals": "arrays of any floating-point type as float32 or float64",
         "records": "parameters with names, as Python and compiled code see them",
-        "simd": "vector instructions",
         "small_planes": "the same sum without the products with zeros around small planes",
         "tasks": "runs an operation as tasks on the threads",
         "threads": "the threading layer",
