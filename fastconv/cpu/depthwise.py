@@ -2,7 +2,7 @@
 
 A group is a plane of input and few planes of output (as many as the channel multiplier says), each the plane
 correlated with a filter of its own. There is no matrix product in that, and little arithmetic for each element read, so
-the engine of `contraction` would spend its time on packing. Here a tile of the plane is copied once, with its border,
+the engine of `implicit_gemm` would spend its time on packing. Here a tile of the plane is copied once, with its border,
 into the *slab* in the nearest caches (this is where stride, padding and any memory layout are absorbed, as there), and
 `correlate_rows` reads from it whole vectors of a row, several output rows at a time.
 
@@ -65,7 +65,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Line:
-    """One dimension of the correlation: its padded input (`source`, as in `contraction.Axis`), and its phases."""
+    """One dimension of the correlation: its padded input (`source`, as in `implicit_gemm.Axis`), and its phases."""
 
     stride: int  # between what consecutive elements of a phase meet
     step: int  # between consecutive elements of a phase

@@ -23,8 +23,8 @@ FINITE_GROUPS = 1  # weights must be finite; the products of phases, which need 
 FINITE_WEIGHTS = 2  # weights must be finite, at least where a zero outside an array would be multiplied with them
 ANY_VALUES = 3
 
-# Terms that the direct sum adds in one chain on AVX-512 (`contraction.PANEL_BYTES`; twice as many on AVX2), unless
-# there is one channel.
+# Terms that the direct sum adds in one chain on AVX-512 (`implicit_gemm.blocks.PANEL_BYTES`; twice as many on AVX2),
+# unless there is one channel.
 LONGEST_CHAIN = 384
 
 

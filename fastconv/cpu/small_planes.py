@@ -6,7 +6,7 @@ some need not. Here the operands are exchanged: the rows of the microkernel's ti
 its columns output channels (`contract_pixels`). All pixels of an output row have the same rows of the filter
 inside the plane, so the others are left out; and which pixels a column of the filter sees is known when the microkernel
 is compiled. Pixels are read one by one, for each into all lanes: nothing is packed into panels, and rows whose elements
-are neighbours in memory are read in the image as it lies, stride included; others in the slab of `correlate`.
+are neighbours in memory are read in the image itself, stride included; others in the slab of `correlate`.
 
 A task is some samples and some panels of output channels. Their sums stay in its memory, [panel][pixel][channel], and
 are transposed into the output once, at the end; each block of the weights is used for all pixels before the next.

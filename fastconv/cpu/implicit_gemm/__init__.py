@@ -13,7 +13,7 @@ Where the input has few channels, rows of the input gradient are phases of one d
 the output, so the ends of short rows cost nothing. A task is a range of pixels and of output channels. For one block of
 channels at a time it copies the input rows its pixels read, with their halo, into the *slab* (this is where stride,
 padding and any memory layout are absorbed: rows are split by phase of the stride, so that consecutive pixels are
-consecutive in memory; a 1x1 kernel reads the image as it lies). For each channel and tap the values of `columns` pixels
+consecutive in memory; a 1x1 kernel reads the image in place). For each channel and tap the values of `columns` pixels
 are a row of a *panel* [r][columns], which is multiplied with the packed weights [r][rows] by the microkernel
 `vector.gemm.contract`, for some output channels after the other. The first of these products writes the panel, where
 its pixels come from few runs of memory: the arithmetic hides the copying, which took up to a fifth of the time. If it
@@ -31,7 +31,7 @@ is the only one, it reads the slab and writes no panel: two thirds of the time w
 
 Where many products are with zeros around a small plane, `small_planes` computes the same sums without these. Where the
 channels of a pixel are neighbours in memory, `channels_last` computes them without the transposes it takes to have
-pixels along the vectors; the weight gradient reads such an image element by element, as far apart as they lie.
+pixels along the vectors; the weight gradient reads such an image element by element, however far apart these are.
 
 The reduction is cut into blocks whose size depends only on the number of channels and taps, and each block is one chain
 of multiply-adds: an output element has the same bits for any split into tasks, any number of threads and any batch.

@@ -169,7 +169,7 @@ def are_consecutive(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def can_stay_in_place(axes: tuple[Axis, ...], x: Strides) -> bool:
-    """Is this a matrix product on the image as it lies in memory: kernel and stride 1, no padding, flat planes?"""
+    """Is this a matrix product on the image in place: kernel and stride 1, no padding, flat planes?"""
     shape = tuple(a.out for a in axes)
     return all(a.is_identity() for a in axes) and are_consecutive(shape, x[2:]) and min(x) >= 0
 
@@ -177,7 +177,7 @@ def can_stay_in_place(axes: tuple[Axis, ...], x: Strides) -> bool:
 def flatten(
     batch: int, axes: tuple[Axis, ...], x: Strides, y: Strides
 ) -> tuple[int, tuple[Axis, ...], Strides, Strides]:
-    """A matrix product on the image as it lies (kernel and stride 1, no padding), with its pixels as one row.
+    """A matrix product on the image in place (kernel and stride 1, no padding), with its pixels as one row.
 
     Those of all samples, or of each, whichever are evenly spaced in both arrays; if none are, what came.
     """

@@ -17,6 +17,7 @@ from ..vector.tile import Tile, tile
 from .blocks import (
     SLAB_BYTES,
     Axis,
+    SlabShape,
     Strides,
     ceil_div,
     flatten,
@@ -47,7 +48,7 @@ def _pack_gradient(p, panel, dy, channels, width, first_row, last_row, first_col
     while row < last_row:
         source = offset(dy, row_place(p, row) + first_column * step)
         rows = 1
-        if p.plane and not p.chunks:  # the rows of an image lie one after the other
+        if p.plane and not p.chunks:  # the rows of an image follow one another
             rows = min(last_row, (row // image + 1) * image) - row
         count = rows * length
         for j in range(0, width, lanes):
@@ -297,7 +298,7 @@ _TRANSPOSE_COST = 15
 def is_better_exchanged(dtype: np.dtype, rows: int, channels: int) -> bool:
     """Should the weight gradient of a 1x1 kernel be computed as that of the exchanged operands?
 
-    One of them is transposed and its channels fill whole vectors, the other is read as it lies: the sums are the same.
+    One of them is transposed and its channels fill whole vectors, the other is read in place: the sums are the same.
     """
     t = tile(dtype.itemsize * 8)
 
@@ -349,6 +350,19 @@ def gradient_blocks(
     return best[1:]
 
 
+def _cut_pixels(batch: int, axes: tuple[Axis, ...], in_place: bool, t: Tile) -> tuple[SlabShape, int, int, int]:
+    """The slab of a unit of pixels, its output rows, the number of units, and pixels of a part of a long row or 0."""
+    depth, height, width = axes
+    rows = batch * depth.out * height.out
+    slab = slab_shape(axes, _UNIT_PIXELS, batch, t.columns)
+    if slab.chunk or (in_place and width.out > _UNIT_PIXELS):
+        parts = ceil_div(width.out, min(_UNIT_PIXELS, slab.chunk or _UNIT_PIXELS))  # the slab has room for its chunk
+        chunk = ceil_div(width.out, parts)
+        return slab, 1, rows * ceil_div(width.out, chunk), chunk
+    unit_rows = max(1, _UNIT_PIXELS // width.out)
+    return slab_shape(axes, unit_rows * width.out, batch, t.columns), unit_rows, ceil_div(rows, unit_rows), 0
+
+
 def plan_weight_gradient(
     dtype: np.dtype, batch: int, groups: int, rows: int, channels: int, axes: tuple[Axis, ...], x: Strides, dy: Strides,
     dw: tuple[int, int, int], w_taps: np.ndarray, zeros: bool, in_place: bool,
@@ -370,17 +384,8 @@ def plan_weight_gradient(
     plane = depth.out * height.out * width.out
     pixels = batch * plane
 
-    slab = slab_shape(axes, _UNIT_PIXELS, batch, t.columns)
-    if slab.chunk or (in_place and width.out > _UNIT_PIXELS):
-        parts = ceil_div(width.out, min(_UNIT_PIXELS, slab.chunk or _UNIT_PIXELS))  # the slab has room for its chunk
-        chunk = ceil_div(width.out, parts)
-        unit_rows, chunks = 1, ceil_div(width.out, chunk)
-        units = batch * depth.out * height.out * chunks
-    else:
-        chunk = chunks = 0
-        unit_rows = max(1, _UNIT_PIXELS // width.out)
-        units = ceil_div(batch * depth.out * height.out, unit_rows)
-        slab = slab_shape(axes, unit_rows * width.out, batch, t.columns)
+    slab, unit_rows, units, chunk = _cut_pixels(batch, axes, in_place, t)
+    chunks = ceil_div(width.out, chunk) if chunk else 0
     vectors = ceil_div(rows, t.lanes)
     vector_panels = ceil_div(vectors, t.gradient_vectors)
 
@@ -426,7 +431,7 @@ def plan_weight_gradient(
     p.row_offset, p.unit_rows, p.units, p.splits = data_address(row_offset), unit_rows, units, splits
     p.channel_blocks, p.out_blocks, p.by_tap = channel_blocks, out_blocks, block_channels if by_tap else 0
     p.vectors, p.vector_panels = vectors, vector_panels
-    # Is the gradient of the output a panel as it lies?
+    # Is the gradient of the output a packed panel in memory already?
     out, steps = (batch, *(a.out for a in axes)), (dy[0], *dy[2:])
     together = dy[1] == 1 and is_flat(out, steps) and pixel_step(out, steps) == rows
     p.packed = together and vector_panels == 1 and rows == vectors * t.lanes

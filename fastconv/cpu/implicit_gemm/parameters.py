@@ -55,7 +55,7 @@ class Slab(Record):
     width: SlabWidth
     fill_body: Integer  # address of the body that fills it: see `Fill`
     only_zeros: Integer  # is everything around the input zero?
-    in_place: Integer  # is there none, since the input is read as it lies?
+    in_place: Integer  # is there no slab, since the input is read in place?
     elements: Integer
     segment_rows: Integer  # rows of one (batch, depth, depth tap)
     row_pitch: Integer  # elements from row to row,
@@ -122,11 +122,11 @@ class Window(Record):
 
     first: Integer
     end: Integer
-    lowest: Integer  # place of the one that lies first in memory
+    lowest: Integer  # place of the one that comes first in memory
 
 
 class WeightArray(Record):
-    """Weights as they lie in memory, which differ from call to call."""
+    """Weights that are not packed, which differ from call to call."""
 
     w: Reals
     begin: Integer  # the address of the first byte of all elements,
@@ -165,7 +165,7 @@ class WeightPacking(tasks.Parameters):
 
 
 class PackRows(Record):
-    """What is asked of the body `pack_rows`: panels of rows for one block of the reduction."""
+    """The parameters of the body `pack_rows`: panels of rows for one block of the reduction."""
 
     packing: PointerTo[WeightPacking]
     packed: Reals
@@ -213,7 +213,7 @@ class Correlation(Common):
     panel_elements: Integer  # parts of the scratch memory, in elements
     weight_elements: Integer
     run_table: Integer  # a part of the tables
-    ahead: Integer  # elements by which a panel is ahead that is prefetched while one is packed
+    ahead: Integer  # elements from a panel that is packed to the one that is prefetched meanwhile
     kernels: Integers  # addresses of the microkernels by rows and vectors: see `plan.microkernels`
 
 
@@ -251,7 +251,7 @@ class WeightGradient(Common):
     out_blocks: Integer
     vectors: Integer  # of output channels
     vector_panels: Integer
-    packed: Integer  # is the gradient of the output a panel as it lies?
+    packed: Integer  # is the gradient of the output a packed panel in memory already?
     prefetch: Integer  # is the gradient of the output prefetched?
     panel_elements: Integer  # parts of the scratch memory, in elements
     tile_elements: Integer

@@ -79,7 +79,7 @@ def set_common(
         s.fill_body = (fill_whole_rows if whole_rows else fill_slab).address(dtype)
 
 
-# Pixels that are a multiple of so many bytes apart fall on few lines of the first cache: with 4 KiB, the 14 pixels of a
+# Pixels that are a multiple of so many bytes apart fall on few lines of the L1 cache: with 4 KiB, the 14 pixels of a
 # tile of `channels_last` drive one another out of it (1x1 of 1024 channels: 0.8 of the speed).
 _ALIASING_BYTES = 2048
 
@@ -122,6 +122,36 @@ def microkernels(dtype: np.dtype, rows: int, panels: int, output: bool) -> int:
     return data_address(table)
 
 
+def _cut_pixels(
+    dtype: np.dtype, batch: int, blocks: Blocks, axes: tuple[Axis, ...], in_place: bool, workers: int, slab_panels: int
+) -> tuple[SlabShape, int, int, int]:  # fmt: skip
+    """The slab of a task, most panels of pixels of one, tasks by pixels, and parts of a long row or 0."""
+    t = tile(dtype.itemsize * 8)
+    depth, height, width = axes
+    all_panels = ceil_div(batch * depth.out * height.out * width.out, t.columns)
+    per_task = min(PANELS_PER_TASK, all_panels)
+    while True:
+        slab = slab_shape(axes, (slab_panels or per_task) * t.columns, batch, t.columns)
+        if (
+            in_place
+            or slab_panels
+            or slab.chunk
+            or per_task <= 4
+            or blocks.block_channels * slab.channel * dtype.itemsize <= SLAB_BYTES
+        ):
+            break
+        per_task = ceil_div(per_task, 2)
+    if slab.chunk and not in_place:
+        chunks = ceil_div(width.out, slab.chunk)
+        return slab, per_task, batch * depth.out * height.out * chunks, chunks
+    pixel_tasks = ceil_div(all_panels, per_task)
+    if blocks.groups * pixel_tasks < 4 * workers:  # smaller tasks, as long as packing stays a small part of them
+        pixel_tasks = max(pixel_tasks, min(ceil_div(4 * workers, blocks.groups), all_panels // 8))
+    if blocks.groups == 1 and 1 < pixel_tasks < 8 * workers:  # as many for each worker: 3 for 2 are as slow as 4
+        pixel_tasks = min(ceil_div(pixel_tasks, workers) * workers, all_panels)
+    return slab, per_task, pixel_tasks, 0
+
+
 def plan_correlation(
     dtype: np.dtype, batch: int, blocks: Blocks, axes: tuple[Axis, ...], x: Strides, y: Strides, zeros: bool,
     in_place: bool, workers: int, slab_panels: int = 0, packed: bool = True,
@@ -143,29 +173,8 @@ def plan_correlation(
     pixels = batch * plane
     all_panels = ceil_div(pixels, t.columns)
 
-    per_task = min(PANELS_PER_TASK, all_panels)
-    while True:
-        slab = slab_shape(axes, (slab_panels or per_task) * t.columns, batch, t.columns)
-        if (
-            in_place
-            or slab_panels
-            or slab.chunk
-            or per_task <= 4
-            or blocks.block_channels * slab.channel * size <= SLAB_BYTES
-        ):
-            break
-        per_task = ceil_div(per_task, 2)
-    chunk = 0 if in_place else slab.chunk
-    if chunk:
-        chunks = ceil_div(width.out, chunk)
-        pixel_tasks = batch * depth.out * height.out * chunks
-    else:
-        chunks = 0
-        pixel_tasks = ceil_div(all_panels, per_task)
-        if blocks.groups * pixel_tasks < 4 * workers:  # smaller tasks, as long as packing stays a small part of them
-            pixel_tasks = max(pixel_tasks, min(ceil_div(4 * workers, blocks.groups), all_panels // 8))
-        if blocks.groups == 1 and 1 < pixel_tasks < 8 * workers:  # as many for each worker: 3 for 2 are as slow as 4
-            pixel_tasks = min(ceil_div(pixel_tasks, workers) * workers, all_panels)
+    slab, per_task, pixel_tasks, chunks = _cut_pixels(dtype, batch, blocks, axes, in_place, workers, slab_panels)
+    chunk = slab.chunk if chunks else 0
     row_tasks = 1
     if blocks.groups * pixel_tasks < workers:
         row_tasks = min(blocks.panels, ceil_div(workers, blocks.groups * pixel_tasks))

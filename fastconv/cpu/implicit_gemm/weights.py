@@ -239,6 +239,7 @@ def pack_phases(task, worker, p, real):
     A phase has some of the taps of the filter. The taps of all are taken from memory together, in an order in which the
     places of each phase ascend, where there is one.
     """
+    # The loops are one function, deep as they are: the inner ones are too short to be called.
     lanes = machine.lanes(real)
     block = at(real, p.header.scratch + worker * p.header.scratch_bytes)
     targets = _target_at(p.header.scratch + (worker + 1) * p.header.scratch_bytes - p.target_bytes, real)
@@ -278,7 +279,7 @@ def pack_phases(task, worker, p, real):
                         if transposed:
                             column = offset(block, (tap.place - window.lowest) * lanes)
                             if p.ascending and its.left >= rows + lanes:
-                                copy_vector(target, column)  # what is too much, others write over
+                                copy_vector(target, column)  # what is too much is overwritten
                             else:
                                 move.copy_span(target, column, min(lanes, rows - first))
                         elif row_step == 1:
@@ -390,7 +391,7 @@ def _extent(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> 
 
 
 class Unpacked:
-    """Weights as they lie in memory, for tasks to pack."""
+    """Weights that are not packed, for tasks to pack."""
 
     def __init__(self, plan: Packing, w: np.ndarray) -> None:
         first = data_address(w)
@@ -399,7 +400,7 @@ class Unpacked:
         self.parameters["operands"] = first, first + plan.below, first + plan.above
 
     def finite(self) -> bool:
-        """Were all weights that were packed finite? Known afterwards, and only if `check_finite` was asked for."""
+        """Were all weights that were packed finite? Known afterwards, and only with `check_finite`."""
         return not self.parameters["not_finite"]
 
 
