@@ -26,9 +26,10 @@ import numpy as np
 
 from ..geometry import ConvGeometry
 from . import depthwise_tasks, tasks
-from .contraction import Axis, Strides, address
 from .depthwise_tasks import NO_OPERANDS, FilterRows, Parameters, PhaseEntry
+from .implicit_gemm import Axis, Strides
 from .records import copy_of
+from .tasks import data_address
 from .vector.depthwise_rows import SHARED_ROWS, Taps, accumulate_rows, correlate_rows
 from .vector.tile import tile as tile_for
 
@@ -148,7 +149,7 @@ def _phase_table(line: Line, kernel: Any | None, dtype: np.dtype, kept: list[np.
         kept.append(rows_at_once)
         table.append((
             phase.first, phase.count, len(phase.taps), phase.shift, phase.tap_step, start, classes, len(blocks),
-            address(rows_at_once),
+            data_address(rows_at_once),
         ))  # fmt: skip
         start += len(phase.taps)
     kept.append(PhaseEntry.table(table))
@@ -200,15 +201,17 @@ def _fields(
     # Only the height is walked by `kernel`. The tables of the others have no blocks.
     dimensions = [
         (
-            address(line.source), line.before, line.size, line.stride, line.step, line.out, n, _ceil(line.out, n),
-            line.reach, len(line.phases), address(_phase_table(line, kernel if line is height else None, dtype, kept)),
+            data_address(line.source), line.before, line.size, line.stride, line.step, line.out, n, _ceil(line.out, n),
+            line.reach, len(line.phases),
+            data_address(_phase_table(line, kernel if line is height else None, dtype, kept)),
         )
         for line, n in zip(lines, tile, strict=True)
     ]  # fmt: skip
     taps = tuple(len(line.taps) for line in lines)
     fields = {
         "operands": NO_OPERANDS, "taps": math.prod(taps), "taps_h": taps[1], "taps_w": taps[2],
-        "offsets": address(offsets), "phase_pitch": phase_pitch, "row_pitch": row_pitch, "plane_pitch": plane_pitch,
+        "offsets": data_address(offsets), "phase_pitch": phase_pitch, "row_pitch": row_pitch,
+        "plane_pitch": plane_pitch,
         "slab": _ceil(depth.length(tile[0]) * plane_pitch + lanes, 16) * 16,
         **dict(zip(("depth", "height", "width"), dimensions, strict=True)),
     }  # fmt: skip
@@ -297,7 +300,8 @@ def correlate(
     """Run a plan on arrays of the strides it was made for, and weights of any strides."""
     w = plan.order(w)
     parameters = copy_of(plan.parameters)
-    parameters["operands"] = address(x), address(w), address(y), 0 if bias is None else address(bias), relu, add
+    of_bias = 0 if bias is None else data_address(bias)
+    parameters["operands"] = data_address(x), data_address(w), data_address(y), of_bias, relu, add
     tasks.run(plan.body, x.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
 
 
@@ -305,7 +309,7 @@ def weight_gradient(plan: Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, a
     """Run a plan on arrays of the strides it was made for; dw of any strides."""
     parts = np.empty((plan.splits, *dw.shape), dw.dtype)
     parameters = copy_of(plan.parameters)
-    parameters["operands"] = address(x), address(parts), address(dy), 0, False, False
+    parameters["operands"] = data_address(x), data_address(parts), data_address(dy), 0, False, False
     tasks.run(plan.body, dw.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
     total = parts[0] if plan.splits == 1 else np.add.reduce(parts)  # one part after the other
     total = plan.order(total).reshape(dw.shape)

@@ -30,10 +30,11 @@ from typing import Any
 import numpy as np
 
 from ..geometry import ConvGeometry
-from .contraction import Strides, address
 from .depthwise import PREFETCH_BYTES, Line, Lines, Phase, Plan, cut
 from .depthwise_channels_tasks import Parameters, PhaseEntry, TapGroup, WidthPhase, correlate, weight_gradient
 from .depthwise_tasks import NO_OPERANDS
+from .implicit_gemm import Strides
+from .tasks import data_address
 from .vector.depthwise_channels import (
     CHANNEL_TAPS,
     GradientSteps,
@@ -105,7 +106,7 @@ def _phase_entries(line: Line, kept: list[np.ndarray], weights: int = 1) -> list
         reads = [_met(line, phase, start, within) for within in (True, False)]
         kept += reads
         entries.append((
-            phase.first, phase.count, phase.shift, start * weights, phase.tap_step, *map(address, reads)
+            phase.first, phase.count, phase.shift, start * weights, phase.tap_step, *map(data_address, reads)
         ))  # fmt: skip
         start += len(phase.taps)
     return entries
@@ -189,7 +190,7 @@ def _common_fields(
     kept += [x_places, y_places, w_places, *(line.source for line in lines)]
     dimensions = [
         (
-            address(line.source), line.before, line.size, line.stride, line.step, line.out, line.whole, n,
+            data_address(line.source), line.before, line.size, line.stride, line.step, line.out, line.whole, n,
             -(-line.out // n), line.reach, len(line.phases),
         )
         for line, n in zip(lines, layout.tile, strict=True)
@@ -198,7 +199,7 @@ def _common_fields(
         "operands": NO_OPERANDS, "x": x, "y": y, "x_pixels": x[1] == 1, "y_pixels": y[1] == 1, "x_rows": x_rows,
         "y_rows": y_rows, "taps": lane_rotations * math.prod(taps),
         "taps_of_plane": lane_rotations * math.prod(taps[1:]), "taps_of_row": lane_rotations * taps[2],
-        "x_places": address(x_places), "y_places": address(y_places), "w_places": address(w_places),
+        "x_places": data_address(x_places), "y_places": data_address(y_places), "w_places": data_address(w_places),
         "slab": layout.slab_size, "copied": layout.copy_size,
         **dict(zip(("depth", "height", "width"), dimensions, strict=True)),
     }  # fmt: skip
@@ -219,7 +220,7 @@ def _tables(
         "widths": WidthPhase.table(widths),
     }
     kept += tables.values()
-    return {name: address(table) for name, table in tables.items()}
+    return {name: data_address(table) for name, table in tables.items()}
 
 
 def _column_step(run: Neighbours, width: Line) -> int:
@@ -296,7 +297,7 @@ def plan_correlation(
     ):  # fmt: skip
         steps = _steps(lines, lanes, lane_rotations, source, target, (ahead, y_prefetch))
         kept.append(steps)
-        fields[name] = source, target, address(steps), 0
+        fields[name] = source, target, data_address(steps), 0
     parameters = Parameters.of(
         **fields, channels=channels, batch=batch, units=units, unit_tasks=unit_tasks, splits=1, blocks=blocks,
         reads_in_place=in_place, strip=-(-_STRIP_PIXELS // (layout.copy[1] // lanes * height.step)), prefetches=0,
@@ -370,7 +371,7 @@ def plan_weight_gradient(
             phase_h.tap_step,
         )])  # fmt: skip
         kept.append(steps)
-        fields[name] = source, gradient, 0, address(steps)
+        fields[name] = source, gradient, 0, data_address(steps)
     tap_groups = TapGroup.table(
         (accumulate_pixels.address(dtype, TapRows(run, rows, in_place)), rows)
         for rows in cut(len(phase_h.taps), gradient_tap_rows(t, run.weights))
@@ -379,7 +380,7 @@ def plan_weight_gradient(
     parameters = Parameters.of(
         **fields, channels=channels, batch=batch, units=units, unit_tasks=group_tasks, splits=splits, blocks=blocks,
         reads_in_place=in_place, strip=1, prefetches=large, blank=zeros, tap_groups=len(tap_groups),
-        groups=address(tap_groups), **_tables(lines, lane_rotations, lambda _: 0, kept),
+        groups=data_address(tap_groups), **_tables(lines, lane_rotations, lambda _: 0, kept),
     )  # fmt: skip
     scratch = layout.slab_size + layout.copy_size + zeros + blocks * fields["taps"] * lanes
     flops = 2 * batch * channels * lane_rotations * math.prod(line.out * len(line.taps) for line in lines)
@@ -414,7 +415,7 @@ _LONG_ROW = 128
 _MOST_TAPS = 1024
 _MOST_SLAB = 1024 * 1024  # bytes
 # Channels of a group whose convolution is a sum of depthwise ones. With 2 and 4 that takes 0.1 to 0.4 of the time of
-# the contraction, with 8 0.5 to 0.7; with 16, for whose weights there are no registers, 1.5.
+# the implicit matrix product, with 8 0.5 to 0.7; with 16, for whose weights there are no registers, 1.5.
 _MOST_ROTATIONS = 8
 _MOST_SUMS = 24  # of a row of the filter, that its weight gradient has in registers
 

@@ -33,7 +33,6 @@ MACHINERY = {
         "__init__": "says what the folder is",
         "channels_last": "the same sum of arrays whose channels are neighbours in memory",
         "compiler": "Numba's compiler, as the CPU kernels use it",
-        "contraction": "the names of implicit_gemm under its name before",
         "depthwise": "the kernels of convolution for one input channel a group",
         "depthwise_channels": "the same with channels in the lanes of the vectors",
         "depthwise_planes": "the same with whole planes, read where they lie",
