@@ -4,7 +4,7 @@ A group is a plane of input and few planes of output (as many as the channel mul
 correlated with a filter of its own. There is no matrix product in that, and little arithmetic for each element read, so
 the engine of `contraction` would spend its time on packing. Here a tile of the plane is copied once, with its border,
 into the *slab* in the nearest caches (this is where stride, padding and any memory layout are absorbed, as there), and
-`simd.correlate_rows` reads from it whole vectors of a row, several output rows at a time.
+`correlate_rows` reads from it whole vectors of a row, several output rows at a time.
 
 The same body does the forward pass and the input gradient. In the input gradient, a *phase* in a dimension is every
 stride-th element: those that see the same taps of the filter. The phases of a tile share its slab, and the phases of a
@@ -22,32 +22,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numba
 import numpy as np
-from numba import types
 
 from ..geometry import ConvGeometry
-from . import simd, tasks
-from .compiler import BodyCompiler
+from . import depthwise_tasks, tasks
 from .contraction import Axis, Strides, address
-from .jit import REAL, compiled
-from .jit import helper as _jit
-
-# Parameters of the bodies (int64, in this order), and
-(
-    X, W, Y, BIAS, RELU, ADD,
-    X_N, X_C, X_D, X_H, X_W, Y_N, Y_O, Y_D, Y_H, Y_W,
-    GROUPS, ROWS, CHANNELS, PLANES, PLANE_TASKS, ZEROS, TAPS, TAPS_H, TAPS_W, OFFSETS,
-    PHASE_PITCH, ROW_PITCH, PLANE_PITCH, SLAB_SIZE, TILE_ROWS, TILE_PITCH, TILE_SIZE,
-    UNITS, SPLITS, COPY, DEPTH, HEIGHT, WIDTH, END,
-) = (*range(tasks.FIRST, tasks.FIRST + 37), *(tasks.FIRST + 36 + 11 * n for n in range(1, 4)))  # fmt: skip
-# those of a dimension, from DEPTH, HEIGHT and WIDTH on, and
-SOURCE, BEFORE, SIZE, STRIDE, STEP, OUT, TILE, TILES, REACH, PHASES, TABLE = range(11)
-# those of a phase, in the table of its dimension.
-FIRST, COUNT, PHASE_TAPS, SHIFT, TAP_STEP, START, CLASSES, BLOCKS, PHASE_FIELDS = range(9)
+from .depthwise_tasks import NO_OPERANDS, FilterRows, Parameters, PhaseEntry
+from .records import copy_of
+from .vector.depthwise_rows import SHARED_ROWS, Taps, accumulate_rows, correlate_rows
+from .vector.tile import tile as tile_for
 
 SLAB_BYTES = 192 * 1024
-# Rows of the filter that `simd.correlate_rows` takes at once. With up to seven, filters of 7x7 to 15x15 took 1.3 to 1.9
+# Rows of the filter that `correlate_rows` takes at once. With up to seven, filters of 7x7 to 15x15 took 1.3 to 1.9
 # times as long on planes of 512 x 512 (AVX-512).
 _MOST_SHARED = 5
 _TILE_BYTES = 64 * 1024  # rows that are put together before they are stored, where they cannot be stored at once
@@ -55,295 +41,8 @@ _TILE_BYTES = 64 * 1024  # rows that are put together before they are stored, wh
 # not what the processor foresees. Of arrays that were in no cache, those of 5 to 24 MB took 1.1 to 2.3 times as long
 # without (one thread; two: up to 1.5). Where calls follow one another, those of 4 to 16 MB, which the third cache holds
 # then, take up to 8 % longer with it, and those of 24 MB 0.7 to 0.9 times as long.
-AHEAD_BYTES = 16 * 1024 * 1024
+PREFETCH_BYTES = 16 * 1024 * 1024
 _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the bits do not depend on the threads
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From the plane into the slab
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@_jit
-def _fill_rows(p, slab, x, rows, first_u, length):
-    """Copy `rows` rows of input that follow one another from `x` on; padded coordinate first_u is where they begin."""
-    before, size, stride = p[WIDTH + BEFORE], p[WIDTH + SIZE], p[WIDTH + STRIDE]
-    step, phase_pitch, pitch = p[X_W], p[PHASE_PITCH], p[ROW_PITCH]
-    low, high = max(before, first_u), min(before + size, first_u + length)  # coordinates that are input elements
-    count, first = high - low, low - first_u
-    if count > 0:
-        source = simd.offset(x, (low - before) * step)
-        if step == 1 and stride == 1:
-            simd.copy_rows(simd.offset(slab, first), pitch, source, p[X_H], rows, count)
-        elif step == 1 and stride == 2:
-            even = simd.offset(slab, first % 2 * phase_pitch + first // 2)
-            odd = simd.offset(slab, (first + 1) % 2 * phase_pitch + (first + 1) // 2)
-            simd.split_rows(even, odd, pitch, source, p[X_H], rows, count)
-        else:
-            for phase in range(stride):
-                i = (phase - first) % stride  # the first of these elements that is of this phase
-                target = simd.offset(slab, phase * phase_pitch + (first + i) // stride)
-                for r in range(rows):
-                    for k in range((count - i + stride - 1) // stride):
-                        target[r * pitch + k] = source[r * p[X_H] + (i + k * stride) * step]
-    if not p[ZEROS]:
-        source_w = simd.at(p, p[WIDTH + SOURCE])
-        for v in range(length):
-            u = first_u + v
-            if u < low or u >= high:
-                place = v % stride * phase_pitch + v // stride
-                for r in range(rows):
-                    slab[r * pitch + place] = x[r * p[X_H] + source_w[u] * step]
-
-
-@_jit
-def _fill_slab(p, slab, x, first_d, depth, first_h, height, first_w, width):
-    """Copy a box of padded coordinates of one plane. What is zero was written before."""
-    before, size = p[HEIGHT + BEFORE], p[HEIGHT + SIZE]
-    source_d, source_h = simd.at(p, p[DEPTH + SOURCE]), simd.at(p, p[HEIGHT + SOURCE])
-    low = min(max(before - first_h, 0), height)
-    high = max(min(before + size - first_h, height), low)
-    for d in range(depth):
-        from_d = source_d[first_d + d]
-        if from_d < 0:
-            continue
-        plane, target = simd.offset(x, from_d * p[X_D]), simd.offset(slab, d * p[PLANE_PITCH])
-        r = 0
-        while r < height:
-            rows = high - low if r == low and high > low else 1
-            from_h = source_h[first_h + r]
-            if from_h >= 0:
-                _fill_rows(
-                    p, simd.offset(target, r * p[ROW_PITCH]), simd.offset(plane, from_h * p[X_H]), rows, first_w, width
-                )
-            r += rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From the slab into the output
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@_jit
-def _filter(p, target, pitch, rows, columns, slab, w, in_depth, in_height, in_width, flags, bias):
-    """Rows of output of one phase, from the part of the slab where their first tap finds its first element."""
-    taps_d, taps_w = in_depth[PHASE_TAPS], in_width[PHASE_TAPS]
-    row_step = in_height[CLASSES] * p[HEIGHT + STRIDE] * p[ROW_PITCH]
-    tap_step = in_height[TAP_STEP] * p[ROW_PITCH]
-    offsets = simd.offset(simd.at(p, p[OFFSETS]), in_width[START])
-    blocks = simd.offset(in_height, in_height[BLOCKS])
-    last = blocks[0] - 1
-    for a in range(taps_d):
-        plane = simd.offset(slab, a * in_depth[TAP_STEP] * p[PLANE_PITCH])
-        plane_w = simd.offset(w, ((in_depth[START] + a) * p[TAPS_H] + in_height[START]) * p[TAPS_W] + in_width[START])
-        for block in range(blocks[0]):
-            function, shared, i = blocks[3 * block + 1], blocks[3 * block + 2], blocks[3 * block + 3]
-            change = flags & simd.ADD if a == 0 and block == 0 else simd.ADD
-            if a == taps_d - 1 and block == last:
-                change |= flags & (simd.BIAS | simd.RELU)
-            simd.call_rows(
-                function, target, pitch, simd.offset(plane, i * tap_step), tap_step if shared else row_step,
-                simd.offset(plane_w, i * p[TAPS_W]), p[TAPS_W], taps_w, offsets, rows, columns, change, bias,
-            )  # fmt: skip
-
-
-@_jit
-def _store(p, y, pitch, rows, tile, first_w, last_w, flags, bias):
-    """Put the phases of `rows` rows together: tile [phase][row][column] into y, of any strides."""
-    table = simd.at(p, p[WIDTH + TABLE])
-    step, source_pitch = p[Y_W], p[TILE_PITCH]
-    if p[WIDTH + PHASES] == 2 and p[WIDTH + STEP] == 2 and step == 1 and flags == 0:
-        counts = min(last_w, table[COUNT]) + min(last_w, table[PHASE_FIELDS + COUNT]) - 2 * first_w
-        odd = simd.offset(tile, p[TILE_SIZE])
-        simd.join_rows(simd.offset(y, 2 * first_w), pitch, tile, odd, source_pitch, rows, counts)
-        return
-    for phase in range(p[WIDTH + PHASES]):
-        in_width = simd.offset(table, phase * PHASE_FIELDS)
-        for r in range(rows):
-            source = simd.offset(tile, phase * p[TILE_SIZE] + r * source_pitch)
-            place = r * pitch + (in_width[FIRST] + first_w * p[WIDTH + STEP]) * step
-            for q in range(min(last_w, in_width[COUNT]) - first_w):
-                value = source[q]
-                if flags & simd.ADD:
-                    value += y[place]
-                if flags & simd.BIAS:
-                    value += bias[0]
-                if flags & simd.RELU and value < 0:
-                    y[place] = 0
-                else:
-                    y[place] = value
-                place += p[WIDTH + STEP] * step
-
-
-@_jit
-def _correlate_plane(p, y, slab, tile, w, bias, flags, first_d, last_d, first_h, last_h, first_w, last_w):
-    """A tile of an output plane, from the slab and the filter `w`."""
-    depths, heights, widths = simd.at(p, p[DEPTH + TABLE]), simd.at(p, p[HEIGHT + TABLE]), simd.at(p, p[WIDTH + TABLE])
-    for i in range(p[DEPTH + PHASES]):
-        in_depth = simd.offset(depths, i * PHASE_FIELDS)
-        for j in range(p[HEIGHT + PHASES]):
-            in_height = simd.offset(heights, j * PHASE_FIELDS)
-            classes = in_height[CLASSES]
-            pitch = classes * p[HEIGHT + STEP] * p[Y_H]
-            taps = in_depth[PHASE_TAPS] * in_height[PHASE_TAPS]
-            straight = p[WIDTH + STEP] == 1 and p[Y_W] == 1 and taps > 0
-            for d in range(first_d, min(last_d, in_depth[COUNT])):
-                for first in range(first_h, min(first_h + classes, min(last_h, in_height[COUNT]))):
-                    rows = min(last_h, in_height[COUNT]) - first
-                    if classes > 1:
-                        rows = (rows + classes - 1) // classes
-                    r = 0
-                    while r < rows:
-                        h = first + r * classes
-                        count = rows if straight else min(p[TILE_ROWS], rows - r)
-                        r += count
-                        target = simd.offset(
-                            y, (in_depth[FIRST] + d * p[DEPTH + STEP]) * p[Y_D]
-                            + (in_height[FIRST] + h * p[HEIGHT + STEP]) * p[Y_H],
-                        )  # fmt: skip
-                        source = simd.offset(
-                            slab, ((d - first_d) * p[DEPTH + STRIDE] + in_depth[SHIFT]) * p[PLANE_PITCH]
-                            + ((h - first_h) * p[HEIGHT + STRIDE] + in_height[SHIFT]) * p[ROW_PITCH],
-                        )  # fmt: skip
-                        for k in range(p[WIDTH + PHASES]):
-                            in_width = simd.offset(widths, k * PHASE_FIELDS)
-                            columns = min(last_w, in_width[COUNT]) - first_w
-                            part = simd.offset(tile, k * p[TILE_SIZE])
-                            if taps * in_width[PHASE_TAPS] == 0:
-                                simd.fill_zero(part, p[TILE_SIZE])
-                            elif columns > 0:
-                                _filter(
-                                    p, simd.offset(target, first_w) if straight else part,
-                                    pitch if straight else p[TILE_PITCH], count, columns, source, w, in_depth,
-                                    in_height, in_width, flags if straight else 0, bias,
-                                )  # fmt: skip
-                        if not straight:
-                            _store(p, target, pitch, count, tile, first_w, last_w, flags, bias)
-
-
-@tasks.Body
-def _correlate(task, worker, p, real):
-    """Task = a tile of the plane, and a range of planes (batch, group)."""
-    slab = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    tile = simd.offset(slab, p[SLAB_SIZE])
-    part, rest = task % p[PLANE_TASKS], task // p[PLANE_TASKS]
-    first_w = rest % p[WIDTH + TILES] * p[WIDTH + TILE]
-    rest = rest // p[WIDTH + TILES]
-    first_h = rest % p[HEIGHT + TILES] * p[HEIGHT + TILE]
-    first_d = rest // p[HEIGHT + TILES] * p[DEPTH + TILE]
-    last_d = min(first_d + p[DEPTH + TILE], p[DEPTH + OUT])
-    last_h = min(first_h + p[HEIGHT + TILE], p[HEIGHT + OUT])
-    last_w = min(first_w + p[WIDTH + TILE], p[WIDTH + OUT])
-    depth = (last_d - 1 - first_d) * p[DEPTH + STRIDE] + p[DEPTH + REACH]
-    height = (last_h - 1 - first_h) * p[HEIGHT + STRIDE] + p[HEIGHT + REACH]
-    width = (last_w - 1 - first_w) * p[WIDTH + STRIDE] + p[WIDTH + REACH]
-    if p[ZEROS]:
-        simd.fill_zero(slab, p[SLAB_SIZE])
-    for plane in range(part * p[PLANES] // p[PLANE_TASKS], (part + 1) * p[PLANES] // p[PLANE_TASKS]):
-        n, group = plane // p[GROUPS], plane % p[GROUPS]
-        for c in range(p[CHANNELS]):
-            flags = simd.ADD if c > 0 or p[ADD] else 0
-            if c == p[CHANNELS] - 1:
-                flags |= (simd.BIAS if p[BIAS] else 0) | (simd.RELU if p[RELU] else 0)
-            x = simd.offset(simd.at(real, p[X]), n * p[X_N] + (group * p[CHANNELS] + c) * p[X_C])
-            _fill_slab(
-                p, slab, x, first_d * p[DEPTH + STRIDE], depth, first_h * p[HEIGHT + STRIDE], height,
-                first_w * p[WIDTH + STRIDE], width,
-            )  # fmt: skip
-            for i in range(p[ROWS]):
-                o = group * p[ROWS] + i
-                y = simd.offset(simd.at(real, p[Y]), n * p[Y_N] + o * p[Y_O])
-                w = simd.offset(simd.at(real, p[W]), (o * p[CHANNELS] + c) * p[TAPS])
-                bias = simd.offset(simd.at(real, p[BIAS]), o)
-                _correlate_plane(
-                    p, y, slab, tile, w, bias, flags, first_d, last_d, first_h, last_h, first_w, last_w
-                )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The weight gradient
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@_jit
-def _accumulate_plane(p, sums, slab, copy, dy, first_d, last_d, first_h, last_h, first_w, last_w):
-    """Add what a tile of a plane of the output gradient contributes to the gradient of its filter."""
-    in_depth, in_height = simd.at(p, p[DEPTH + TABLE]), simd.at(p, p[HEIGHT + TABLE])
-    offsets = simd.at(p, p[OFFSETS])
-    blocks = simd.offset(in_height, in_height[BLOCKS])
-    classes, columns = in_height[CLASSES], last_w - first_w
-    row_step = classes * p[HEIGHT + STRIDE] * p[ROW_PITCH]
-    tap_step = in_height[TAP_STEP] * p[ROW_PITCH]
-    for d in range(first_d, last_d):
-        gradient = simd.offset(dy, d * p[Y_D] + first_h * p[Y_H] + first_w * p[Y_W])
-        pitch = p[Y_H]
-        if p[COPY]:  # rows whose elements do not follow one another
-            pitch = columns
-            for h in range(last_h - first_h):
-                for q in range(columns):
-                    copy[h * columns + q] = gradient[h * p[Y_H] + q * p[Y_W]]
-            gradient = copy
-        for first in range(min(classes, last_h - first_h)):
-            rows = last_h - first_h - first
-            if classes > 1:
-                rows = (rows + classes - 1) // classes
-            source = simd.offset(
-                slab, (d - first_d) * p[DEPTH + STRIDE] * p[PLANE_PITCH] + first * p[HEIGHT + STRIDE] * p[ROW_PITCH]
-            )
-            for a in range(in_depth[PHASE_TAPS]):
-                plane = simd.offset(source, a * in_depth[TAP_STEP] * p[PLANE_PITCH])
-                for block in range(blocks[0]):
-                    function, shared, i = blocks[3 * block + 1], blocks[3 * block + 2], blocks[3 * block + 3]
-                    simd.call_accumulate(
-                        function, simd.offset(sums, (a * p[TAPS_H] + i) * p[TAPS_W] * simd.lanes(sums)), p[TAPS_W],
-                        simd.offset(plane, i * tap_step), tap_step if shared else row_step, offsets, p[TAPS_W],
-                        simd.offset(gradient, first * pitch), classes * pitch, rows, columns,
-                    )  # fmt: skip
-
-
-@tasks.Body
-def _weight_gradient(task, worker, p, real):
-    """Task = a part of the units (tile, batch) of a range of groups."""
-    slab = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    copy = simd.offset(slab, p[SLAB_SIZE])
-    sums = simd.offset(copy, p[TILE_SIZE])
-    part, split = task % p[PLANE_TASKS], task // p[PLANE_TASKS]
-    batch = p[PLANES]
-    filters = p[ROWS] * p[TAPS]
-    zeroed = -1  # the tile whose border is in the slab
-    for group in range(part * p[GROUPS] // p[PLANE_TASKS], (part + 1) * p[GROUPS] // p[PLANE_TASKS]):
-        simd.fill_zero(sums, filters * simd.lanes(real))
-        for unit in range(split * p[UNITS] // p[SPLITS], (split + 1) * p[UNITS] // p[SPLITS]):
-            tile, n = unit // batch, unit % batch
-            first_w = tile % p[WIDTH + TILES] * p[WIDTH + TILE]
-            first_h = tile // p[WIDTH + TILES] % p[HEIGHT + TILES] * p[HEIGHT + TILE]
-            first_d = tile // p[WIDTH + TILES] // p[HEIGHT + TILES] * p[DEPTH + TILE]
-            last_d = min(first_d + p[DEPTH + TILE], p[DEPTH + OUT])
-            last_h = min(first_h + p[HEIGHT + TILE], p[HEIGHT + OUT])
-            last_w = min(first_w + p[WIDTH + TILE], p[WIDTH + OUT])
-            if p[ZEROS] and tile != zeroed:
-                simd.fill_zero(slab, p[SLAB_SIZE])
-                zeroed = tile
-            _fill_slab(
-                p, slab, simd.offset(simd.at(real, p[X]), n * p[X_N] + group * p[X_C]),
-                first_d * p[DEPTH + STRIDE], (last_d - 1 - first_d) * p[DEPTH + STRIDE] + p[DEPTH + REACH],
-                first_h * p[HEIGHT + STRIDE], (last_h - 1 - first_h) * p[HEIGHT + STRIDE] + p[HEIGHT + REACH],
-                first_w * p[WIDTH + STRIDE], (last_w - 1 - first_w) * p[WIDTH + STRIDE] + p[WIDTH + REACH],
-            )  # fmt: skip
-            for i in range(p[ROWS]):
-                _accumulate_plane(
-                    p, simd.offset(sums, i * p[TAPS] * simd.lanes(real)), slab, copy,
-                    simd.offset(simd.at(real, p[Y]), n * p[Y_N] + (group * p[ROWS] + i) * p[Y_O]),
-                    first_d, last_d, first_h, last_h, first_w, last_w,
-                )  # fmt: skip
-        simd.sum_lanes(
-            simd.offset(simd.at(real, p[W]), (split * p[GROUPS] + group) * filters), sums, filters
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Planning
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -378,6 +77,11 @@ class Line:
     @property
     def out(self) -> int:
         return max(phase.count for phase in self.phases)
+
+    @property
+    def whole(self) -> int:
+        """Elements of all phases together."""
+        return sum(phase.count for phase in self.phases)
 
     @property
     def reach(self) -> int:
@@ -420,56 +124,35 @@ def cut(taps: int, allowed: tuple[int, ...]) -> tuple[int, ...]:
     return min(ways, key=len)
 
 
-def _rows(taps, stride, arguments, real):
-    simd.correlate_rows(taps, stride, arguments, real)
-
-
-def _accumulate(taps, stride, arguments, real):
-    simd.accumulate_rows(taps, stride, arguments, real)
-
-
-_functions: list[Any] = []  # they must outlive their addresses
-
-
-@functools.cache
-def address_of(function: Callable[..., None], taps: int, stride: int, dtype: np.dtype) -> int:
-    """Address of a function (taps, stride, arguments, real) for these taps and stride, compiled on first use.
-
-    Not a part of the bodies, since Numba would compile every one of them with each, three times over.
-    """
-    signature = types.void(
-        types.literal(taps), types.literal(stride), types.CPointer(types.int64), types.CPointer(REAL[dtype])
-    )
-    _functions.append(compiled(numba.cfunc, signature, function, pipeline_class=BodyCompiler))
-    return _functions[-1].address
-
-
-def _phase_table(line: Line, function: Callable[..., None] | None, dtype: np.dtype) -> np.ndarray:
-    """The table of the phases of a dimension, with the blocks of rows of the filter that `function` takes at once.
+def _phase_table(line: Line, kernel: Any | None, dtype: np.dtype, kept: list[np.ndarray]) -> np.ndarray:
+    """The table of the phases of a dimension, with the rows of the filter that `kernel` takes at once; both are `kept`.
 
     Output rows share the rows they read where a tap of one is another tap of the next: with a dilation, that is true of
     every tap_step-th row, a *class*.
     """
-    table: list[int] = []
-    blocks: list[int] = []
+    table = []
     start = 0
-    for n, phase in enumerate(line.phases):
+    for phase in line.phases:
         divisor = math.gcd(line.stride, phase.tap_step)
         ratio, classes = line.stride // divisor, phase.tap_step // divisor
-        most = _MOST_SHARED if function is _rows else math.inf
-        shared = [rows for rows, stride in simd.SHARED_ROWS if stride == ratio and rows <= most]
+        most = _MOST_SHARED if kernel is correlate_rows else math.inf
+        shared = [rows for rows, stride in SHARED_ROWS if stride == ratio and rows <= most]
         if not shared or len(phase.taps) == 1:
             shared, classes = [1], 1
-        cuts = cut(len(phase.taps), (1, *shared)) if function else ()
-        at = len(line.phases) * PHASE_FIELDS + len(blocks) - n * PHASE_FIELDS
-        table += [phase.first, phase.count, len(phase.taps), phase.shift, phase.tap_step, start, classes, at]
-        blocks.append(len(cuts))
-        i = 0
-        for rows in cuts:
-            blocks += [address_of(function, rows, ratio if rows > 1 else 1, dtype), rows > 1, i]
-            i += rows
+        blocks, first = [], 0
+        if kernel is not None:
+            for rows in cut(len(phase.taps), (1, *shared)):
+                blocks.append((kernel.address(dtype, Taps(rows, ratio if rows > 1 else 1)), rows > 1, first))
+                first += rows
+        rows_at_once = FilterRows.table(blocks)
+        kept.append(rows_at_once)
+        table.append((
+            phase.first, phase.count, len(phase.taps), phase.shift, phase.tap_step, start, classes, len(blocks),
+            address(rows_at_once),
+        ))  # fmt: skip
         start += len(phase.taps)
-    return np.array(table + blocks, np.int64)
+    kept.append(PhaseEntry.table(table))
+    return kept[-1]
 
 
 def _ceil(a: int, b: int) -> int:
@@ -502,33 +185,34 @@ def _row_pitch(width: Line, out: int, lanes: int) -> tuple[int, int]:
     return phase, phase * width.stride
 
 
-def _parameters(
-    dtype: np.dtype, lines: Lines, function: Callable[..., None]
-) -> tuple[np.ndarray, tuple[np.ndarray, ...], int]:
-    """What both bodies need to know of the lines; the tables that hold it; the number of tiles of a plane."""
-    lanes = simd.tile(dtype.itemsize * 8).lanes
+def _fields(
+    dtype: np.dtype, lines: Lines, kernel: Any, kept: list[np.ndarray]
+) -> tuple[dict[str, Any], tuple[int, int, int], int]:  # fmt: skip
+    """What both bodies need to know of the lines, with arrays that are `kept`; the tile; the number of them."""
+    lanes = tile_for(dtype.itemsize * 8).lanes
     tile = _tile(lines, lanes, SLAB_BYTES // dtype.itemsize)
     depth, height, width = lines
     phase_pitch, row_pitch = _row_pitch(width, tile[2], lanes)
     plane_pitch = height.length(tile[1]) * row_pitch
-    slab_size = _ceil(depth.length(tile[0]) * plane_pitch + lanes, 16) * 16
-
-    # Only the height is walked by `function`. The tables of the others have no blocks.
-    tables = tuple(_phase_table(line, function if line is height else None, dtype) for line in lines)
     u = np.concatenate([np.arange(len(f.taps), dtype=np.int64) * f.tap_step + f.shift for f in width.phases])
     offsets = u % width.stride * phase_pitch + u // width.stride
-    taps = tuple(len(line.taps) for line in lines)
-    parameters = np.zeros(END, np.int64)
-    parameters[TAPS : SLAB_SIZE + 1] = (
-        math.prod(taps), *taps[1:], address(offsets), phase_pitch, row_pitch, plane_pitch, slab_size
-    )  # fmt: skip
-    for first, line, n, table in zip((DEPTH, HEIGHT, WIDTH), lines, tile, tables, strict=True):
-        parameters[first : first + TABLE + 1] = (
+    kept += [offsets, *(line.source for line in lines)]
+    # Only the height is walked by `kernel`. The tables of the others have no blocks.
+    dimensions = [
+        (
             address(line.source), line.before, line.size, line.stride, line.step, line.out, n, _ceil(line.out, n),
-            line.reach, len(line.phases), address(table),
-        )  # fmt: skip
-    tiles = math.prod(_ceil(line.out, n) for line, n in zip(lines, tile, strict=True))
-    return parameters, (*tables, offsets, *(line.source for line in lines)), tiles
+            line.reach, len(line.phases), address(_phase_table(line, kernel if line is height else None, dtype, kept)),
+        )
+        for line, n in zip(lines, tile, strict=True)
+    ]  # fmt: skip
+    taps = tuple(len(line.taps) for line in lines)
+    fields = {
+        "operands": NO_OPERANDS, "taps": math.prod(taps), "taps_h": taps[1], "taps_w": taps[2],
+        "offsets": address(offsets), "phase_pitch": phase_pitch, "row_pitch": row_pitch, "plane_pitch": plane_pitch,
+        "slab": _ceil(depth.length(tile[0]) * plane_pitch + lanes, 16) * 16,
+        **dict(zip(("depth", "height", "width"), dimensions, strict=True)),
+    }  # fmt: skip
+    return fields, tile, math.prod(_ceil(line.out, n) for line, n in zip(lines, tile, strict=True))
 
 
 def plan_correlation(
@@ -536,20 +220,23 @@ def plan_correlation(
     zeros: bool, workers: int,
 ) -> Plan:  # fmt: skip
     """Plan y[n, g, i] = sum over c, k of w[g, i, c, k] * x[n, g, c, u(k)], with strides of x and y in elements."""
-    parameters, tables, tiles = _parameters(dtype, lines, _rows)
-    lanes, phases = simd.tile(dtype.itemsize * 8).lanes, len(lines[2].phases)
+    kept: list[np.ndarray] = []
+    fields, tile, tiles = _fields(dtype, lines, correlate_rows, kept)
+    lanes, phases = tile_for(dtype.itemsize * 8).lanes, len(lines[2].phases)
     planes = batch * groups
     plane_tasks = min(planes, _ceil(8 * workers, tiles))
-    tile_pitch = _ceil(int(parameters[WIDTH + TILE]), lanes) * lanes
-    most_rows = _TILE_BYTES // (phases * tile_pitch * dtype.itemsize)
-    tile_rows = max(1, min(most_rows, 8, int(parameters[HEIGHT + TILE])))
-    parameters[X_N:TAPS] = (*x, *y, groups, rows, channels, planes, plane_tasks, zeros)
-    parameters[TILE_ROWS : TILE_SIZE + 1] = tile_rows, tile_pitch, tile_rows * tile_pitch
-    scratch = int(parameters[SLAB_SIZE] + phases * parameters[TILE_SIZE]) * dtype.itemsize
+    tile_pitch = _ceil(tile[2], lanes) * lanes
+    tile_rows = max(1, min(_TILE_BYTES // (phases * tile_pitch * dtype.itemsize), 8, tile[1]))
+    parameters = Parameters.of(
+        **fields, x=x, y=y, groups=groups, rows=rows, channels=channels, planes=planes, plane_tasks=plane_tasks,
+        has_zeros=zeros, tile_rows=tile_rows, tile_pitch=tile_pitch, tile=tile_rows * tile_pitch, units=0, splits=0,
+        copies=False,
+    )  # fmt: skip
+    scratch = (fields["slab"] + phases * tile_rows * tile_pitch) * dtype.itemsize
     outputs = math.prod(sum(f.count * max(1, len(f.taps)) for f in line.phases) for line in lines)
     return Plan(
-        _correlate, parameters, tables, tiles * plane_tasks, scratch, 2 * planes * rows * channels * outputs,
-        order=functools.partial(order_weights, lines),
+        depthwise_tasks.correlate, parameters, tuple(kept), tiles * plane_tasks, scratch,
+        2 * planes * rows * channels * outputs, order=functools.partial(order_weights, lines),
     )  # fmt: skip
 
 
@@ -557,19 +244,21 @@ def plan_weight_gradient(
     dtype: np.dtype, batch: int, groups: int, rows: int, lines: Lines, x: Strides, dy: Strides, zeros: bool
 ) -> Plan:
     """Plan dw[g, i, k] = sum over n, p of dy[n, g, i, p] * x[n, g, u(p, k)], with strides of x and dy in elements."""
-    parameters, tables, tiles = _parameters(dtype, lines, _accumulate)
+    kept: list[np.ndarray] = []
+    fields, tile, tiles = _fields(dtype, lines, accumulate_rows, kept)
     units = batch * tiles
     splits = min(units, _ceil(_GRADIENT_TASKS, groups))
     group_tasks = min(groups, 4 * _GRADIENT_TASKS)
-    copy = dy[4] != 1
-    parameters[X_N:TAPS] = (*x, *dy, groups, rows, 1, batch, group_tasks, zeros)
-    parameters[TILE_SIZE] = copy * _ceil(int(parameters[HEIGHT + TILE] * parameters[WIDTH + TILE]), 16) * 16
-    parameters[UNITS : COPY + 1] = units, splits, copy
-    sums = rows * int(parameters[TAPS]) * simd.tile(dtype.itemsize * 8).lanes
-    scratch = int(parameters[SLAB_SIZE] + parameters[TILE_SIZE] + sums) * dtype.itemsize
+    copied = _ceil(tile[1] * tile[2], 16) * 16 if dy[4] != 1 else 0
+    parameters = Parameters.of(
+        **fields, x=x, y=dy, groups=groups, rows=rows, channels=1, planes=batch, plane_tasks=group_tasks,
+        has_zeros=zeros, tile_rows=0, tile_pitch=0, tile=copied, units=units, splits=splits, copies=dy[4] != 1,
+    )  # fmt: skip
+    sums = rows * fields["taps"] * tile_for(dtype.itemsize * 8).lanes
+    scratch = (fields["slab"] + copied + sums) * dtype.itemsize
     flops = 2 * batch * groups * rows * math.prod(line.out * len(line.taps) for line in lines)
     return Plan(
-        _weight_gradient, parameters, tables, group_tasks * splits, scratch, flops, splits=splits
+        depthwise_tasks.weight_gradient, parameters, tuple(kept), group_tasks * splits, scratch, flops, splits=splits
     )
 
 
@@ -607,16 +296,16 @@ def correlate(
 ) -> None:
     """Run a plan on arrays of the strides it was made for, and weights of any strides."""
     w = plan.order(w)
-    parameters = plan.parameters.copy()
-    parameters[X:X_N] = address(x), address(w), address(y), 0 if bias is None else address(bias), relu, add
+    parameters = copy_of(plan.parameters)
+    parameters["operands"] = address(x), address(w), address(y), 0 if bias is None else address(bias), relu, add
     tasks.run(plan.body, x.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
 
 
 def weight_gradient(plan: Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, add: bool) -> None:
     """Run a plan on arrays of the strides it was made for; dw of any strides."""
     parts = np.empty((plan.splits, *dw.shape), dw.dtype)
-    parameters = plan.parameters.copy()
-    parameters[[X, W, Y]] = address(x), address(parts), address(dy)
+    parameters = copy_of(plan.parameters)
+    parameters["operands"] = address(x), address(parts), address(dy), 0, False, False
     tasks.run(plan.body, dw.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
     total = parts[0] if plan.splits == 1 else np.add.reduce(parts)  # one part after the other
     total = plan.order(total).reshape(dw.shape)

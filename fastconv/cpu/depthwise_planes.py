@@ -3,7 +3,7 @@
 For channels-first arrays, on machines whose vector loads and stores can leave lanes out (AVX-512): the lanes of a mask
 stand for what lies beside a row, and rows above and below the plane are left out, so that nothing is copied, neither
 with its border as in `depthwise` nor through transposes as in `depthwise_channels`. A row of output is cut into
-*pieces* of one or two vectors, and `simd.correlate_planes` computes several rows of a piece at a time, of many planes
+*parts* of one or two vectors, and `correlate_planes` computes several rows of a part at a time, of many planes
 in one call.
 
 Taps that meet nothing but the zeros around the plane would make a nan of a weight that is infinite or nan, and that
@@ -14,27 +14,108 @@ on the filter alone: the bits depend neither on threads nor on the batch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from . import simd, tasks
+from . import tasks
 from .contraction import Strides, address
-from .depthwise import AHEAD_BYTES, Line, Lines, Plan, address_of
+from .depthwise import PREFETCH_BYTES, Line, Lines, Plan
+from .depthwise_tasks import NO_OPERANDS, Operands, RowSteps
 from .jit import helper as _jit
+from .records import Integer, Integers, Reals, Record, pointer_to
+from .vector import gemm, move
+from .vector.depthwise_planes import (
+    GRADIENT_TAPS,
+    PLANE_PAIRS,
+    PLANE_ROWS,
+    PLANE_TAPS,
+    SPREAD_TAPS,
+    Part,
+    PlaneGradientSteps,
+    PlaneSteps,
+    RowBlock,
+    Spreading,
+    Taps,
+    accumulate_planes,
+    correlate_planes,
+    plane_loads,
+    row_parts,
+    spread_planes_by_two,
+    spread_shifts,
+)
+from .vector.depthwise_rows import sum_lanes
+from .vector.memory import at, fill_zero, offset, pointer_address
+from .vector.tile import lanes as lanes_of
+from .vector.tile import tile as tile_for
 
-# Parameters of the body (int64, in this order).
-(
-    X, W, Y, BIAS, RELU, ADD,
-    X_N, X_C, X_D, X_H, Y_N, Y_O, Y_D, Y_H, W_FIRST, W_D, W_H, W_W, TAPS,
-    CHANNELS, ROWS, AT_ONCE, CHUNKS, OUT_D, OUT_H, STEP, Y_ROWS, TILES, UNITS, UNIT_TASKS, PIECES, PIECE_SIZE, TABLE,
-    CONSTANTS, BATCH, SPLITS, CHECK, WIDTH, HEIGHT, STRIDE_H, FIRST_H, TAPS_H, DEPTH, STRIDE_D, FIRST_D, TAPS_D,
-    TAP_STEP, AHEAD, END,
-) = range(tasks.FIRST, tasks.FIRST + 49)  # fmt: skip
-# The table of the pieces: for each of them, and then its masks (see `simd.call_correlate_planes`)
-FUNCTION, COLUMN, FIRST_COLUMN, MASKS = range(4)
+
+class RowPart(Record):
+    """A part of a row of output: its first column, that of the input which the first tap reads, and its masks."""
+
+    function: Integer
+    column: Integer
+    first_column: Integer
+    masks: Integers
+
+
+class Dimension(Record):
+    """A dimension of the input, and what reads it: the first tap of the first output reads the element `first`."""
+
+    length: Integer
+    stride: Integer
+    first: Integer
+    taps: Integer
+
+
+class Depth(Dimension):
+    tap_step: Integer
+
+
+class Planes(tasks.Parameters):
+    """What both bodies need to know."""
+
+    operands: Operands
+    x: RowSteps
+    y: RowSteps
+    channels: Integer
+    rows: Integer  # output channels of a channel
+    at_once: Integer  # channels
+    chunks: Integer  # in which the channels are
+    out_d: Integer
+    out_h: Integer
+    tiles: Integer  # of rows
+    units: Integer
+    parts: Integer
+    table: pointer_to(RowPart)  # type: ignore[valid-type]
+    taps: Integer  # of a filter
+    depth: Depth
+    height: Dimension
+    prefetches: Integer
+    constants: Reals  # for a correlation -0.0, adding which changes nothing; for a gradient a row of zeros
+
+
+class Correlation(Planes):
+    w_first: Integer  # place of the first tap: weights are read backwards in an input gradient
+    w_depth: Integer
+    step: Integer  # rows and columns of output for each of `out_h`
+    y_rows: Integer
+    unit_tasks: Integer
+    check: Integer  # may weights be infinite or nan?
+    width: Integer
+    steps: PlaneSteps
+    copy_steps: PlaneSteps  # where x is the copy that rows are read from with such weights
+
+
+class WeightGradient(Planes):
+    batch: Integer
+    splits: Integer
+    steps: PlaneGradientSteps
+
 
 # Input of one call: many planes share the work that is done for each call, and their rows are still in the nearest
-# caches when the next piece of them is computed. From 16 to 64 KiB within a tenth of one another.
+# caches when the next part of them is computed. From 16 to 64 KiB within a tenth of one another.
 _CALL_BYTES = 32 * 1024
 _SUMS_BYTES = 16 * 1024  # sums of a weight gradient that are filled by one call
 _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the bits do not depend on the threads
@@ -42,37 +123,36 @@ _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the 
 
 @_jit
 def _correlate_rows(
-    p, y, x, x_plane, x_depth, x_row, first_h, height, depths, w, planes, rows, y_rows, bias, ahead, x_ahead, y_ahead
+    p, steps, y, x, first_h, height, depths, w, planes, rows, y_rows, bias, ahead, x_ahead, y_ahead
 ):  # fmt: skip
     """`rows` rows of `planes` planes of output, from planes of `height` rows of input, of which the first tap of the
-    first row of output meets row first_h. What is at x_ahead and y_ahead, which are null if not `ahead`, comes next."""
-    table = simd.at(p, p[TABLE])
-    bias_step, flags = p[ROWS] if p[BIAS] else 0, simd.RELU if p[RELU] else 0
-    for k in range(p[PIECES]):
-        piece = simd.offset(table, k * p[PIECE_SIZE])
-        done = ahead * planes * rows * piece[COLUMN]
-        simd.call_correlate_planes(
-            piece[FUNCTION], simd.offset(piece, MASKS), simd.offset(y, piece[COLUMN]), p[ROWS] * p[Y_O], p[Y_H],
-            simd.offset(x, piece[FIRST_COLUMN]), x_plane, x_depth, x_row, first_h, height, depths,
-            w, p[ROWS] * p[TAPS], p[W_D], p[W_H], p[W_W], planes, rows, y_rows, bias, bias_step,
-            simd.offset(x_ahead, done // p[STEP]), simd.offset(y_ahead, done * p[STEP]), flags,
+    first row of output reads row first_h. What is at x_ahead and y_ahead, which are null if not `ahead`, comes next."""
+    flags = gemm.RELU if p.operands.relu else 0
+    if pointer_address(p.operands.bias) != 0:
+        flags |= gemm.BIAS
+    for k in range(p.parts):
+        part = p.table[k]
+        done = ahead * planes * rows * part.column
+        correlate_planes(
+            part.function, part.masks, offset(y, part.column), offset(x, part.first_column), w, bias, first_h, height,
+            depths, planes, rows, y_rows, offset(x_ahead, done // p.step), offset(y_ahead, done * p.step), steps, flags,
         )  # fmt: skip
 
 
 @_jit
 def _place(p, unit):
     """Where a unit is: sample, first channel, plane of the depth, first row and the row after the last."""
-    tile, rest = unit % p[TILES], unit // p[TILES]
-    d, rest = rest % p[OUT_D], rest // p[OUT_D]
-    h, end = tile * p[OUT_H] // p[TILES], (tile + 1) * p[OUT_H] // p[TILES]
-    return rest // p[CHUNKS], rest % p[CHUNKS] * p[AT_ONCE], d, h, end
+    tile, rest = unit % p.tiles, unit // p.tiles
+    d, rest = rest % p.out_d, rest // p.out_d
+    h, end = tile * p.out_h // p.tiles, (tile + 1) * p.out_h // p.tiles
+    return rest // p.chunks, rest % p.chunks * p.at_once, d, h, end
 
 
 @_jit
 def _all_finite(values, count):
-    lanes = simd.lanes(values)
+    lanes = lanes_of(values)
     vectors = count // lanes
-    if vectors > 0 and simd.count_not_finite(values, vectors) != 0:
+    if vectors > 0 and move.count_not_finite(values, vectors) != 0:
         return False
     total = values[0] * 0
     for k in range(vectors * lanes, count):
@@ -82,134 +162,130 @@ def _all_finite(values, count):
 
 @_jit
 def _copy_rows(p, target, x, first_d, first_h, rows):
-    """All rows [tap of the depth][row] that a tile of a plane of output meets, with zeros where there are none."""
-    simd.fill_zero(target, p[TAPS_D] * rows * p[WIDTH])
-    low, high = max(first_h, 0), min(first_h + rows, p[HEIGHT])
-    for a in range(p[TAPS_D]):
-        d = first_d + a * p[TAP_STEP]
-        if 0 <= d < p[DEPTH] and low < high:
-            simd.copy_rows(
-                simd.offset(target, (a * rows + low - first_h) * p[WIDTH]), p[WIDTH],
-                simd.offset(x, d * p[X_D] + low * p[X_H]), p[X_H], high - low, p[WIDTH],
+    """All rows [tap of the depth][row] that a tile of a plane of output reads, with zeros where there are none."""
+    fill_zero(target, p.depth.taps * p.copy_steps.x_depth)
+    low, high = max(first_h, 0), min(first_h + rows, p.height.length)
+    for a in range(p.depth.taps):
+        d = first_d + a * p.depth.tap_step
+        if 0 <= d < p.depth.length and low < high:
+            move.copy_block(
+                offset(target, a * p.copy_steps.x_depth + (low - first_h) * p.width), p.width,
+                offset(x, d * p.x.depth + low * p.x.row), p.x.row, high - low, p.width,
             )  # fmt: skip
 
 
-@tasks.Body
+@tasks.body(Correlation)
 def _correlate(task, worker, p, real):
     """Task = a range of units: (sample, some channels, plane of the depth, tile of rows)."""
-    scratch = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    last = (task + 1) * p[UNITS] // p[UNIT_TASKS]
-    for unit in range(task * p[UNITS] // p[UNIT_TASKS], last):
-        ahead, x_ahead, y_ahead = 0, simd.at(real, 0), simd.at(real, 0)
-        if p[AHEAD] and unit + 1 < last:
+    scratch = at(real, p.header.scratch + worker * p.header.scratch_bytes)
+    last = (task + 1) * p.units // p.unit_tasks
+    for unit in range(task * p.units // p.unit_tasks, last):
+        ahead, x_ahead, y_ahead = 0, at(real, 0), at(real, 0)
+        if p.prefetches and unit + 1 < last:
             n, channel, d, h, _ = _place(p, unit + 1)
             ahead = 1
-            x_ahead = simd.offset(
-                simd.at(real, p[X]), n * p[X_N] + channel * p[X_C] + (d + p[TAPS_D] - 1) * p[X_D] + h * p[X_H]
-            )
-            y_ahead = simd.offset(
-                simd.at(real, p[Y]), n * p[Y_N] + channel * p[Y_O] + d * p[Y_D] + h * p[STEP] * p[Y_H]
+            x_ahead = offset(
+                p.operands.x,
+                n * p.x.sample + channel * p.x.channel + (d + p.depth.taps - 1) * p.x.depth + h * p.x.row,
+            )  # fmt: skip
+            y_ahead = offset(
+                p.operands.y, n * p.y.sample + channel * p.y.channel + d * p.y.depth + h * p.step * p.y.row
             )
         n, channel, d, h, end = _place(p, unit)
-        channels, rows = min(p[AT_ONCE], p[CHANNELS] - channel), end - h
-        y_rows = p[Y_ROWS] - h * p[STEP]
-        weights = simd.offset(simd.at(real, p[W]), channel * p[ROWS] * p[TAPS])
-        x = simd.offset(simd.at(real, p[X]), n * p[X_N] + channel * p[X_C])
-        y = simd.offset(
-            simd.at(real, p[Y]), n * p[Y_N] + channel * p[ROWS] * p[Y_O] + d * p[Y_D] + h * p[STEP] * p[Y_H]
+        channels, rows = min(p.at_once, p.channels - channel), end - h
+        y_rows = p.y_rows - h * p.step
+        weights = offset(p.operands.w, channel * p.rows * p.taps)
+        x = offset(p.operands.x, n * p.x.sample + channel * p.x.channel)
+        y = offset(
+            p.operands.y, n * p.y.sample + channel * p.rows * p.y.channel + d * p.y.depth + h * p.step * p.y.row
         )
-        first_h, first_d = h * p[STRIDE_H] + p[FIRST_H], d * p[STRIDE_D] + p[FIRST_D]
-        low = max(-(first_d // p[TAP_STEP]), 0)  # taps of the depth from here on, and before `high`, meet a plane
-        high = min((p[DEPTH] - 1 - first_d) // p[TAP_STEP] + 1, p[TAPS_D])
-        finite = not p[CHECK] or _all_finite(weights, channels * p[ROWS] * p[TAPS])
-        for i in range(p[ROWS]):
-            w = simd.offset(weights, i * p[TAPS] + p[W_FIRST])
-            y_i = simd.offset(y, i * p[Y_O])
-            bias = simd.at(real, p[CONSTANTS])
-            if p[BIAS]:
-                bias = simd.offset(simd.at(real, p[BIAS]), channel * p[ROWS] + i)
+        first_h, first_d = h * p.height.stride + p.height.first, d * p.depth.stride + p.depth.first
+        low = max(-(first_d // p.depth.tap_step), 0)  # taps of the depth from here on, and before `high`, read a plane
+        high = min((p.depth.length - 1 - first_d) // p.depth.tap_step + 1, p.depth.taps)
+        finite = not p.check or _all_finite(weights, channels * p.rows * p.taps)
+        for i in range(p.rows):
+            w = offset(weights, i * p.taps + p.w_first)
+            y_i = offset(y, i * p.y.channel)
+            bias, bias_step = p.constants, 0
+            if pointer_address(p.operands.bias) != 0:
+                bias, bias_step = offset(p.operands.bias, channel * p.rows + i), p.rows
             if finite:
                 _correlate_rows(
-                    p, y_i, simd.offset(x, (first_d + low * p[TAP_STEP]) * p[X_D]), p[X_C], p[TAP_STEP] * p[X_D],
-                    p[X_H], first_h, p[HEIGHT], high - low, simd.offset(w, low * p[W_D]), channels, rows, y_rows, bias,
-                    ahead, x_ahead, y_ahead,
+                    p, p.steps, y_i, offset(x, (first_d + low * p.depth.tap_step) * p.x.depth), first_h,
+                    p.height.length, high - low, offset(w, low * p.w_depth), channels, rows, y_rows, bias, ahead,
+                    x_ahead, y_ahead,
                 )  # fmt: skip
                 continue
-            copied = (rows - 1) * p[STRIDE_H] + p[TAPS_H]
+            copied = (rows - 1) * p.height.stride + p.height.taps
             for c in range(channels):
-                _copy_rows(p, scratch, simd.offset(x, c * p[X_C]), first_d, first_h, copied)
+                _copy_rows(p, scratch, offset(x, c * p.x.channel), first_d, first_h, copied)
                 _correlate_rows(
-                    p, simd.offset(y_i, c * p[ROWS] * p[Y_O]), scratch, 0, copied * p[WIDTH], p[WIDTH], 0, copied,
-                    p[TAPS_D], simd.offset(w, c * p[ROWS] * p[TAPS]), 1, rows, y_rows,
-                    simd.offset(bias, c * p[ROWS] if p[BIAS] else 0), 0, simd.at(real, 0), simd.at(real, 0),
+                    p, p.copy_steps, offset(y_i, c * p.rows * p.y.channel), scratch, 0, copied, p.depth.taps,
+                    offset(w, c * p.rows * p.taps), 1, rows, y_rows, offset(bias, c * bias_step), 0, at(real, 0),
+                    at(real, 0),
                 )  # fmt: skip
 
 
 @_jit
 def _accumulate_rows(p, sums, dy, x, zeros, first_h, planes, runs, rows, ahead, x_ahead, dy_ahead):
     """Add what `rows` rows of `runs` samples of `planes` planes of the output gradient contribute to `sums`. The first
-    tap of the first row meets row first_h of x. What is at x_ahead and dy_ahead, null if not `ahead`, comes next."""
-    lanes = simd.lanes(sums)
-    table = simd.at(p, p[TABLE])
-    size = p[ROWS] * p[TAPS]
-    for i in range(p[ROWS]):
-        for d in range(p[OUT_D]):
-            for a in range(p[TAPS_D]):
-                at_d = d * p[STRIDE_D] + p[FIRST_D] + a * p[TAP_STEP]
-                within = 0 <= at_d < p[DEPTH]
-                for k in range(p[PIECES]):
-                    piece = simd.offset(table, k * p[PIECE_SIZE])
-                    column = piece[FIRST_COLUMN]
-                    done = ahead * rows * piece[COLUMN]
-                    simd.call_accumulate_planes(
-                        piece[FUNCTION], simd.offset(piece, MASKS),
-                        simd.offset(sums, (i * p[TAPS] + a * (p[TAPS] // p[TAPS_D])) * lanes), size * lanes,
-                        simd.offset(dy, i * p[Y_O] + d * p[Y_D] + piece[COLUMN]), p[ROWS] * p[Y_O], p[Y_N],
-                        p[Y_H], simd.offset(x, at_d * p[X_D] + column), p[X_C], p[X_N], p[X_H],
-                        simd.offset(zeros, column), first_h, p[HEIGHT] if within else 0, planes, runs, rows,
-                        simd.offset(x_ahead, done * p[STRIDE_H] * p[STRIDE_H]), simd.offset(dy_ahead, done),
+    tap of the first row reads row first_h of x. What is at x_ahead and dy_ahead, null if not `ahead`, comes next."""
+    lanes = lanes_of(sums)
+    stride = p.height.stride
+    for i in range(p.rows):
+        for d in range(p.out_d):
+            for a in range(p.depth.taps):
+                at_d = d * p.depth.stride + p.depth.first + a * p.depth.tap_step
+                height = p.height.length if 0 <= at_d < p.depth.length else 0
+                for k in range(p.parts):
+                    part = p.table[k]
+                    done = ahead * rows * part.column
+                    accumulate_planes(
+                        part.function, part.masks, offset(sums, (i * p.taps + a * (p.taps // p.depth.taps)) * lanes),
+                        offset(dy, i * p.y.channel + d * p.y.depth + part.column),
+                        offset(x, at_d * p.x.depth + part.first_column), offset(zeros, part.first_column), first_h,
+                        height, planes, runs, rows, offset(x_ahead, done * stride * stride), offset(dy_ahead, done),
+                        p.steps,
                     )  # fmt: skip
 
 
-@tasks.Body
+@tasks.body(WeightGradient)
 def _weight_gradient(task, worker, p, real):
     """Task = a part of the units (tile of rows, sample) of a range of channels."""
-    lanes = simd.lanes(real)
-    sums = simd.at(real, p[tasks.SCRATCH] + worker * p[tasks.SCRATCH_BYTES])
-    zeros = simd.at(real, p[CONSTANTS])
-    part, split = task % p[CHUNKS], task // p[CHUNKS]
-    channel, end = part * p[CHANNELS] // p[CHUNKS], (part + 1) * p[CHANNELS] // p[CHUNKS]
-    size = p[ROWS] * p[TAPS]
+    lanes = lanes_of(real)
+    sums = at(real, p.header.scratch + worker * p.header.scratch_bytes)
+    part, split = task % p.chunks, task // p.chunks
+    channel, end = part * p.channels // p.chunks, (part + 1) * p.channels // p.chunks
+    size = p.rows * p.taps
     while channel < end:
-        channels = min(p[AT_ONCE], end - channel)
-        simd.fill_zero(sums, channels * size * lanes)
-        unit, last = split * p[UNITS] // p[SPLITS], (split + 1) * p[UNITS] // p[SPLITS]
+        channels = min(p.at_once, end - channel)
+        fill_zero(sums, channels * size * lanes)
+        unit, last = split * p.units // p.splits, (split + 1) * p.units // p.splits
         while unit < last:
-            tile, n = unit // p[BATCH], unit % p[BATCH]
-            runs = min(p[BATCH] - n, last - unit)
+            tile, n = unit // p.batch, unit % p.batch
+            runs = min(p.batch - n, last - unit)
             unit += runs
-            h = tile * p[OUT_H] // p[TILES]
-            rows, first_h = (tile + 1) * p[OUT_H] // p[TILES] - h, h * p[STRIDE_H] + p[FIRST_H]
-            x = simd.offset(simd.at(real, p[X]), n * p[X_N] + channel * p[X_C])
-            dy = simd.offset(simd.at(real, p[Y]), n * p[Y_N] + channel * p[ROWS] * p[Y_O] + h * p[Y_H])
-            if not p[AHEAD]:
+            h = tile * p.out_h // p.tiles
+            rows, first_h = (tile + 1) * p.out_h // p.tiles - h, h * p.height.stride + p.height.first
+            x = offset(p.operands.x, n * p.x.sample + channel * p.x.channel)
+            dy = offset(p.operands.y, n * p.y.sample + channel * p.rows * p.y.channel + h * p.y.row)
+            if not p.prefetches:
                 _accumulate_rows(
-                    p, sums, dy, x, zeros, first_h, channels, runs, rows, 0, simd.at(real, 0), simd.at(real, 0)
+                    p, sums, dy, x, p.constants, first_h, channels, runs, rows, 0, at(real, 0), at(real, 0)
                 )
                 continue
             for c in range(channels):  # whole rows of a run, since these follow one another in memory
                 for m in range(runs):
-                    x_now, dy_now = simd.offset(x, c * p[X_C] + m * p[X_N]), simd.offset(dy, c * p[Y_O] + m * p[Y_N])
-                    x_step, dy_step = p[X_N], p[Y_N]
+                    x_now = offset(x, c * p.x.channel + m * p.x.sample)
+                    dy_now = offset(dy, c * p.y.channel + m * p.y.sample)
+                    x_step, dy_step = p.x.sample, p.y.sample
                     if m + 1 == runs:
-                        x_step, dy_step = p[X_C] - m * p[X_N], p[Y_O] - m * p[Y_N]
+                        x_step, dy_step = p.x.channel - m * p.x.sample, p.y.channel - m * p.y.sample
                     _accumulate_rows(
-                        p, simd.offset(sums, c * size * lanes), dy_now, x_now, zeros, first_h, 1, 1, rows, 1,
-                        simd.offset(x_now, first_h * p[X_H] + x_step), simd.offset(dy_now, dy_step),
+                        p, offset(sums, c * size * lanes), dy_now, x_now, p.constants, first_h, 1, 1, rows, 1,
+                        offset(x_now, first_h * p.x.row + x_step), offset(dy_now, dy_step),
                     )  # fmt: skip
-        simd.sum_lanes(
-            simd.offset(simd.at(real, p[W]), (split * p[CHANNELS] + channel) * size), sums, channels * size
-        )
+        sum_lanes(offset(p.operands.w, (split * p.channels + channel) * size), sums, channels * size)
         channel += channels
 
 
@@ -218,21 +294,9 @@ def _weight_gradient(task, worker, p, real):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _correlate_function(taps, kind, arguments, real):
-    simd.correlate_planes(taps, kind, arguments, real)
-
-
-def _accumulate_function(taps, kind, arguments, real):
-    simd.accumulate_planes(taps, kind, arguments, real)
-
-
-def _spread_function(taps, kind, arguments, real):
-    simd.spread_planes_by_two(taps, kind, arguments, real)
-
-
 def _rows_at_once(rows: int) -> int:
-    """Those of `simd.PLANE_ROWS`, no more than there are, with which the fewest rows are computed twice."""
-    return min((most for most in simd.PLANE_ROWS if most <= rows), key=lambda most: -(-rows // most) * most)
+    """Those of `PLANE_ROWS`, no more than there are, with which the fewest rows are computed twice."""
+    return min((most for most in PLANE_ROWS if most <= rows), key=lambda most: -(-rows // most) * most)
 
 
 def _lane_bits(low: int, high: int, lanes: int) -> int:
@@ -240,35 +304,46 @@ def _lane_bits(low: int, high: int, lanes: int) -> int:
     return sum(1 << lane for lane in range(max(low, 0), min(high, lanes)))
 
 
-def _shapes(count: int, dtype: np.dtype, most: int) -> list[tuple[int, int, int]]:
-    """(index in `simd.plane_shapes`, lanes, vectors) of the pieces, of `most` vectors, of a row of `count` elements."""
-    shapes = [(n, *shape) for n, shape in enumerate(simd.plane_shapes(simd.tile(dtype.itemsize * 8)))]
-    shapes = [shape for shape in shapes if shape[2] <= most]
-    pieces = []
+def _parts(count: int, dtype: np.dtype, most: int) -> list[Part]:
+    """The parts, of `most` vectors at most, of a row of `count` elements."""
+    parts = [part for part in row_parts(tile_for(dtype.itemsize * 8)) if part.vectors <= most]
+    found = []
     while count > 0:
-        pieces.append(next((s for s in shapes if count <= s[1] * s[2]), shapes[-1]))
-        count -= pieces[-1][1] * pieces[-1][2]
-    return pieces
+        found.append(next((part for part in parts if count <= part.columns), parts[-1]))
+        count -= found[-1].columns
+    return found
 
 
-def _pieces(line: Line, dtype: np.dtype, rows: int | None) -> np.ndarray:
-    """The table of the pieces of a row of output, for `rows` rows at a time; None is the weight gradient."""
+def _part_table(entries: Sequence[tuple[int, int, int, list[int]]], kept: list[np.ndarray]) -> np.ndarray:
+    """A table of `RowPart`, each with its masks, which are `kept`."""
+    masks = [np.array(bits, np.int64) for *_, bits in entries]
+    table = RowPart.table(
+        (*entry[:3], address(bits)) for entry, bits in zip(entries, masks, strict=True)
+    )
+    kept += [table, *masks]
+    return table
+
+
+def _row_table(line: Line, dtype: np.dtype, rows: int | None, kept: list[np.ndarray]) -> np.ndarray:
+    """The table of the parts of a row of output, for `rows` rows at a time; None is the weight gradient."""
     (phase,) = line.phases
     taps, first = len(phase.taps), 0
-    table = []
-    for shape, lanes, vectors in _shapes(phase.count, dtype, 1 if rows is None else 2):
+    entries = []
+    for part in _parts(phase.count, dtype, 1 if rows is None else 2):
+        lanes, vectors = part
         column = first * line.stride + phase.shift - line.before
-        kind = simd.plane_kind(line.stride, shape, rows or 0)
-        function = address_of(_accumulate_function if rows is None else _correlate_function, taps, kind, dtype)
+        if rows is None:
+            function = accumulate_planes.address(dtype, Taps(taps, line.stride, lanes))
+        else:
+            function = correlate_planes.address(dtype, RowBlock(taps, line.stride, rows, part))
         stored = [_lane_bits(0, phase.count - first - n * lanes, lanes) for n in range(vectors)]
-        places = [column + at for at in simd.plane_loads(lanes, vectors, taps, line.stride)]
+        places = [column + place for place in plane_loads(part, taps, line.stride)]
         loaded = [_lane_bits(-place, line.size - place, lanes) for place in places]
-        if rows is None and line.stride == 1:  # zero times what a lane that is not there would meet may be nan
+        if rows is None and line.stride == 1:  # zero times what a lane that is not there would read may be nan
             loaded = [bits & stored[0] for bits in loaded]
-        table.append([function, first, column, *stored, *loaded])
-        first += lanes * vectors
-    size = max(map(len, table))
-    return np.array([piece + [0] * (size - len(piece)) for piece in table], np.int64)
+        entries.append((function, first, column, [*stored, *loaded]))
+        first += part.columns
+    return _part_table(entries, kept)
 
 
 def _parity(line: Line) -> int:
@@ -282,42 +357,41 @@ def _first(line: Line) -> int:
     return phase.shift - line.before - (_parity(line) - phase.taps[0]) // 2
 
 
-def _pieces_by_two(line: Line, dtype: np.dtype) -> np.ndarray:
-    """The table of the pieces of a row of pairs of an input gradient with stride 2."""
-    taps, count, first = len(line.taps), sum(phase.count for phase in line.phases), 0
-    table = []
-    for shape, lanes, _ in _shapes(line.out, dtype, 1):
-        function = address_of(_spread_function, taps, simd.plane_kind(_parity(line), shape, 0), dtype)
-        stored = [_lane_bits(0, count - 2 * first - n * lanes, lanes) for n in range(2)]
-        places = [first + _first(line) + shift for shift in simd.spread_shifts(taps, _parity(line))]
+def _row_table_by_two(line: Line, dtype: np.dtype, kept: list[np.ndarray]) -> np.ndarray:
+    """The table of the parts of a row of pairs of an input gradient with stride 2."""
+    taps, first = len(line.taps), 0
+    entries = []
+    for lanes, _ in _parts(line.out, dtype, 1):
+        function = spread_planes_by_two.address(dtype, Spreading(taps, _parity(line), lanes))
+        stored = [_lane_bits(0, line.whole - 2 * first - n * lanes, lanes) for n in range(2)]
+        places = [first + _first(line) + shift for shift in spread_shifts(taps, _parity(line))]
         loaded = [_lane_bits(-place, line.size - place, lanes) for place in places]
-        table.append([function, 2 * first, first + _first(line), *stored, *loaded])
+        entries.append((function, 2 * first, first + _first(line), [*stored, *loaded]))
         first += lanes
-    return np.array(table, np.int64)
+    return _part_table(entries, kept)
 
 
-def _geometry(lines: Lines) -> tuple[int, ...]:
-    """The parameters from WIDTH on, but for the last."""
-    depth, height, width = lines
-    first_h, first_d = (line.phases[0].shift - line.before for line in (height, depth))
-    return (
-        width.size, height.size, height.stride, first_h, len(height.taps), depth.size, depth.stride, first_d,
-        len(depth.taps), depth.phases[0].tap_step,
-    )  # fmt: skip
+def _dimensions(lines: Lines) -> dict[str, Any]:
+    depth, height, _ = lines
+    first_d, first_h = (line.phases[0].shift - line.before for line in (depth, height))
+    return {
+        "depth": (depth.size, depth.stride, first_d, len(depth.taps), depth.phases[0].tap_step),
+        "height": (height.size, height.stride, first_h, len(height.taps)),
+    }
 
 
-def _asks_ahead(
+def _prefetches(
     dtype: np.dtype, batch: int, channels: int, rows: int, lines: Lines, x: Strides, y: Strides
 ) -> bool:
-    """Does a unit ask for the memory of the next one? That is one piece where whole planes follow one another."""
+    """Does a unit prefetch the memory of the next one? That is one block where whole planes follow one another."""
     elements = 0
     for strides, sizes in (
-        (x, [line.size for line in lines]), (y, [sum(phase.count for phase in line.phases) for line in lines])
+        (x, [line.size for line in lines]), (y, [line.whole for line in lines])
     ):  # fmt: skip
         if any(strides[k] != math.prod(sizes[k - 1 :]) for k in (1, 2, 3) if k != 2 or sizes[0] > 1):
             return False
         elements += batch * channels * math.prod(sizes)
-    return rows == 1 and elements * dtype.itemsize > AHEAD_BYTES
+    return rows == 1 and elements * dtype.itemsize > PREFETCH_BYTES
 
 
 def _tiles(rows: int, row_bytes: int, least: int) -> int:
@@ -336,7 +410,9 @@ def plan_correlation(
     """
     depth, height, width = lines
     at_once = _rows_at_once(height.out)
-    pieces, no_bias = _pieces(width, dtype, at_once), np.array([-0.0], dtype)  # adding which changes nothing
+    no_bias = np.array([-0.0], dtype)  # adding which changes nothing
+    kept = [no_bias]
+    table = _row_table(width, dtype, at_once, kept)
     taps = [len(line.taps) for line in lines]
     row_bytes = max(width.size, width.out) * dtype.itemsize
     tiles, planes = _tiles(height.out, row_bytes, at_once), 1
@@ -350,18 +426,21 @@ def plan_correlation(
     sizes = taps[1] * taps[2], taps[2], 1
     falls = [line.taps[0] > line.taps[-1] for line in lines]
     first = sum((n - 1) * size for n, size, falling in zip(taps, sizes, falls, strict=True) if falling)
-    steps = [-size if falling else size for size, falling in zip(sizes, falls, strict=True)]
-    copied = taps[0] * ((tile - 1) * height.stride + taps[1]) * width.size + simd.tile(dtype.itemsize * 8).lanes
-    parameters = np.zeros(END, np.int64)
-    parameters[X_N:END] = (
-        *x[:4], *y[:4], first, *steps, math.prod(taps),
-        channels, rows, planes, chunks, depth.out, height.out, 1, height.out, tiles, units, unit_tasks, *pieces.shape,
-        address(pieces), address(no_bias), batch, 1, check, *_geometry(lines),
-        _asks_ahead(dtype, batch, channels, rows, lines, x, y),
+    w_steps = [-size if falling else size for size, falling in zip(sizes, falls, strict=True)]
+    copied = ((tile - 1) * height.stride + taps[1]) * width.size  # elements, for each tap of the depth
+    y_steps, w_plane = (rows * y[1], y[3]), rows * math.prod(taps)
+    parameters = Correlation.of(
+        operands=NO_OPERANDS, x=x[:4], y=y[:4], channels=channels, rows=rows, at_once=planes, chunks=chunks,
+        out_d=depth.out, out_h=height.out, tiles=tiles, units=units, parts=len(table), table=address(table),
+        taps=math.prod(taps), **_dimensions(lines), prefetches=_prefetches(dtype, batch, channels, rows, lines, x, y),
+        constants=address(no_bias), w_first=first, w_depth=w_steps[0], step=1, y_rows=height.out,
+        unit_tasks=unit_tasks, check=check, width=width.size,
+        steps=(*y_steps, x[1], depth.phases[0].tap_step * x[2], x[3], w_plane, *w_steps, rows),
+        copy_steps=(*y_steps, 0, copied, width.size, w_plane, *w_steps, rows),
     )  # fmt: skip
     flops = 2 * batch * channels * rows * math.prod(line.out * len(line.taps) for line in lines)
-    scratch = copied * dtype.itemsize if check else 0
-    return Plan(_correlate, parameters, (pieces, no_bias), unit_tasks, scratch, flops)
+    scratch = (taps[0] * copied + tile_for(dtype.itemsize * 8).lanes) * dtype.itemsize if check else 0
+    return Plan(_correlate, parameters, tuple(kept), unit_tasks, scratch, flops)
 
 
 def plan_input_gradient_by_two(
@@ -369,25 +448,28 @@ def plan_input_gradient_by_two(
 ) -> Plan:
     """Plan the input gradient of a depthwise convolution with stride 2, with strides of dy and dx in elements."""
     _, height, width = lines
-    pieces, no_bias = _pieces_by_two(width, dtype), np.array([-0.0], dtype)
+    no_bias = np.array([-0.0], dtype)
+    kept = [no_bias]
+    table = _row_table_by_two(width, dtype, kept)
     taps = len(height.taps)
     row_bytes = 2 * width.out * dtype.itemsize
-    tiles, planes = _tiles(height.out, 2 * row_bytes, simd.PLANE_PAIRS), 1
+    tiles, planes = _tiles(height.out, 2 * row_bytes, PLANE_PAIRS), 1
     if tiles == 1:
         planes = max(1, min(channels, _CALL_BYTES // (2 * row_bytes * height.out)))
     chunks = -(-channels // planes)
     units = batch * chunks * tiles
     unit_tasks = min(units, 8 * workers)
-    dx_rows = sum(phase.count for phase in height.phases)
-    parameters = np.zeros(END, np.int64)
-    parameters[X_N:END] = (
-        *dy[:4], *dx[:4], 0, taps * taps, taps, 1, taps * taps,
-        channels, 1, planes, chunks, 1, height.out, 2, dx_rows, tiles, units, unit_tasks, *pieces.shape,
-        address(pieces), address(no_bias), batch, 1, False, width.size, height.size, 1, _first(height), taps, 1, 0, 0,
-        1, 1, _asks_ahead(dtype, batch, channels, 1, lines, dy, dx),
+    parameters = Correlation.of(
+        operands=NO_OPERANDS, x=dy[:4], y=dx[:4], channels=channels, rows=1, at_once=planes, chunks=chunks, out_d=1,
+        out_h=height.out, tiles=tiles, units=units, parts=len(table), table=address(table), taps=taps * taps,
+        depth=(1, 1, 0, 1, 1), height=(height.size, 1, _first(height), taps),
+        prefetches=_prefetches(dtype, batch, channels, 1, lines, dy, dx), constants=address(no_bias), w_first=0,
+        w_depth=taps * taps, step=2, y_rows=height.whole, unit_tasks=unit_tasks, check=False, width=width.size,
+        steps=(dx[1], dx[3], dy[1], dy[2], dy[3], taps * taps, taps * taps, taps, 1, 1),
+        copy_steps=(0,) * len(PlaneSteps.fields),
     )  # fmt: skip
     flops = 2 * batch * channels * height.size * width.size * taps * taps
-    return Plan(_correlate, parameters, (pieces, no_bias), unit_tasks, 0, flops)
+    return Plan(_correlate, parameters, tuple(kept), unit_tasks, 0, flops)
 
 
 def plan_weight_gradient(
@@ -395,8 +477,10 @@ def plan_weight_gradient(
 ) -> Plan:
     """Plan dw[c, i, k] = sum over n, p of dy[n, c, i, p] * x[n, c, u(p, k)], with strides of x and dy in elements."""
     depth, height, width = lines
-    lanes = simd.tile(dtype.itemsize * 8).lanes
-    pieces, zeros = _pieces(width, dtype, None), np.zeros(width.size, dtype)
+    lanes = tile_for(dtype.itemsize * 8).lanes
+    zeros = np.zeros(width.size, dtype)
+    kept = [zeros]
+    table = _row_table(width, dtype, None, kept)
     taps = math.prod(len(line.taps) for line in lines)
     sums = rows * taps * lanes
     tiles = _tiles(height.out, max(width.size, width.out) * dtype.itemsize, len(height.taps))
@@ -404,16 +488,17 @@ def plan_weight_gradient(
     splits = min(units, -(-_GRADIENT_TASKS // channels))
     chunks = min(channels, 4 * _GRADIENT_TASKS)
     planes = max(1, min(-(-channels // chunks), _SUMS_BYTES // (sums * dtype.itemsize)))
-    parameters = np.zeros(END, np.int64)
-    parameters[X_N:END] = (
-        *x[:4], *dy[:4], 0, 0, 0, 0, taps,
-        channels, rows, planes, chunks, depth.out, height.out, 1, height.out, tiles, units, chunks * splits,
-        *pieces.shape, address(pieces), address(zeros), batch, splits, False, *_geometry(lines),
-        depth.out == 1 and len(pieces) > 1 and _asks_ahead(dtype, batch, channels, rows, lines, x, dy),
+    parts_follow = depth.out == 1 and len(table) > 1
+    parameters = WeightGradient.of(
+        operands=NO_OPERANDS, x=x[:4], y=dy[:4], channels=channels, rows=rows, at_once=planes, chunks=chunks,
+        out_d=depth.out, out_h=height.out, tiles=tiles, units=units, parts=len(table), table=address(table), taps=taps,
+        **_dimensions(lines), constants=address(zeros), batch=batch, splits=splits,
+        prefetches=parts_follow and _prefetches(dtype, batch, channels, rows, lines, x, dy),
+        steps=(sums, rows * dy[1], dy[0], dy[3], x[1], x[0], x[3]),
     )  # fmt: skip
     flops = 2 * batch * channels * rows * math.prod(line.out * len(line.taps) for line in lines)
     return Plan(
-        _weight_gradient, parameters, (pieces, zeros), chunks * splits, planes * sums * dtype.itemsize, flops,
+        _weight_gradient, parameters, tuple(kept), chunks * splits, planes * sums * dtype.itemsize, flops,
         splits=splits,
     )  # fmt: skip
 
@@ -433,7 +518,7 @@ def applies(
     dtype: np.dtype, lines: Lines, x: Strides, y: Strides, zeros: bool, weight_gradient: bool = False
 ) -> bool:
     """Is this a correlation for the functions of this module, with strides of input and output in elements?"""
-    if not zeros or not simd.tile(dtype.itemsize * 8).masks or not x[4] == y[4] == 1:
+    if not zeros or not tile_for(dtype.itemsize * 8).masks or not x[4] == y[4] == 1:
         return False
     for line in lines:
         rising = tuple(range(len(line.taps)))
@@ -446,21 +531,21 @@ def applies(
     if not height.phases[0].tap_step == width.phases[0].tap_step == 1:
         return False
     if weight_gradient:
-        return taps in simd.GRADIENT_TAPS.get(stride, ()) and height.out >= taps
+        return taps in GRADIENT_TAPS.get(stride, ()) and height.out >= taps
     places = np.arange(depth.out)[:, None] * depth.stride + depth.phases[0].shift
     places = places + np.arange(len(depth.taps)) * depth.phases[0].tap_step
     if not (depth.source[places] >= 0).any(axis=1).all():
         return False
-    copied = len(depth.taps) * (stride * (max(simd.PLANE_ROWS) - 1) + taps) * width.size * dtype.itemsize
+    copied = len(depth.taps) * (stride * (max(PLANE_ROWS) - 1) + taps) * width.size * dtype.itemsize
     return (
-        taps in simd.PLANE_TAPS.get(stride, ()) and height.out >= min(simd.PLANE_ROWS) and copied <= _MOST_COPIED
+        taps in PLANE_TAPS.get(stride, ()) and height.out >= min(PLANE_ROWS) and copied <= _MOST_COPIED
     )
 
 
 def applies_by_two(dtype: np.dtype, lines: Lines, dy: Strides, dx: Strides) -> bool:
     """Is this an input gradient for `plan_input_gradient_by_two`?"""
     depth, *others = lines
-    if not simd.tile(dtype.itemsize * 8).masks or not dy[4] == dx[4] == 1:
+    if not tile_for(dtype.itemsize * 8).masks or not dy[4] == dx[4] == 1:
         return False
     if not depth.out == depth.step == depth.size == len(depth.taps) == 1:
         return False
@@ -470,9 +555,9 @@ def applies_by_two(dtype: np.dtype, lines: Lines, dy: Strides, dx: Strides) -> b
     height, width = others
     return (
         len(height.taps) == len(width.taps)
-        and len(height.taps) in simd.SPREAD_TAPS
+        and len(height.taps) in SPREAD_TAPS
         and _parity(height) == _parity(width)
-        and height.out >= simd.PLANE_PAIRS
+        and height.out >= PLANE_PAIRS
     )
 
 
@@ -480,8 +565,8 @@ def pays(dtype: np.dtype, lines: Lines, weight_gradient: bool = False) -> bool:
     """Is this faster than `depthwise_channels`?"""
     _, height, width = lines
     taps = math.prod(len(line.taps) for line in lines)
-    shapes = _shapes(width.out, dtype, 1 if weight_gradient else 2)
-    waste = sum(lanes * vectors for _, lanes, vectors in shapes) / width.out
+    parts = _parts(width.out, dtype, 1 if weight_gradient else 2)
+    waste = sum(part.columns for part in parts) / width.out
     if not weight_gradient:
         at_once = _rows_at_once(height.out)
         waste *= -(-height.out // at_once) * at_once / height.out

@@ -1,9 +1,9 @@
 """Convolution and softmax cross-entropy as explicit loops: the definitions, and what every faster method is tested by.
 
 These are the kernels of `cuda_kernels.convolution` and `cuda_kernels.softmax_cross_entropy`, word for word. There, one
-thread computes one element of the result; here, so does one turn of a `prange` loop. No turn depends on another, so
-the result is the same for any number of threads, and a sample's the same in any batch. Arrays have any strides. Sums
-are formed in the type of the elements, from the first term to the last.
+thread computes one element of the result; here, one iteration of a `prange` loop does. No iteration depends on another,
+so the result has the same bits for any number of threads, and for a sample whatever the batch. Arrays have any strides.
+Sums are formed in the type of the elements, from the first term to the last.
 
 Positions, taps and input coordinates have three dimensions, with sizes of one where the caller has fewer. Which input
 element a tap reads is a table (`geometry.input_coordinates`), so that one kernel serves all paddings.
@@ -297,9 +297,8 @@ def cross_entropy(
             return first_position + int(wrong[0]), int(flat[wrong[0]])
         labels = target.astype(np.int64, copy=False)
     reduced = loss is not None and reduction != "none"
-    scale = 1.0
-    if grad_output is not None and np.ndim(grad_output) == 0:  # one number for all positions
-        scale, grad_output = float(grad_output), None
+    rows = grad_output if isinstance(grad_output, np.ndarray) and grad_output.ndim else None
+    scale = 1.0 if grad_output is None or rows is not None else float(grad_output)  # one number for all positions
     labels = _three_space_axes(labels, 1, np.dtype(np.int64))
     weight = np.empty(0, dtype) if weight is None else _aligned(weight)
     denominator, divisor = np.empty(0, dtype), 1
@@ -313,7 +312,7 @@ def cross_entropy(
     cross_entropy_kernel[dtype](
         _aligned(_three_space_axes(logits, 2, dtype)), _aligned(labels),
         _aligned(_three_space_axes(None if hard else target, 2, dtype)), weight,
-        _aligned(_three_space_axes(grad_output, 1, dtype)), ignore_index, real(scale / divisor if divisor else scale),
+        _aligned(_three_space_axes(rows, 1, dtype)), ignore_index, real(scale / divisor if divisor else scale),
         denominator, real(1 - label_smoothing), real(label_smoothing / classes), real(z_loss), real(logit_softcap),
         _three_space_axes(None if reduced else loss, 1, dtype), row_loss, _three_space_axes(grad, 2, dtype),
         _three_space_axes(lse, 1, dtype),

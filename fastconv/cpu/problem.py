@@ -19,7 +19,7 @@ OPERATIONS = ("forward", "input_grad", "weight_grad")
 # What a method can do with operands that are not finite. A method that finds values it cannot do with hands on to one
 # that can do with more of them: the levels only rise, so that comes to an end.
 FINITE_OPERANDS = 0  # one value spreads over others: all operands must be finite, and so must be what they become
-FINITE_GROUPS = 1  # weights must be finite, but the sums of whole channels bear some that are not
+FINITE_GROUPS = 1  # weights must be finite; the products of phases, which need that in part, come next
 FINITE_WEIGHTS = 2  # weights must be finite, at least where a zero outside an array would be multiplied with them
 ANY_VALUES = 3
 

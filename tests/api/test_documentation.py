@@ -1,4 +1,4 @@
-"""The README: its examples run. Its links and those of the docs lead somewhere. (test_contract runs docstrings.)"""
+"""The examples of README and docs run, and their links lead somewhere. (test_contract runs docstrings.)"""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ import pytest
 import fastconv as fc
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+WITH_EXAMPLES = [ROOT / name for name in ("README.md", "docs/usage.md", "docs/equations.md")]
+BLOCKS = [
+    block
+    for page in WITH_EXAMPLES
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[0])
-def test_readme_examples(block, tmp_path):
+def test_examples(block, tmp_path):
     if "import cupy" in block:
         pytest.importorskip("cupy", reason="CuPy is not installed (it needs a GPU)")
     script = tmp_path / "readme.py"  # beside which Numba keeps what an example caches

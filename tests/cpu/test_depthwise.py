@@ -12,7 +12,10 @@ import pytest
 
 import fastconv as fc
 import oracle
-from fastconv.cpu import depthwise, depthwise_channels, depthwise_planes, methods, simd
+from fastconv.cpu import depthwise, depthwise_channels, depthwise_planes, methods
+from fastconv.cpu.vector.depthwise_channels import Steps
+from fastconv.cpu.vector.depthwise_rows import SHARED_ROWS
+from fastconv.cpu.vector.tile import tile
 from fastconv.geometry import PADDING_MODES, ConvGeometry
 from helpers import (
     LAYOUTS,
@@ -165,15 +168,15 @@ def bodies(monkeypatch, cases):
 
 @pytest.mark.usefixtures("no_masks")
 def test_the_cases_run_on_these_kernels(monkeypatch):
-    assert set(bodies(monkeypatch, CASES)) == {"depthwise"}
+    assert set(bodies(monkeypatch, CASES)) == {"depthwise_tasks"}
 
 
 @pytest.mark.usefixtures("no_masks")
 def test_where_vectors_hold_channels(monkeypatch):
-    assert set(bodies(monkeypatch, CHANNEL_CASES)) == {"depthwise_channels"}
+    assert set(bodies(monkeypatch, CHANNEL_CASES)) == {"depthwise_channels_tasks"}
 
 
-@pytest.mark.skipif(not simd.tile(32).masks, reason="vectors of this processor have no masks")
+@pytest.mark.skipif(not tile(32).masks, reason="vectors of this processor have no masks")
 def test_where_planes_are_read_in_place(monkeypatch):
     assert set(bodies(monkeypatch, PLANE_CASES)) == {"depthwise_planes"}
 
@@ -213,7 +216,7 @@ def test_passes(case, dtype, rng):
     assert_accurate(channels_first(f.input_grad(x.shape, w, dy, **options)), dx)
 
 
-@pytest.mark.skipif(not simd.tile(32).masks, reason="there are no other kernels for them on this processor")
+@pytest.mark.skipif(not tile(32).masks, reason="there are no other kernels for them on this processor")
 @pytest.mark.parametrize("case", [case for case in [*CASES, *CHANNEL_CASES] if case.ndim > 1], ids=str)
 @pytest.mark.usefixtures("no_masks")
 def test_passes_without_masks(case, rng):
@@ -221,10 +224,10 @@ def test_passes_without_masks(case, rng):
 
 
 @pytest.fixture
-def asks_ahead(monkeypatch):
+def with_prefetches(monkeypatch):
     """As for arrays that are in no cache."""
     for module in (depthwise_channels, depthwise_planes):
-        monkeypatch.setattr(module, "AHEAD_BYTES", 0)
+        monkeypatch.setattr(module, "PREFETCH_BYTES", 0)
     monkeypatch.setattr(depthwise_channels, "IN_PLACE_BYTES", 0)
     methods.forget_plans()
     yield
@@ -232,23 +235,25 @@ def asks_ahead(monkeypatch):
 
 
 @pytest.mark.parametrize("case", [*CHANNEL_CASES, *PLANE_CASES], ids=str)
-@pytest.mark.usefixtures("asks_ahead")
-def test_passes_asking_ahead(case, rng):
+@pytest.mark.usefixtures("with_prefetches")
+def test_passes_with_prefetches(case, rng):
     test_passes(case, "float32", rng)
 
 
-@pytest.mark.parametrize(("planes", "asks"), [(1, False), (120, True)])
+@pytest.mark.parametrize(("planes", "prefetches"), [(1, False), (120, True)])
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-def test_which_arrays_are_asked_for_ahead(layout, planes, asks, monkeypatch):
+def test_which_arrays_are_prefetched(layout, planes, prefetches, monkeypatch):
     """Those of more than 16 MiB together."""
     seen = []
     monkeypatch.setattr(depthwise, "correlate", lambda plan, *_: seen.append(plan))
     x, w = np.zeros((planes, 16, 40, 40), np.float32), np.zeros((16, 1, 3, 3), np.float32)
     fc.conv2d(x if layout == "NCHW" else channels_last(x), w, padding=1, groups=16, layout=layout)
     (plan,) = seen
-    module = depthwise_planes if plan.body is depthwise_planes._correlate else depthwise_channels
-    if layout == "NHWC" or module is depthwise_planes:
-        assert bool(plan.parameters[module.AHEAD]) == asks
+    if plan.body is depthwise_planes._correlate:
+        assert bool(plan.parameters["prefetches"]) == prefetches
+    elif layout == "NHWC":
+        steps = next(table for table in plan.tables if table.dtype == Steps.dtype)
+        assert bool(steps["x_prefetch"].any()) == prefetches
 
 
 @pytest.mark.parametrize("case", SOME, ids=str)
@@ -349,7 +354,7 @@ def plans_of(shape, kernel, stride, dtype):
 
 def test_blocks_of_filter_rows():
     """Every number of rows is cut into rows that there is a function for, as few as possible."""
-    allowed = {stride: (1, *(rows for rows, s in simd.SHARED_ROWS if s == stride)) for stride in (1, 2)}
+    allowed = {stride: (1, *(rows for rows, s in SHARED_ROWS if s == stride)) for stride in (1, 2)}
     for stride, rows in allowed.items():
         for taps in range(1, 40):
             cut = depthwise.cut(taps, rows)
@@ -382,8 +387,8 @@ def test_other_vectors(processor, dtype):
             x, dy = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy))
             np.testing.assert_array_equal(np.moveaxis(f.conv(x, w, **last), -1, 1), y, case.name)
             np.testing.assert_array_equal(np.moveaxis(f.input_grad(x.shape, w, dy, **last), -1, 1), dx, case.name)
-        from fastconv.cpu import simd
-        print(simd.tile(8 * x.itemsize).lanes)
+        from fastconv.cpu.vector.tile import tile
+        print(tile(8 * x.itemsize).lanes)
     """
     process = run_on(processor, code, dtype, path=[str(Path(__file__).parent)])
     assert int(output_of(process)) == PROCESSORS[processor].lanes(np.dtype(dtype).itemsize)
@@ -479,7 +484,7 @@ def test_who_computes_groups_of_few_channels():
             problem = problem._replace(input=x.strides, output=y.strides)
         return methods.choose(problem).name == "grouped"
 
-    t = simd.tile(32)
+    t = tile(32)
     for n in (2, 4, 8):
         assert has_plan(5, n, n) == (t.rows > 8 and t.lanes % n == 0)
         assert not has_plan(5, n, n, last=False)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -381,3 +384,33 @@ def test_softmax(shape, dtype, log, rng):
     exact = np.apply_along_axis(reference.log_softmax if log else reference.softmax, 1, logits)
     np.testing.assert_allclose(out, exact, rtol=32 * eps, atol=8 * eps)
     np.testing.assert_allclose(out, engine, rtol=32 * eps, atol=8 * eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page that shows them
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[2]
+LADDER = (ROOT / "docs" / "ladder.md").read_text()
+QUOTED = re.findall(r"^```python (\S+)\n(.*?)^```", LADDER, re.MULTILINE | re.DOTALL)
+
+
+def test_the_page_quotes_every_rung():
+    assert [path for path, _ in QUOTED] == [
+        "fastconv/reference.py", "fastconv/cpu/loops.py", "cuda_kernels/convolution.py",
+    ]  # fmt: skip
+    assert LADDER.count("```") == 2 * len(QUOTED), "a block that names no file"
+
+
+@pytest.mark.parametrize(("path", "code"), QUOTED, ids=[path for path, _ in QUOTED])
+def test_the_page_quotes_what_the_files_have(path, code):
+    """Whole lines that follow each other, but for the indentation of all of them."""
+    lines, quoted = (ROOT / path).read_text().splitlines(), textwrap.dedent(code).splitlines()
+    runs = (lines[i : i + len(quoted)] for i in range(len(lines)))
+    assert any(textwrap.dedent("\n".join(run)).splitlines() == quoted for run in runs)
+
+
+def test_links_of_the_page_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", LADDER)
+    assert links
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []

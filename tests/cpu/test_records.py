@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastconv.cpu import tasks
-from fastconv.cpu.records import Double, Integer, Integers, Reals, Record, pointer_to
+from fastconv.cpu.records import Double, Integer, Integers, Reals, Record, copy_of, pointer_to
 
 
 class Entry(Record):
@@ -78,6 +78,16 @@ def test_a_record_of_all_its_values():
     assert (p["x"], p["height"]["table"], p["width"]["before"], p["total"]) == (5, 7, 10, 11)
     with pytest.raises(KeyError, match="width"):
         Scaling.of(x=5, entries=6, height=(7, 8), total=11)
+
+
+def test_a_copy_of_one_block():
+    p = Scaling.zeros()
+    p.total, p.width.before = 3, -5
+    q = copy_of(p)
+    assert q == p
+    q["height"] = 1, 7
+    assert (p.height.before, int(q["height"]["before"])) == (0, 7)
+    assert q.flags.aligned
 
 
 def test_a_name_that_arrays_have_is_refused():

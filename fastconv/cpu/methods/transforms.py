@@ -219,7 +219,7 @@ class Fft(Method):
     def slower(self, problem: Problem) -> str | None:
         geometry = problem.geometry
         if max(geometry.kernel_size) < 3:
-            return "it pays for larger kernels than of 2 taps"
+            return "it pays for kernels of 3 taps or more in a dimension"
         by_fft, direct = fft.nanoseconds(problem.operation, geometry), direct_nanoseconds(geometry)
         return None if FFT_MARGIN * by_fft < direct else _both_times(by_fft, direct)
 

@@ -22,7 +22,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import numba
 import numpy as np
@@ -31,7 +31,8 @@ from numba.extending import intrinsic
 
 from ..compiler import BodyCompiler
 from ..jit import REAL, compiled
-from .emit import F32, F64, I1, I64, Bool, Double, Doubles, Emitter, Int, Ints, Ptr, Real, Value, ir
+from ..records import RecordPointer
+from .emit import F32, F64, I1, I64, Bool, Double, Doubles, Emitter, Fields, Int, Ints, Ptr, Real, Value, ir
 from .tile import tile
 
 _POINTER = ctypes.c_void_p
@@ -57,6 +58,20 @@ _KINDS: dict[Any, _Kind] = {
 }  # fmt: skip
 
 
+def _kind_of(annotation: Any) -> _Kind:
+    if get_origin(annotation) is Fields:
+        (record,) = get_args(annotation)
+        return _Kind(lambda _: I64.as_pointer(), lambda real: RecordPointer(record, real), lambda _: _POINTER)
+    return _KINDS[annotation]
+
+
+def _typed(annotation: Any, e: Emitter, value: ir.Value) -> Any:
+    """The value as what the annotation says."""
+    if get_origin(annotation) is Fields:
+        return Fields(e, value, get_args(annotation)[0])
+    return annotation(e, value)
+
+
 def _c_real(real: Any) -> Any:
     return ctypes.c_float if real == types.float32 else ctypes.c_double
 
@@ -73,7 +88,7 @@ class Kernel:
         self.has_variants = hints.pop("variant", None) is not None
         names = [name for name in inspect.signature(write).parameters if name not in ("e", "variant")]
         self.names, self.annotations = names, [hints[name] for name in names]
-        self.kinds = [_KINDS[each] for each in self.annotations]
+        self.kinds = [_kind_of(each) for each in self.annotations]
 
     def type_of(self, element: ir.Type) -> ir.FunctionType:
         return ir.FunctionType(self.returns.llvm(element), [kind.llvm(element) for kind in self.kinds])
@@ -107,7 +122,7 @@ class Kernel:
         for argument, each, name in zip(function.args, self.annotations, self.names, strict=True):
             if name in self.restrict:
                 argument.add_attribute("noalias")
-            arguments.append(each(e, argument))
+            arguments.append(_typed(each, e, argument))
         options = {"variant": variant} if self.has_variants else {}
         result = self.write(e, *arguments, **options)
         if not e.builder.block.is_terminated:
@@ -195,7 +210,8 @@ def vector_function(restrict: str = "", inline: bool = False) -> Callable[[Calla
                     result = builder.call(builder.inttoptr(address, kernel.type_of(element).as_pointer()), args)
                 elif inline:
                     e = Emitter(builder, element, tile(real.bitwidth))
-                    value = write(e, *(each(e, arg) for each, arg in zip(kernel.annotations, args, strict=True)))
+                    typed = [_typed(each, e, arg) for each, arg in zip(kernel.annotations, args, strict=True)]
+                    value = write(e, *typed)
                     result = None if value is None else value.ir
                 else:
                     result = builder.call(kernel.function(builder.module, element, None), args)

@@ -17,7 +17,8 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from llvmlite import ir
 
@@ -493,6 +494,22 @@ class Doubles(Ptr):
 
 class Double(Real):
     """A number of float64, whatever the type of the kernel."""
+
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, eq=False)
+class Fields(Value, Generic[R]):
+    """A record of integers in memory: the annotation is ``steps: Fields[Steps]``."""
+
+    record: Any
+
+    def load(self) -> Any:
+        """All of its fields, as values with their names; in memory they need no longer stay the same."""
+        words = {name: offset // 8 for name, (offset, _) in self.record.fields.items()}
+        memory = Ints(self.e, self.ir)
+        return SimpleNamespace(**{name: memory[word] for name, word in words.items()})
 
 
 class Block:
