@@ -28,7 +28,7 @@ from .implicit_gemm.parameters import Correlation
 from .implicit_gemm.plan import Plan, microkernels, plan_correlation
 from .implicit_gemm.slab import find_rows
 from .jit import helper
-from .records import Integer, Integers, Reals
+from .records import Integer, Integers, Reals, copy_of
 from .vector import move
 from .vector import tile as machine
 from .vector.gemm import ADD, contract_packed, pack_panel, run_stride, run_table_stride
@@ -381,7 +381,7 @@ def run(
     if bias is None:
         bias = np.zeros(out.shape[1], out.dtype)
     flags = np.zeros(len(out), np.int64)
-    parameters = plan.parameters.copy()
+    parameters = copy_of(plan.parameters)
     parameters["operands"] = (
         tasks.data_address(input), tasks.data_address(v), tasks.data_address(out), tasks.data_address(bias), True, relu,
         False,

@@ -33,7 +33,7 @@ from .implicit_gemm.parameters import Strides as Steps
 from .implicit_gemm.parameters import WeightGradient
 from .implicit_gemm.plan import Plan
 from .jit import helper
-from .records import Integer, Integers, Record
+from .records import Integer, Integers, Record, copy_of
 from .tasks import data_address
 from .vector import move
 from .vector import tile as machine
@@ -353,7 +353,7 @@ def partial_size(plan: Plan) -> int:
 
 def run(plan: Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray) -> bool:
     """Fill `dw`; return False if the direct sum has to do so instead."""
-    parameters = plan.parameters.copy()
+    parameters = copy_of(plan.parameters)
     needed = np.zeros(1, np.int64)
     partial = np.empty(partial_size(plan), dw.dtype)
     parameters["operands"] = data_address(x), data_address(dy), data_address(dw), False, data_address(partial)
@@ -361,6 +361,6 @@ def run(plan: Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray) -> bool:
     stages: list[tasks.Stage] = [(_gradient, plan.tasks, parameters, plan.scratch, plan.flops, 0)]
     if partial.size:
         blocks = plan.tasks // int(parameters["splits"])
-        stages.append((sum_splits, blocks, parameters.copy(), 64, 16 * partial.size, 1))
+        stages.append((sum_splits, blocks, copy_of(parameters), 64, 16 * partial.size, 1))
     tasks.run_stages(dw.dtype, stages)
     return not needed[0]

@@ -8,6 +8,7 @@ import numpy as np
 
 from .. import tasks
 from ..jit import helper
+from ..records import copy_of
 from ..tasks import data_address
 from ..vector import move
 from ..vector import tile as machine
@@ -445,12 +446,12 @@ def plan_weight_gradient(
 
 def weight_gradient(plan: Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, add: bool) -> None:
     """Run a plan on arrays of the strides it was made for."""
-    parameters = plan.parameters.copy()
+    parameters = copy_of(plan.parameters)
     splits = int(parameters["splits"])
     partial = np.empty(plan.tasks * int(parameters["tile_elements"]) if splits > 1 else 0, dw.dtype)
     parameters["operands"] = data_address(x), data_address(dy), data_address(dw), add, data_address(partial)
     stages: list[tasks.Stage] = [(add_weight_gradient, plan.tasks, parameters, plan.scratch, plan.flops, 0)]
     if splits > 1:
-        stages.append((sum_splits, plan.tasks // splits, parameters.copy(), 64, 16 * partial.size, 1))
+        stages.append((sum_splits, plan.tasks // splits, copy_of(parameters), 64, 16 * partial.size, 1))
     tasks.run_stages(dw.dtype, stages)
 

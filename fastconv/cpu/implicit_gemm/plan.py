@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .. import tasks
+from ..records import copy_of
 from ..tasks import Body, data_address
 from ..vector.gemm import Rows, contract, contract_packed, run_stride
 from ..vector.tile import tile
@@ -244,7 +245,7 @@ def correlation(
 
     The weights are packed, unless the plan says that its tasks pack them.
     """
-    parameters = plan.parameters.copy()
+    parameters = copy_of(plan.parameters)
     packed = 0
     if isinstance(weights, Unpacked):
         parameters["packing"], parameters["pack_rows"] = data_address(weights.parameters), pack_rows.address(y.dtype)

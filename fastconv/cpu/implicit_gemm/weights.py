@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import tasks
 from ..jit import helper
-from ..records import Integer, Record, record_at
+from ..records import Integer, Record, copy_of, record_at
 from ..tasks import data_address
 from ..vector import move
 from ..vector import tile as machine
@@ -396,7 +396,7 @@ class Unpacked:
     def __init__(self, plan: Packing, w: np.ndarray) -> None:
         first = data_address(w)
         self.plan = plan
-        self.parameters = plan.parameters.copy()
+        self.parameters = copy_of(plan.parameters)
         self.parameters["operands"] = first, first + plan.below, first + plan.above
 
     def finite(self) -> bool:
