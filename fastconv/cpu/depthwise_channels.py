@@ -59,9 +59,9 @@ _STRIP_PIXELS = 400
 # and with stride 2; with stride 1, in a cache, up to 1.2 times as long (the columns at the edges are taken one by one).
 _MOST_TAPS_IN_PLACE = 3
 IN_PLACE_BYTES = 8 * 1024 * 1024  # of input and gradient, from where on that is done with stride 1
-# In one dimension, columns of output from what is computed to what is prefetched: a fifth faster than without (AVX-512).
-# And, of a weight gradient, the columns of a tile and the most blocks of a group, so that memory is read in one piece,
-# or in few. With 64 columns and 9 blocks, 512 and 1536 channels took 1.2 to 1.4 times as long.
+# In one dimension, columns of output from what is computed to what is prefetched: a fifth faster than without. And, of
+# a weight gradient, the columns of a tile and the most blocks of a group, so that memory is read in one piece, or in
+# few. With 64 columns and 9 blocks, 512 and 1536 channels took 1.2 to 1.4 times as long (AVX-512).
 _PREFETCH_COLUMNS, _TILE_COLUMNS, _TILE_GROUP = 28, 16, 32
 _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the bits do not depend on the threads
 
