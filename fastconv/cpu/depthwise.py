@@ -38,7 +38,7 @@ SLAB_BYTES = 192 * 1024
 # times as long on planes of 512 x 512 (AVX-512).
 _MOST_SHARED = 5
 _TILE_BYTES = 64 * 1024  # rows that are put together before they are stored, where they cannot be stored at once
-# Input and output together, in bytes, from where on they are asked for ahead of time: pieces of rows, or of pixels, are
+# Input and output together, in bytes, from where on they are prefetched: parts of rows, or of pixels, are
 # not what the processor foresees. Of arrays that were in no cache, those of 5 to 24 MB took 1.1 to 2.3 times as long
 # without (one thread; two: up to 1.5). Where calls follow one another, those of 4 to 16 MB, which the third cache holds
 # then, take up to 8 % longer with it, and those of 24 MB 0.7 to 0.9 times as long.
@@ -48,9 +48,9 @@ _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the 
 
 @dataclass(frozen=True)
 class Phase:
-    """Output elements first, first + step, ... of one dimension, `count` of them, that meet the same `taps`.
+    """Output elements first, first + step, ... of one dimension, `count` of them, that read with the same `taps`.
 
-    Element t of them meets the i-th of these taps at padded coordinate t * stride + shift + i * tap_step.
+    Element t of them reads padded coordinate t * stride + shift + i * tap_step with the i-th of these taps.
     """
 
     first: int
@@ -68,7 +68,7 @@ class Phase:
 class Line:
     """One dimension of the correlation: its padded input (`source`, as in `implicit_gemm.Axis`), and its phases."""
 
-    stride: int  # between what consecutive elements of a phase meet
+    stride: int  # between what consecutive elements of a phase read
     step: int  # between consecutive elements of a phase
     source: np.ndarray
     before: int
@@ -106,7 +106,7 @@ def forward_line(axis: Axis) -> Line:
 
 def backward_line(phases: tuple[tuple[tuple[int, ...], Axis], ...], stride: int, size: int) -> Line:
     """From the taps of each phase, and the correlation with the output gradient (`size` elements) that it is."""
-    start = min((-axis.before for taps, axis in phases if taps), default=0)  # the first coordinate that any phase meets
+    start = min((-axis.before for taps, axis in phases if taps), default=0)  # the first coordinate that any phase reads
     made = tuple(
         Phase(first, axis.out, taps, -axis.before - start if taps else 0, axis.dilation)
         for first, (taps, axis) in enumerate(phases)

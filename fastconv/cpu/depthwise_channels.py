@@ -4,15 +4,15 @@ same.
 A *block* is as many channels as a vector has lanes. In channels-last arrays a pixel of it is a vector as it lies, and
 is read in place, a few blocks side by side; the zeros beside the plane are a vector of their own that stands in for
 what is not there. From channels-first arrays a tile of the planes is copied, through transposes in registers and with
-its border, into the *slab* in the nearest caches, a strip of rows at a time; so it is wherever not every element meets
+its border, into the *slab* in the nearest caches, a strip of rows at a time; so it is wherever not every element reads
 some input, or the filter is wider than what is unrolled, and in those weight gradients where that is faster. From there
 on no stride, no row end and no plane of few pixels leaves a lane empty, and no two lanes ever meet. Results go directly
 into channels-last arrays, and through the same transposes into channels-first ones.
 
-Groups of n channels, as many in as out, are the sum of n such convolutions: the lanes of a group are turned around
-once for each, so that each meets every channel of its group.
+Groups of n channels, as many in as out, are the sum of n such convolutions: the lanes of a group are rotated
+once for each, so that each reads every channel of its group.
 
-The forward pass and the input gradient are one body, with phases as in `depthwise`. Rows of taps that meet nothing but
+The forward pass and the input gradient are one body, with phases as in `depthwise`. Rows of taps that read nothing but
 the zeros around the plane are left out, but where a weight is infinite or nan: then the product is nan, and must be
 seen. What is added up in which order depends on the filter alone, and in the weight gradient on the shape: never on
 threads, and in the first two never on the batch.
@@ -60,21 +60,21 @@ _STRIP_PIXELS = 400
 # and with stride 2; with stride 1, in a cache, up to 1.2 times as long (the columns at the edges are taken one by one).
 _MOST_TAPS_IN_PLACE = 3
 IN_PLACE_BYTES = 8 * 1024 * 1024  # of input and gradient, from where on that is done with stride 1
-# In one dimension, columns of output from what is computed to what is asked for: a fifth faster than without. And, of a
-# weight gradient, the columns of a tile and the most blocks of a group, so that memory is read in one piece, or in few.
-# With 64 columns and 9 blocks, 512 and 1536 channels took 1.2 to 1.4 times as long.
+# In one dimension, columns of output from what is computed to what is prefetched: a fifth faster than without. And, of
+# a weight gradient, the columns of a tile and the most blocks of a group, so that memory is read in one piece, or in
+# few. With 64 columns and 9 blocks, 512 and 1536 channels took 1.2 to 1.4 times as long (AVX-512).
 _PREFETCH_COLUMNS, _TILE_COLUMNS, _TILE_GROUP = 28, 16, 32
 _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the bits do not depend on the threads
 
 
 def _places(line: Line, phase: Phase) -> np.ndarray:
-    """The padded coordinates (element, tap) where each element of a phase meets each tap."""
+    """The padded coordinates (element, tap) where each element of a phase reads with each tap."""
     elements = np.arange(phase.count, dtype=np.int64) * line.stride + phase.shift
     return elements[:, None] + np.arange(len(phase.taps), dtype=np.int64) * phase.tap_step
 
 
 def _met(line: Line, phase: Phase, start: int, within: bool) -> np.ndarray:
-    """For each element of a phase: where it meets its first tap, which tap that is, and how many there are.
+    """For each element of a phase: where it reads with its first tap, which tap that is, and how many there are.
 
     Of all taps, or of those within the input, but at least one, so that there is something to sum: zeros.
     """
@@ -246,7 +246,7 @@ def _steps(
 
 
 def _can_stay_in_place(lines: Lines, x: Strides, y: Strides) -> bool:
-    """Can pixels be read where they are? Then every output meets some of them in each dimension."""
+    """Can pixels be read where they are? Then every output reads some of them in each dimension."""
     if not x[1] == y[1] == 1:
         return False
     for line in lines[:2]:
@@ -454,7 +454,7 @@ def applies(
         return False
     width, taps = lines[2], math.prod(geometry.kernel_size)
     if math.prod(len(line.taps) for line in lines) != taps:  # filters are read whole; an input smaller than the stride
-        return False  # does not meet every tap
+        return False  # does not read with every tap
     along_rows = x[4] == y[4] == width.stride == width.step == 1 and taps <= _FEW_TAPS and width.out >= _LONG_ROW
     if along_rows and not weight_gradient:
         return False

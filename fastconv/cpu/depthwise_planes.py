@@ -1,4 +1,4 @@
-"""Depthwise convolutions of planes that are read and written where they lie, with a row along the vectors.
+"""Depthwise convolutions of planes that are read and written in place, with a row along the vectors.
 
 For channels-first arrays, on machines whose vector loads and stores can leave lanes out (AVX-512): the lanes of a mask
 stand for what lies beside a row, and rows above and below the plane are left out, so that nothing is copied, neither
@@ -6,7 +6,7 @@ with its border as in `depthwise` nor through transposes as in `depthwise_channe
 *parts* of one or two vectors, and `correlate_planes` computes several rows of a part at a time, of many planes
 in one call.
 
-Taps that meet nothing but the zeros around the plane would make a nan of a weight that is infinite or nan, and that
+Taps that read nothing but the zeros around the plane would make a nan of a weight that is infinite or nan, and that
 must be seen: with such weights rows are read from a copy that has its zeros. What is added up in which order depends
 on the filter alone: the bits depend neither on threads nor on the batch.
 """
@@ -348,7 +348,7 @@ def _row_table(line: Line, dtype: np.dtype, rows: int | None, kept: list[np.ndar
 
 
 def _parity(line: Line) -> int:
-    """Of the taps that meet even elements of an input gradient with stride 2."""
+    """Of the taps of even elements of an input gradient with stride 2."""
     return line.phases[0].taps[0] % 2
 
 
