@@ -262,6 +262,7 @@ class GradientSteps(Record):
     height: Integer
 
 
+# One function: its accumulators are registers from the first pixel to the last.
 @vector_function(restrict="sums x dy zeros")
 def accumulate_pixels(
     e: Emitter, sums: Ptr, x: Ptr, dy: Ptr, zeros: Ptr, blocks: Int, rows: Int, columns: Int, low: Int, high: Int,
