@@ -208,6 +208,7 @@ def input_grad(
     )  # fmt: skip
 
 
+# One loop for each dimension of places and of taps: the equation, which helpers would take apart.
 @kernel(
     lambda element: (
         array_of(element.stored, 5), array_of(element.stored, 5), array_of(element.stored, 1), types.boolean,

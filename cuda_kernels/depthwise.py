@@ -284,6 +284,7 @@ def _plane_multiplier(patch: Patch, of_weights: bool) -> Callable[..., None]:
     return _in_sequence([row_of_source(r) for r in range(rows.sources)])
 
 
+# A factory: what its nested functions share is decided once, for one patch.
 @functools.cache
 def gather_kernel(patch: Patch) -> BlockKernel:
     """The forward pass and the input gradient: a thread computes a patch of the result."""
@@ -441,6 +442,7 @@ def _writer(dtype: str, vector: int) -> Callable[..., None]:
 WEIGHT_NUMBERS = 32
 
 
+# A factory: what its nested functions share is decided once, for one patch.
 @functools.cache
 def weight_kernel(patch: Patch) -> BlockKernel:
     """One part of the sums of one filter, or with channels last of the filters of 32 neighbouring channels."""

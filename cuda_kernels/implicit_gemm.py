@@ -304,6 +304,7 @@ def _resident(kind: str, tile: Tile, checked: bool) -> int | None:
     return {("float32", 64, 64): 4, ("float32", 32, 64): 8, ("float64", 64, 64): 3}.get((kind, tile.rows, tile.columns))
 
 
+# A factory: what its nested functions share is decided once, for one tile.
 @functools.cache
 def gather_kernel(
     kind: str, tile: Tile, checked: bool, chunked: bool = False, rows_together: bool = False
@@ -474,6 +475,7 @@ def gather_kernel(
             sums, j + 3, u32(column + third + column_spacing), first_row, out_start, to, storing, relu, accumulate, out
         )
 
+    # One function: its accumulators are registers, which no call of another may take from it.
     def gather(
         weight, source, bias, source_terms, weight_terms, numbers, row_tiles, storing, relu, accumulate, out
     ):
@@ -698,6 +700,7 @@ def parts_of_gradient(
     return scratch((parts, out.size), real, like)
 
 
+# A factory: what its nested functions share is decided once, for one tile.
 @functools.cache
 def weight_kernel(kind: str, tile: Tile) -> BlockKernel:
     """One part of the sum of a tile of the weight gradient; the terms are output positions."""

@@ -258,6 +258,7 @@ def _loss_writer(dtype: str) -> Callable[..., None]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# A launch and its fourteen arguments, in the order of the kernel.
 def cross_entropy_rows(
     logits: DeviceArray, labels: DeviceArray, probabilities: DeviceArray, weight: DeviceArray,
     grad_output: DeviceArray, ignore_index: int, scale: Any, denominator: DeviceArray, keep: Any, even: Any,
@@ -337,6 +338,7 @@ def cross_entropy_row_kernel(dtype: str, group: Group, label_dtype: str = "int64
     return BlockKernel(_read_once(dtype, group), group.block, signature, resident)
 
 
+# One function: the row is in registers from its maximum to its gradient.
 def _read_once(dtype: str, group: Group) -> Callable[..., None]:
     """Labels, and neither smoothing nor a softcap; the row stays in registers."""
     width, load, store = VECTORS[dtype].width, ELEMENTS[dtype].load, ELEMENTS[dtype].store
@@ -433,6 +435,7 @@ def _read_once(dtype: str, group: Group) -> Callable[..., None]:
     return cross_entropy_rows
 
 
+# One function with all options, which the compiler cuts to those that are asked for.
 def _read_twice(dtype: str, group: Group) -> Callable[..., None]:
     """Every option, and rows of any length."""
     width, load, store = VECTORS[dtype].width, ELEMENTS[dtype].load, ELEMENTS[dtype].store
@@ -605,6 +608,7 @@ def softmax_rows(logits: DeviceArray, log: bool, out: DeviceArray) -> bool:
     return True
 
 
+# One function: the row is in registers from its maximum to its result.
 @functools.cache
 def softmax_row_kernel(dtype: str, group: Group, log: bool) -> BlockKernel:
     """The kernel of `softmax_rows` for this group."""

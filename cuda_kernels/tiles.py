@@ -299,6 +299,7 @@ def _rows_of_chunks(packed: bool) -> tuple[int, Callable[..., Any], Callable[...
     return pitch, place, ahead
 
 
+# A factory: what its nested functions share is decided once, for one tile.
 def _tensor_product(tile: Tile, kind: str, rows_together: bool, packed: bool) -> Product:
     """Chunks of rows are where `_rows_of_chunks` puts them.
 

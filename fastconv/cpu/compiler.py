@@ -70,7 +70,7 @@ class _Shared(JITCodeLibrary):
 
     def create_ir_module(self, name: str) -> Any:
         module = super().create_ir_module(name)
-        module.shares_functions = True  # see `simd._internal`
+        module.shares_functions = True  # see `vector.call.Kernel.function`
         return module
 
 

@@ -26,9 +26,10 @@ import numpy as np
 
 from ..geometry import ConvGeometry
 from . import depthwise_tasks, tasks
-from .contraction import Axis, Strides, address
 from .depthwise_tasks import NO_OPERANDS, FilterRows, Parameters, PhaseEntry
+from .implicit_gemm import Axis, Strides
 from .records import copy_of
+from .tasks import data_address
 from .vector.depthwise_rows import SHARED_ROWS, Taps, accumulate_rows, correlate_rows
 from .vector.tile import tile as tile_for
 
@@ -37,7 +38,7 @@ SLAB_BYTES = 192 * 1024
 # times as long on planes of 512 x 512 (AVX-512).
 _MOST_SHARED = 5
 _TILE_BYTES = 64 * 1024  # rows that are put together before they are stored, where they cannot be stored at once
-# Input and output together, in bytes, from where on they are asked for ahead of time: pieces of rows, or of pixels, are
+# Input and output together, in bytes, from where on they are prefetched: parts of rows, or of pixels, are
 # not what the processor foresees. Of arrays that were in no cache, those of 5 to 24 MB took 1.1 to 2.3 times as long
 # without (one thread; two: up to 1.5). Where calls follow one another, those of 4 to 16 MB, which the third cache holds
 # then, take up to 8 % longer with it, and those of 24 MB 0.7 to 0.9 times as long.
@@ -47,9 +48,9 @@ _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the 
 
 @dataclass(frozen=True)
 class Phase:
-    """Output elements first, first + step, ... of one dimension, `count` of them, that meet the same `taps`.
+    """Output elements first, first + step, ... of one dimension, `count` of them, that read with the same `taps`.
 
-    Element t of them meets the i-th of these taps at padded coordinate t * stride + shift + i * tap_step.
+    Element t of them reads padded coordinate t * stride + shift + i * tap_step with the i-th of these taps.
     """
 
     first: int
@@ -67,7 +68,7 @@ class Phase:
 class Line:
     """One dimension of the correlation: its padded input (`source`, as in `implicit_gemm.Axis`), and its phases."""
 
-    stride: int  # between what consecutive elements of a phase meet
+    stride: int  # between what consecutive elements of a phase read
     step: int  # between consecutive elements of a phase
     source: np.ndarray
     before: int
@@ -105,7 +106,7 @@ def forward_line(axis: Axis) -> Line:
 
 def backward_line(phases: tuple[tuple[tuple[int, ...], Axis], ...], stride: int, size: int) -> Line:
     """From the taps of each phase, and the correlation with the output gradient (`size` elements) that it is."""
-    start = min((-axis.before for taps, axis in phases if taps), default=0)  # the first coordinate that any phase meets
+    start = min((-axis.before for taps, axis in phases if taps), default=0)  # the first coordinate that any phase reads
     made = tuple(
         Phase(first, axis.out, taps, -axis.before - start if taps else 0, axis.dilation)
         for first, (taps, axis) in enumerate(phases)
@@ -148,7 +149,7 @@ def _phase_table(line: Line, kernel: Any | None, dtype: np.dtype, kept: list[np.
         kept.append(rows_at_once)
         table.append((
             phase.first, phase.count, len(phase.taps), phase.shift, phase.tap_step, start, classes, len(blocks),
-            address(rows_at_once),
+            data_address(rows_at_once),
         ))  # fmt: skip
         start += len(phase.taps)
     kept.append(PhaseEntry.table(table))
@@ -200,15 +201,17 @@ def _fields(
     # Only the height is walked by `kernel`. The tables of the others have no blocks.
     dimensions = [
         (
-            address(line.source), line.before, line.size, line.stride, line.step, line.out, n, _ceil(line.out, n),
-            line.reach, len(line.phases), address(_phase_table(line, kernel if line is height else None, dtype, kept)),
+            data_address(line.source), line.before, line.size, line.stride, line.step, line.out, n, _ceil(line.out, n),
+            line.reach, len(line.phases),
+            data_address(_phase_table(line, kernel if line is height else None, dtype, kept)),
         )
         for line, n in zip(lines, tile, strict=True)
     ]  # fmt: skip
     taps = tuple(len(line.taps) for line in lines)
     fields = {
         "operands": NO_OPERANDS, "taps": math.prod(taps), "taps_h": taps[1], "taps_w": taps[2],
-        "offsets": address(offsets), "phase_pitch": phase_pitch, "row_pitch": row_pitch, "plane_pitch": plane_pitch,
+        "offsets": data_address(offsets), "phase_pitch": phase_pitch, "row_pitch": row_pitch,
+        "plane_pitch": plane_pitch,
         "slab": _ceil(depth.length(tile[0]) * plane_pitch + lanes, 16) * 16,
         **dict(zip(("depth", "height", "width"), dimensions, strict=True)),
     }  # fmt: skip
@@ -297,7 +300,8 @@ def correlate(
     """Run a plan on arrays of the strides it was made for, and weights of any strides."""
     w = plan.order(w)
     parameters = copy_of(plan.parameters)
-    parameters["operands"] = address(x), address(w), address(y), 0 if bias is None else address(bias), relu, add
+    of_bias = 0 if bias is None else data_address(bias)
+    parameters["operands"] = data_address(x), data_address(w), data_address(y), of_bias, relu, add
     tasks.run(plan.body, x.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
 
 
@@ -305,7 +309,7 @@ def weight_gradient(plan: Plan, x: np.ndarray, dy: np.ndarray, dw: np.ndarray, a
     """Run a plan on arrays of the strides it was made for; dw of any strides."""
     parts = np.empty((plan.splits, *dw.shape), dw.dtype)
     parameters = copy_of(plan.parameters)
-    parameters["operands"] = address(x), address(parts), address(dy), 0, False, False
+    parameters["operands"] = data_address(x), data_address(parts), data_address(dy), 0, False, False
     tasks.run(plan.body, dw.dtype, plan.tasks, parameters, plan.scratch, plan.flops)
     total = parts[0] if plan.splits == 1 else np.add.reduce(parts)  # one part after the other
     total = plan.order(total).reshape(dw.shape)

@@ -4,15 +4,15 @@ same.
 A *block* is as many channels as a vector has lanes. In channels-last arrays a pixel of it is a vector as it lies, and
 is read in place, a few blocks side by side; the zeros beside the plane are a vector of their own that stands in for
 what is not there. From channels-first arrays a tile of the planes is copied, through transposes in registers and with
-its border, into the *slab* in the nearest caches, a strip of rows at a time; so it is wherever not every element meets
+its border, into the *slab* in the nearest caches, a strip of rows at a time; so it is wherever not every element reads
 some input, or the filter is wider than what is unrolled, and in those weight gradients where that is faster. From there
 on no stride, no row end and no plane of few pixels leaves a lane empty, and no two lanes ever meet. Results go directly
 into channels-last arrays, and through the same transposes into channels-first ones.
 
-Groups of n channels, as many in as out, are the sum of n such convolutions: the lanes of a group are turned around
-once for each, so that each meets every channel of its group.
+Groups of n channels, as many in as out, are the sum of n such convolutions: the lanes of a group are rotated
+once for each, so that each reads every channel of its group.
 
-The forward pass and the input gradient are one body, with phases as in `depthwise`. Rows of taps that meet nothing but
+The forward pass and the input gradient are one body, with phases as in `depthwise`. Rows of taps that read nothing but
 the zeros around the plane are left out, but where a weight is infinite or nan: then the product is nan, and must be
 seen. What is added up in which order depends on the filter alone, and in the weight gradient on the shape: never on
 threads, and in the first two never on the batch.
@@ -30,10 +30,11 @@ from typing import Any
 import numpy as np
 
 from ..geometry import ConvGeometry
-from .contraction import Strides, address
 from .depthwise import PREFETCH_BYTES, Line, Lines, Phase, Plan, cut
 from .depthwise_channels_tasks import Parameters, PhaseEntry, TapGroup, WidthPhase, correlate, weight_gradient
 from .depthwise_tasks import NO_OPERANDS
+from .implicit_gemm import Strides
+from .tasks import data_address
 from .vector.depthwise_channels import (
     CHANNEL_TAPS,
     GradientSteps,
@@ -59,21 +60,21 @@ _STRIP_PIXELS = 400
 # and with stride 2; with stride 1, in a cache, up to 1.2 times as long (the columns at the edges are taken one by one).
 _MOST_TAPS_IN_PLACE = 3
 IN_PLACE_BYTES = 8 * 1024 * 1024  # of input and gradient, from where on that is done with stride 1
-# In one dimension, columns of output from what is computed to what is asked for: a fifth faster than without. And, of a
-# weight gradient, the columns of a tile and the most blocks of a group, so that memory is read in one piece, or in few.
-# With 64 columns and 9 blocks, 512 and 1536 channels took 1.2 to 1.4 times as long.
+# In one dimension, columns of output from what is computed to what is prefetched: a fifth faster than without. And, of
+# a weight gradient, the columns of a tile and the most blocks of a group, so that memory is read in one piece, or in
+# few. With 64 columns and 9 blocks, 512 and 1536 channels took 1.2 to 1.4 times as long (AVX-512).
 _PREFETCH_COLUMNS, _TILE_COLUMNS, _TILE_GROUP = 28, 16, 32
 _GRADIENT_TASKS = 16  # enough to share out evenly; a fixed number, so that the bits do not depend on the threads
 
 
 def _places(line: Line, phase: Phase) -> np.ndarray:
-    """The padded coordinates (element, tap) where each element of a phase meets each tap."""
+    """The padded coordinates (element, tap) where each element of a phase reads with each tap."""
     elements = np.arange(phase.count, dtype=np.int64) * line.stride + phase.shift
     return elements[:, None] + np.arange(len(phase.taps), dtype=np.int64) * phase.tap_step
 
 
 def _met(line: Line, phase: Phase, start: int, within: bool) -> np.ndarray:
-    """For each element of a phase: where it meets its first tap, which tap that is, and how many there are.
+    """For each element of a phase: where it reads with its first tap, which tap that is, and how many there are.
 
     Of all taps, or of those within the input, but at least one, so that there is something to sum: zeros.
     """
@@ -105,7 +106,7 @@ def _phase_entries(line: Line, kept: list[np.ndarray], weights: int = 1) -> list
         reads = [_met(line, phase, start, within) for within in (True, False)]
         kept += reads
         entries.append((
-            phase.first, phase.count, phase.shift, start * weights, phase.tap_step, *map(address, reads)
+            phase.first, phase.count, phase.shift, start * weights, phase.tap_step, *map(data_address, reads)
         ))  # fmt: skip
         start += len(phase.taps)
     return entries
@@ -189,7 +190,7 @@ def _common_fields(
     kept += [x_places, y_places, w_places, *(line.source for line in lines)]
     dimensions = [
         (
-            address(line.source), line.before, line.size, line.stride, line.step, line.out, line.whole, n,
+            data_address(line.source), line.before, line.size, line.stride, line.step, line.out, line.whole, n,
             -(-line.out // n), line.reach, len(line.phases),
         )
         for line, n in zip(lines, layout.tile, strict=True)
@@ -198,7 +199,7 @@ def _common_fields(
         "operands": NO_OPERANDS, "x": x, "y": y, "x_pixels": x[1] == 1, "y_pixels": y[1] == 1, "x_rows": x_rows,
         "y_rows": y_rows, "taps": lane_rotations * math.prod(taps),
         "taps_of_plane": lane_rotations * math.prod(taps[1:]), "taps_of_row": lane_rotations * taps[2],
-        "x_places": address(x_places), "y_places": address(y_places), "w_places": address(w_places),
+        "x_places": data_address(x_places), "y_places": data_address(y_places), "w_places": data_address(w_places),
         "slab": layout.slab_size, "copied": layout.copy_size,
         **dict(zip(("depth", "height", "width"), dimensions, strict=True)),
     }  # fmt: skip
@@ -219,7 +220,7 @@ def _tables(
         "widths": WidthPhase.table(widths),
     }
     kept += tables.values()
-    return {name: address(table) for name, table in tables.items()}
+    return {name: data_address(table) for name, table in tables.items()}
 
 
 def _column_step(run: Neighbours, width: Line) -> int:
@@ -245,7 +246,7 @@ def _steps(
 
 
 def _can_stay_in_place(lines: Lines, x: Strides, y: Strides) -> bool:
-    """Can pixels be read where they are? Then every output meets some of them in each dimension."""
+    """Can pixels be read where they are? Then every output reads some of them in each dimension."""
     if not x[1] == y[1] == 1:
         return False
     for line in lines[:2]:
@@ -296,7 +297,7 @@ def plan_correlation(
     ):  # fmt: skip
         steps = _steps(lines, lanes, lane_rotations, source, target, (ahead, y_prefetch))
         kept.append(steps)
-        fields[name] = source, target, address(steps), 0
+        fields[name] = source, target, data_address(steps), 0
     parameters = Parameters.of(
         **fields, channels=channels, batch=batch, units=units, unit_tasks=unit_tasks, splits=1, blocks=blocks,
         reads_in_place=in_place, strip=-(-_STRIP_PIXELS // (layout.copy[1] // lanes * height.step)), prefetches=0,
@@ -370,7 +371,7 @@ def plan_weight_gradient(
             phase_h.tap_step,
         )])  # fmt: skip
         kept.append(steps)
-        fields[name] = source, gradient, 0, address(steps)
+        fields[name] = source, gradient, 0, data_address(steps)
     tap_groups = TapGroup.table(
         (accumulate_pixels.address(dtype, TapRows(run, rows, in_place)), rows)
         for rows in cut(len(phase_h.taps), gradient_tap_rows(t, run.weights))
@@ -379,7 +380,7 @@ def plan_weight_gradient(
     parameters = Parameters.of(
         **fields, channels=channels, batch=batch, units=units, unit_tasks=group_tasks, splits=splits, blocks=blocks,
         reads_in_place=in_place, strip=1, prefetches=large, blank=zeros, tap_groups=len(tap_groups),
-        groups=address(tap_groups), **_tables(lines, lane_rotations, lambda _: 0, kept),
+        groups=data_address(tap_groups), **_tables(lines, lane_rotations, lambda _: 0, kept),
     )  # fmt: skip
     scratch = layout.slab_size + layout.copy_size + zeros + blocks * fields["taps"] * lanes
     flops = 2 * batch * channels * lane_rotations * math.prod(line.out * len(line.taps) for line in lines)
@@ -414,7 +415,7 @@ _LONG_ROW = 128
 _MOST_TAPS = 1024
 _MOST_SLAB = 1024 * 1024  # bytes
 # Channels of a group whose convolution is a sum of depthwise ones. With 2 and 4 that takes 0.1 to 0.4 of the time of
-# the contraction, with 8 0.5 to 0.7; with 16, for whose weights there are no registers, 1.5.
+# the implicit matrix product, with 8 0.5 to 0.7; with 16, for whose weights there are no registers, 1.5.
 _MOST_ROTATIONS = 8
 _MOST_SUMS = 24  # of a row of the filter, that its weight gradient has in registers
 
@@ -453,7 +454,7 @@ def applies(
         return False
     width, taps = lines[2], math.prod(geometry.kernel_size)
     if math.prod(len(line.taps) for line in lines) != taps:  # filters are read whole; an input smaller than the stride
-        return False  # does not meet every tap
+        return False  # does not read with every tap
     along_rows = x[4] == y[4] == width.stride == width.step == 1 and taps <= _FEW_TAPS and width.out >= _LONG_ROW
     if along_rows and not weight_gradient:
         return False

@@ -1,4 +1,4 @@
-"""Depthwise convolutions of planes that are read and written where they lie, with a row along the vectors.
+"""Depthwise convolutions of planes that are read and written in place, with a row along the vectors.
 
 For channels-first arrays, on machines whose vector loads and stores can leave lanes out (AVX-512): the lanes of a mask
 stand for what lies beside a row, and rows above and below the plane are left out, so that nothing is copied, neither
@@ -6,7 +6,7 @@ with its border as in `depthwise` nor through transposes as in `depthwise_channe
 *parts* of one or two vectors, and `correlate_planes` computes several rows of a part at a time, of many planes
 in one call.
 
-Taps that meet nothing but the zeros around the plane would make a nan of a weight that is infinite or nan, and that
+Taps that read nothing but the zeros around the plane would make a nan of a weight that is infinite or nan, and that
 must be seen: with such weights rows are read from a copy that has its zeros. What is added up in which order depends
 on the filter alone: the bits depend neither on threads nor on the batch.
 """
@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from . import tasks
-from .contraction import Strides, address
 from .depthwise import PREFETCH_BYTES, Line, Lines, Plan
 from .depthwise_tasks import NO_OPERANDS, Operands, RowSteps
+from .implicit_gemm import Strides
 from .jit import helper as _jit
 from .records import Integer, Integers, Reals, Record, pointer_to
+from .tasks import data_address
 from .vector import gemm, move
 from .vector.depthwise_planes import (
     GRADIENT_TAPS,
@@ -318,7 +319,7 @@ def _part_table(entries: Sequence[tuple[int, int, int, list[int]]], kept: list[n
     """A table of `RowPart`, each with its masks, which are `kept`."""
     masks = [np.array(bits, np.int64) for *_, bits in entries]
     table = RowPart.table(
-        (*entry[:3], address(bits)) for entry, bits in zip(entries, masks, strict=True)
+        (*entry[:3], data_address(bits)) for entry, bits in zip(entries, masks, strict=True)
     )
     kept += [table, *masks]
     return table
@@ -347,7 +348,7 @@ def _row_table(line: Line, dtype: np.dtype, rows: int | None, kept: list[np.ndar
 
 
 def _parity(line: Line) -> int:
-    """Of the taps that meet even elements of an input gradient with stride 2."""
+    """Of the taps of even elements of an input gradient with stride 2."""
     return line.phases[0].taps[0] % 2
 
 
@@ -431,9 +432,9 @@ def plan_correlation(
     y_steps, w_plane = (rows * y[1], y[3]), rows * math.prod(taps)
     parameters = Correlation.of(
         operands=NO_OPERANDS, x=x[:4], y=y[:4], channels=channels, rows=rows, at_once=planes, chunks=chunks,
-        out_d=depth.out, out_h=height.out, tiles=tiles, units=units, parts=len(table), table=address(table),
+        out_d=depth.out, out_h=height.out, tiles=tiles, units=units, parts=len(table), table=data_address(table),
         taps=math.prod(taps), **_dimensions(lines), prefetches=_prefetches(dtype, batch, channels, rows, lines, x, y),
-        constants=address(no_bias), w_first=first, w_depth=w_steps[0], step=1, y_rows=height.out,
+        constants=data_address(no_bias), w_first=first, w_depth=w_steps[0], step=1, y_rows=height.out,
         unit_tasks=unit_tasks, check=check, width=width.size,
         steps=(*y_steps, x[1], depth.phases[0].tap_step * x[2], x[3], w_plane, *w_steps, rows),
         copy_steps=(*y_steps, 0, copied, width.size, w_plane, *w_steps, rows),
@@ -461,9 +462,9 @@ def plan_input_gradient_by_two(
     unit_tasks = min(units, 8 * workers)
     parameters = Correlation.of(
         operands=NO_OPERANDS, x=dy[:4], y=dx[:4], channels=channels, rows=1, at_once=planes, chunks=chunks, out_d=1,
-        out_h=height.out, tiles=tiles, units=units, parts=len(table), table=address(table), taps=taps * taps,
+        out_h=height.out, tiles=tiles, units=units, parts=len(table), table=data_address(table), taps=taps * taps,
         depth=(1, 1, 0, 1, 1), height=(height.size, 1, _first(height), taps),
-        prefetches=_prefetches(dtype, batch, channels, 1, lines, dy, dx), constants=address(no_bias), w_first=0,
+        prefetches=_prefetches(dtype, batch, channels, 1, lines, dy, dx), constants=data_address(no_bias), w_first=0,
         w_depth=taps * taps, step=2, y_rows=height.whole, unit_tasks=unit_tasks, check=False, width=width.size,
         steps=(dx[1], dx[3], dy[1], dy[2], dy[3], taps * taps, taps * taps, taps, 1, 1),
         copy_steps=(0,) * len(PlaneSteps.fields),
@@ -491,8 +492,9 @@ def plan_weight_gradient(
     parts_follow = depth.out == 1 and len(table) > 1
     parameters = WeightGradient.of(
         operands=NO_OPERANDS, x=x[:4], y=dy[:4], channels=channels, rows=rows, at_once=planes, chunks=chunks,
-        out_d=depth.out, out_h=height.out, tiles=tiles, units=units, parts=len(table), table=address(table), taps=taps,
-        **_dimensions(lines), constants=address(zeros), batch=batch, splits=splits,
+        out_d=depth.out, out_h=height.out, tiles=tiles, units=units, parts=len(table),
+        table=data_address(table), taps=taps,
+        **_dimensions(lines), constants=data_address(zeros), batch=batch, splits=splits,
         prefetches=parts_follow and _prefetches(dtype, batch, channels, rows, lines, x, dy),
         steps=(sums, rows * dy[1], dy[0], dy[3], x[1], x[0], x[3]),
     )  # fmt: skip

@@ -224,6 +224,7 @@ def _store(p, y, pitch, rows, tile, first_w, last_w, flags, bias):
                 place += p.width.step * step
 
 
+# One loop for each phase and each tile of a dimension.
 @_jit
 def _correlate_plane(p, y, slab, tile, w, bias, flags, first_d, last_d, first_h, last_h, first_w, last_w):
     """A tile of an output plane, from the slab and the filter `w`."""

@@ -174,6 +174,7 @@ def input_grad(
     )  # fmt: skip
 
 
+# One loop for each dimension of places and of taps: the equation, which helpers would take apart.
 @kernel(
     lambda element: types.void(
         array_of(element, 5), array_of(element, 5), array_of(element, 1), types.boolean, types.boolean, _tables,
@@ -337,6 +338,7 @@ def coefficient(probabilities, weight, label, keep, even, n, c, d, h, v):
     return q
 
 
+# One function: statement by statement the twin of that of cuda_kernels/softmax_cross_entropy.py.
 @kernel(
     lambda element: types.void(
         array_of(element, 5), array_of(types.int64, 4), array_of(element, 5), array_of(element, 1),

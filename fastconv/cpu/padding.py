@@ -19,6 +19,7 @@ def fold(
     fold_kernel[out.dtype](padded, bias, relu, accumulate, firsts, wheres, out)
 
 
+# One loop for each dimension, and one for the places that an element of it has in the padding.
 @kernel(
     lambda real: types.void(
         array_of(real, 4), array_of(real, 1), types.boolean, types.boolean, _tables, _tables, output_of(real, 4)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..geometry import ConvGeometry
-from . import depthwise, simd
-from .contraction import Axis, Strides
+from . import depthwise
+from .implicit_gemm import Axis, Strides
+from .vector.tile import tile
 
 
 def phase_axis(
@@ -85,7 +86,7 @@ def choose_rows(geometry: ConvGeometry, dtype: np.dtype, w: Strides, dx: Strides
     axis = max(range(3), key=lambda a: (lengths[a] > 1 and spaced[a], lengths[a], a))
     each_channel = not spaced[axis]
     if (
-        channels >= simd.tile(dtype.itemsize * 8).rows
+        channels >= tile(dtype.itemsize * 8).rows
         or lengths[axis] == 1
         or (each_channel and (geometry.groups > 1 or lengths[axis] <= channels))
     ):

@@ -191,16 +191,31 @@ def beginning(record: type[Record]) -> Any:
 
 
 def record_at(record: type[Record]) -> Any:
-    """``place(address, like)`` of compiled code: the record at an address, with the floating-point type of `like`."""
+    """``place(address, like)`` of compiled code: the record at an address.
+
+    `like` is a number, or a pointer to numbers, of its floating-point type.
+    """
 
     @intrinsic
     def place(typingctx, address, like):
         def codegen(context, builder, sig, args):
             return builder.inttoptr(args[0], _I64.as_pointer())
 
-        return RecordPointer(record, like.dtype)(types.int64, like), codegen
+        return RecordPointer(record, getattr(like, "dtype", like))(types.int64, like), codegen
 
     return place
+
+
+@intrinsic(prefer_literal=True)
+def field(typingctx, record, name):
+    """The pointer to a field of integers in compiled code: ``field(p, "counter")``."""
+    if not isinstance(record, RecordPointer) or record.type_of(name.literal_value) != types.int64:
+        return None
+
+    def codegen(context, builder, sig, args):
+        return _place(builder, record, args[0], name.literal_value)
+
+    return types.CPointer(types.int64)(record, name), codegen
 
 
 def _place(builder: Any, kind: RecordPointer, pointer: Any, name: str) -> Any:

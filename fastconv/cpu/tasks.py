@@ -28,10 +28,11 @@ from numba import prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import simd, threads
+from . import threads
 from .compiler import BodyCompiler
 from .jit import REAL, compiled, kernel
-from .records import Integer, Record, RecordPointer
+from .records import Integer, Record, RecordPointer, field, record_at
+from .vector.memory import fetch_add
 
 
 class Header(Record):
@@ -62,10 +63,6 @@ class Parameters(Record):
         return super().of(header=_NO_HEADER, **values)
 
 
-# Parameters that every body shares, filled by `run_stages`. The others begin at FIRST.
-HEADER = ("counter", "from_front", "from_back", "done", "scratch", "scratch_bytes", "body", "tasks", "waits", "next")
-COUNTER, FROM_FRONT, FROM_BACK, DONE, SCRATCH, SCRATCH_BYTES, BODY, TASKS, WAITS, NEXT, FIRST = range(11)
-
 # Below this, about 25 us of one core, a parallel call costs more than it saves. An empty one takes 2 us on tbb, but a
 # thread that has slept begins its first task 5 to 10 us later (70 us on omp), and with a cache of other data.
 SERIAL_FLOPS = 1_000_000
@@ -75,12 +72,7 @@ _MOST_KEPT = 64 * 1024 * 1024  # bytes of packed weights; the largest layer of V
 _local = threading.local()
 
 
-@intrinsic
-def _integers(typingctx, address):
-    def codegen(context, builder, sig, args):
-        return builder.inttoptr(args[0], ir.IntType(64).as_pointer())
-
-    return types.CPointer(types.int64)(types.int64), codegen
+_header = record_at(Header)
 
 
 @intrinsic
@@ -126,9 +118,6 @@ def call_with(typingctx, body, arguments):
     return types.void(types.int64, arguments), codegen
 
 
-ask = call_with  # its name before
-
-
 @intrinsic
 def _finish(typingctx, counter):
     """Add one to the integer at `counter`, after everything this thread has written."""
@@ -150,8 +139,8 @@ def _finished(typingctx, counter):
     return types.int64(types.CPointer(types.int64)), codegen
 
 
-# A thread that waits for another looks so often, some microseconds; after that the other may be waiting for its core.
-_LOOKS = 2000
+# A thread that waits for another spins so often, some microseconds; after that the other may be waiting for its core.
+_SPINS = 2000
 
 if sys.platform == "win32":
 
@@ -164,36 +153,36 @@ else:
 
 @kernel(lambda _: types.void(types.int64, types.int64))
 def _drive(first, workers):
-    """Run the stages whose parameters are at `first` and, from there, at NEXT."""
+    """Run the stages whose parameters are at `first` and, from there, at `next`."""
     for worker in prange(workers):
         stage = first
         while stage != 0:
-            p = _integers(stage)
-            body, tasks = p[BODY], p[TASKS]
-            task = simd.fetch_add(p, 1)  # p[COUNTER]
-            if p[WAITS] and task < tasks:
+            p = _header(stage, 0.0)
+            body, tasks = p.body, p.tasks
+            task = fetch_add(field(p, "counter"), 1)
+            if p.waits and task < tasks:
                 # Whoever comes here has found every task of the stages before taken, so threads are at work on those
                 # that are not done, and these wait for nothing.
                 before = first
-                for _ in range(p[WAITS]):
-                    q = _integers(before)
-                    looked = 0
-                    while _finished(simd.offset(q, DONE)) < q[TASKS]:
-                        looked += 1
-                        if looked > _LOOKS:
+                for _ in range(p.waits):
+                    q = _header(before, 0.0)
+                    spins = 0
+                    while _finished(field(q, "done")) < q.tasks:
+                        spins += 1
+                        if spins > _SPINS:
                             _let_others_run()
-                    before = q[NEXT]
+                    before = q.next
             while task < tasks:
                 # Every other thread begins with the last task, so that each meets neighbouring tasks, whose data is in
-                # its cache, and the same ones in the next call: weight gradients take 1 to 5 % less time.
+                # its cache, and the same ones in the next call: weight gradients take 1 to 5 % less time (Zen 4).
                 if worker % 2 == 0:
-                    task = simd.fetch_add(simd.offset(p, FROM_FRONT), 1)
+                    task = fetch_add(field(p, "from_front"), 1)
                 else:
-                    task = tasks - 1 - simd.fetch_add(simd.offset(p, FROM_BACK), 1)
+                    task = tasks - 1 - fetch_add(field(p, "from_back"), 1)
                 call(body, task, np.int64(worker), stage)
-                _finish(simd.offset(p, DONE))
-                task = simd.fetch_add(p, 1)
-            stage = p[NEXT]
+                _finish(field(p, "done"))
+                task = fetch_add(field(p, "counter"), 1)
+            stage = p.next
 
 
 class Body:
@@ -203,26 +192,19 @@ class Body:
     pointer whose only use is its type, the floating-point type of the operation.
     """
 
-    def __init__(self, function: Callable[..., None], record: type[Record] | None = None) -> None:
+    def __init__(self, function: Callable[..., None], record: type[Record]) -> None:
         self.__doc__ = function.__doc__
         self.function = function
         self.record = record
 
     @functools.cache  # noqa: B019 - bodies live as long as the module
-    def address(self, dtype: np.dtype, *literals: int) -> int:
-        """Address of the function for a floating-point type; or of one for which the first arguments are literals."""
-        first = [*map(types.literal, literals), types.int64, types.int64][:2]
+    def address(self, dtype: np.dtype) -> int:
+        """Address of the function for a floating-point type."""
         real = REAL[dtype]
-        parameters = types.CPointer(types.int64) if self.record is None else RecordPointer(self.record, real)
-        signature = types.void(*first, parameters, types.CPointer(real))
+        signature = types.void(types.int64, types.int64, RecordPointer(self.record, real), types.CPointer(real))
         self._compiled = getattr(self, "_compiled", [])  # the function must outlive its address
         self._compiled.append(compiled(numba.cfunc, signature, self.function, pipeline_class=BodyCompiler))
         return self._compiled[-1].address
-
-    def call(self, dtype: np.dtype, task: int, worker: int, parameters: np.ndarray) -> None:
-        """Call the function here and now, compiled for this task and worker alone."""
-        function = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 2, *[ctypes.c_void_p] * 2)
-        function(self.address(dtype, task, worker))(task, worker, address(parameters), None)
 
 
 def body(record: type[Record]) -> Callable[[Callable[..., None]], Body]:
@@ -241,15 +223,12 @@ def data_address(array: np.ndarray) -> int:
     return _integer_at(id(array) + _DATA).value
 
 
-address = data_address  # its name before
-
-
 def scratch_memory(size: int) -> int:
     """Address of `size` bytes of this Python thread's own scratch memory, aligned to a cache line."""
     kept, place = getattr(_local, "scratch", (0, 0))
     if kept < size:
         _local.scratch_buffer = buffer = np.empty(size + 64, np.uint8)
-        place = -(-address(buffer) // 64) * 64
+        place = -(-data_address(buffer) // 64) * 64
         _local.scratch = size, place
     return place
 
@@ -273,8 +252,7 @@ def workspace(elements: int, dtype: np.dtype, slot: int = 0) -> np.ndarray:
 
 
 # Work of one body: (body, number of tasks, parameters, bytes of scratch for each worker, flops, number of the first
-# stages that must be done before it begins). `parameters` is an int64 array with FIRST free places at its beginning,
-# used by one call alone.
+# stages that must be done before it begins). `parameters` is a record of the body's, used by one call alone.
 Stage = tuple[Body, int, np.ndarray, int, int, int]
 
 
@@ -299,11 +277,8 @@ def run_stages(dtype: np.dtype, stages: Sequence[Stage]) -> None:
     following = 0
     for body, tasks, parameters, _, _, waits in reversed(stages):
         header = 0, 0, 0, 0, place, scratch, body.address(dtype), tasks, waits, following
-        if body.record is None:
-            parameters[:FIRST] = header
-        else:
-            parameters["header"] = header
-        following = address(parameters)
+        parameters["header"] = header
+        following = data_address(parameters)
     drive: Any = _drive.compiled(None, many > 1)
     if many <= 1:
         drive(following, 1)

@@ -149,6 +149,7 @@ def _transform(p, d, source, channels, target, tile_pitch, xi_pitch, pixels, fir
             row += rows
 
 
+# One function: what the three steps of a part of the tiles share is most of its variables.
 @tasks.body(Gradient)
 def _gradient(task, worker, p, real):
     """Task = a block of channels, a block of output channels, and a part of the tiles."""

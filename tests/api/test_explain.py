@@ -8,8 +8,9 @@ import pytest
 
 import fastconv as fc
 from fastconv.arguments import ALGORITHMS
-from fastconv.cpu import convolution, methods, simd
+from fastconv.cpu import convolution, methods
 from fastconv.cpu.methods import METHODS, OPERATIONS
+from fastconv.cpu.vector.tile import tile
 from shapes import CASES
 
 PLANE = (1, 1, 512, 512), (1, 1, 63, 63)
@@ -97,7 +98,7 @@ METHODS_OF = [
 ]
 
 
-@pytest.mark.skipif(not simd.tile(32).masks, reason="which method runs is another choice on another tile")
+@pytest.mark.skipif(not tile(32).masks, reason="which method runs is another choice on another tile")
 @pytest.mark.parametrize(("shapes", "options", "op", "layout", "expected"), METHODS_OF)
 @pytest.mark.usefixtures("two_threads")
 def test_method_and_layout(shapes, options, op, layout, expected, monkeypatch):

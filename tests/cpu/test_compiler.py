@@ -7,11 +7,16 @@ import numpy as np
 import pytest
 from numba.core.errors import TypingError
 
-from fastconv.cpu import simd, tasks
+from fastconv.cpu import tasks
 from fastconv.cpu.compiler import BodyCompiler, without_collector
 from fastconv.cpu.jit import helper
+from fastconv.cpu.records import Integer, Reals
+from fastconv.cpu.vector import softmax
 
-RESULT, LIMIT, END = range(tasks.FIRST, tasks.FIRST + 3)
+
+class Squares(tasks.Parameters):
+    result: Reals
+    limit: Integer
 
 
 @helper
@@ -28,18 +33,18 @@ def _two_squares(limit):
     return square, _largest_square(limit - square)
 
 
-@tasks.Body
+@tasks.body(Squares)
 def _square(task, worker, p, real):
-    first, second = _two_squares(p[LIMIT] + task)
-    simd.at(real, p[RESULT])[task] = first + second / 2
+    first, second = _two_squares(p.limit + task)
+    p.result[task] = first + second / 2
 
 
 def test_helpers_are_compiled_in_the_body_alone(monkeypatch, tmp_path):
     # An empty cache: where the body was found in it, there would be no helpers to look at.
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     dtype = np.dtype(np.float64)
-    result, parameters = np.zeros(20), np.zeros(END, np.int64)
-    parameters[[RESULT, LIMIT]] = tasks.address(result), 50
+    result = np.zeros(20)
+    parameters = Squares.of(result=tasks.data_address(result), limit=50)
     tasks.run(_square, dtype, 20, parameters, 64, 0)
     squares = np.arange(9) ** 2
     for task in range(20):
@@ -88,7 +93,7 @@ def test_generated_functions_of_other_code_are_its_own():
 
     @numba.njit("float64(CPointer(float64), int64)")
     def largest(x, n):
-        return simd.span_maximum(x, n)
+        return softmax.span_maximum(x, n)
 
     (code,) = largest.inspect_llvm().values()
     (name,) = (line for line in code.splitlines() if line.startswith("define") and "span_maximum" in line)

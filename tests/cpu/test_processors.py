@@ -12,7 +12,7 @@ CODE = """
     import sys
     import numpy as np
     import oracle
-    from fastconv.cpu import simd
+    from fastconv.cpu.vector.tile import tile
     from helpers import channels_first, channels_last, functions, integers
     from shapes import CASES
     from fastconv.arguments import LAYOUTS
@@ -33,7 +33,7 @@ CODE = """
         same(channels_first(f.conv(x, w, **options)), y)
         same(f.weight_grad(x, w.shape, dy, **options), dw)
         same(channels_first(f.input_grad(x.shape, w, dy, **options)), dx)
-    print(simd.tile(8 * x.itemsize).lanes)
+    print(tile(8 * x.itemsize).lanes)
 """
 
 

@@ -45,7 +45,7 @@ def test_compiled_code_reads_and_writes_the_fields(dtype):
     entries = Entry.table([(0, 2.0), (3, -1.0), (5, 0.5)])
     offsets = np.array([1, 1, 2])
     p = Scaling.zeros()
-    p.x, p.entries, p.width.table = map(tasks.address, (x, entries, offsets))
+    p.x, p.entries, p.width.table = map(tasks.data_address, (x, entries, offsets))
     p.height.before = 2
     tasks.run(_scale, np.dtype(dtype), 3, p, 64, 0)
     expected = np.arange(20, dtype=dtype)

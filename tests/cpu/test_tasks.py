@@ -4,15 +4,20 @@ import numpy as np
 import pytest
 
 import fastconv as fc
-from fastconv.cpu import simd, tasks
+from fastconv.cpu import tasks
+from fastconv.cpu.records import Integer, Reals
 
-VALUES, SUMS, COUNT, END = range(tasks.FIRST, tasks.FIRST + 4)
+
+class Arrays(tasks.Parameters):
+    values: Reals
+    sums: Reals
+    count: Integer
 
 
-@tasks.Body
+@tasks.body(Arrays)
 def _put(task, worker, p, real):
     """values[task] += task + 1, after a while that differs from task to task."""
-    values = simd.at(real, p[VALUES])
+    values = p.values
     for _ in range(task * 37 % 11 * 200):
         values[task] += 1
     for _ in range(task * 37 % 11 * 200):
@@ -20,11 +25,10 @@ def _put(task, worker, p, real):
     values[task] += task + 1
 
 
-@tasks.Body
+@tasks.body(Arrays)
 def _add_up(task, worker, p, real):
-    values, sums = simd.at(real, p[VALUES]), simd.at(real, p[SUMS])
-    for i in range(p[COUNT]):
-        sums[task] += values[i]
+    for i in range(p.count):
+        p.sums[task] += p.values[i]
 
 
 @pytest.fixture
@@ -40,11 +44,10 @@ def test_a_stage_sees_all_that_the_stages_before_it_wrote(threads, all_threads):
     dtype = np.dtype(np.float64)
     for _ in range(50):
         values, sums = np.zeros(40), np.zeros(60)
-        one = np.zeros(END, np.int64)
-        one[tasks.FIRST :] = tasks.address(values), tasks.address(sums), 20
+        one = Arrays.of(values=tasks.data_address(values), sums=tasks.data_address(sums), count=20)
         rest, last = one.copy(), one.copy()
-        rest[VALUES] += 20 * values.itemsize
-        last[COUNT] = 40
+        rest["values"] += 20 * values.itemsize
+        last["count"] = 40
         tasks.run_stages(dtype, (
             (_put, 20, one, 64, 10**9, 0), (_put, 20, rest, 64, 0, 0), (_add_up, 60, last, 64, 0, 2),
         ))  # fmt: skip
@@ -66,4 +69,4 @@ def _views():
 @pytest.mark.parametrize("name", _views())
 def test_the_address_is_the_one_that_numpy_states(name):
     array = _views()[name]
-    assert tasks.address(array) == array.__array_interface__["data"][0] == array.ctypes.data
+    assert tasks.data_address(array) == array.__array_interface__["data"][0] == array.ctypes.data

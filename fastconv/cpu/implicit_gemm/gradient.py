@@ -39,6 +39,7 @@ def row_place(p, row):
     return row // p.out.h // p.out.d * p.output.n + row // p.out.h % p.out.d * p.output.d + row % p.out.h * p.output.h
 
 
+# One branch for each memory layout, where the innermost loops are vectors.
 @helper
 def _pack_gradient(p, panel, dy, channels, width, first_row, last_row, first_column, length):
     """panel[row][k][j] = dy[channel j] at output pixel (row, first_column + k); for j >= channels any number."""

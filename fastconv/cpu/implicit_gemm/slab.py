@@ -14,6 +14,7 @@ from ..vector.memory import no_inline, offset
 from .parameters import Fill
 
 
+# One branch for each stride that vectors can separate.
 @helper
 def _copy_row(row, phase_pitch, source, step, stride, count, first, places):
     """Elements 0 .. count of `source` (`step` apart) become the padded coordinates first .. first + count of `row`.

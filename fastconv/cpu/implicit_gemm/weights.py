@@ -232,6 +232,7 @@ def _find_targets(p, targets, c, group, o, rows):
             target.left = channels * size - tap.row * rows
 
 
+# One loop for each of panel, channel, window, vector and tap: a helper for the inner ones has a dozen arguments.
 @tasks.body(WeightPacking)
 def pack_phases(task, worker, p, real):
     """Task = some panels of rows of one group, for several phases, each packed as by `pack_weights`.

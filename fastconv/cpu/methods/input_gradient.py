@@ -9,7 +9,7 @@ import numpy as np
 
 from ...geometry import ConvGeometry
 from ...packed import PackedWeights
-from .. import channels_last, contraction, padding, phases, tasks
+from .. import channels_last, implicit_gemm, padding, phases, tasks
 from ..problem import FINITE_WEIGHTS, Method, Operands, Plan, Problem, Redo, contiguous
 from .products import Products, choose_product, offsets_of, scratch_of, workers_of_product
 from .table import plan_of, run
@@ -26,7 +26,7 @@ class Phase:
     where: tuple[slice, ...]  # of the input gradient (N, C, D, H, W)
     part: int
     packed: slice  # of the packed weights of all phases
-    product: contraction.Plan
+    product: implicit_gemm.Plan
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Part:
     groups: int
     phases: int
     channels: int
-    packing: contraction.Packing
+    packing: implicit_gemm.Packing
     packed: slice
 
     def bias_of_rows(self, bias: np.ndarray) -> np.ndarray:
@@ -76,7 +76,7 @@ class Phased(Method):
             name = _plan_part(problem, shape, w, kept, rows, number, correlations, made, parts)
             names += [] if name in names else [name]
         size = parts[-1].packed.stop if parts else 0
-        padded = any(phase.product.parameters[contraction.PADDED] for phase in made)
+        padded = any(phase.product.parameters["padded"] for phase in made)
         return PhasedPlan(
             self, dtype, tuple(made), tuple(parts), rows.order, tuple(untouched), size, padded, problem.add,
             problem.workers, tuple(names),
@@ -107,9 +107,9 @@ def _plan_part(
     products = Products(
         dtype, geometry.batch,
         [
-            contraction.make_blocks(
+            implicit_gemm.make_blocks(
                 dtype, groups, number * channels, geometry.out_channels_per_group, each,
-                contraction.can_stay_in_place(each, dy),
+                implicit_gemm.can_stay_in_place(each, dy),
             )
             for each in axes
         ],
@@ -126,14 +126,14 @@ def _plan_part(
         made.append(Phase(each.where, len(parts), slice(size, size + needed), plan))
         places.append(size - begin)
         size += needed
-    padded = any(plan.parameters[contraction.PADDED] for plan in plans)
+    padded = any(plan.parameters["padded"] for plan in plans)
     offsets = [offsets_of(each.taps, w[2:]) for each in correlations]
     if len(correlations) == 1:
-        packing = contraction.plan_packing(
+        packing = implicit_gemm.plan_packing(
             blocks[0], shape, w, dtype.itemsize, packing_steps, offsets[0], check_finite=padded
         )
     else:
-        packing = contraction.plan_phase_packing(
+        packing = implicit_gemm.plan_phase_packing(
             blocks, places, shape, w, dtype.itemsize, packing_steps, offsets, check_finite=padded
         )
     parts.append(Part(groups, number, channels, packing, slice(begin, size)))
@@ -168,11 +168,11 @@ class PhasedPlan(Plan):
         memory = tasks.workspace(self.packed_size + channels_last.READ_BEYOND, self.dtype)
         if self.order:
             weight = phases.in_order(weight, self.order)
-        unpacked = [contraction.Unpacked(part.packing, weight) for part in self.packings]
+        unpacked = [implicit_gemm.Unpacked(part.packing, weight) for part in self.packings]
         stages = []
         if self.packed_size:
             for part, weights in zip(self.packings, unpacked, strict=True):
-                stages.append(contraction.packing(weights, part.groups, memory[part.packed]))
+                stages.append(implicit_gemm.packing(weights, part.groups, memory[part.packed]))
         # The zeros around grad_output are no outputs: times an infinite weight they would make a nan where there is no
         # such product.
         if self.padded and self.add:  # once added to, `out` cannot be computed a second time
@@ -189,7 +189,7 @@ class PhasedPlan(Plan):
         waits = len(stages)
         for phase in self.phases:
             stages.append(
-                contraction.correlation(
+                implicit_gemm.correlation(
                     phase.product, grad_output,
                     unpacked[phase.part] if phase.product.packs else memory[phase.packed], out[phase.where],
                     biases[phase.part], relu, self.add, waits,

@@ -15,11 +15,11 @@ import numpy as np
 
 from ...geometry import ConvGeometry
 from ...packed import PackedWeights
-from .. import channels_last, contraction, small_planes, tasks
+from .. import channels_last, implicit_gemm, small_planes, tasks
 from ..problem import FINITE_WEIGHTS, Method, Operands, Plan, Problem, Redo, Strides
 from .table import allowed, asked_for, asked_in_turn
 
-Axes = tuple[contraction.Axis, ...]
+Axes = tuple[implicit_gemm.Axis, ...]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Products:
 
     dtype: np.dtype
     batch: int
-    cuts: list[contraction.Blocks]
+    cuts: list[implicit_gemm.Blocks]
     axes: list[Axes]
     source: Strides
     result: Strides
@@ -45,7 +45,7 @@ class Products:
 def axes_of(geometry: ConvGeometry) -> Axes:
     """The dimensions of a forward pass."""
     return tuple(
-        contraction.Axis(*fields)
+        implicit_gemm.Axis(*fields)
         for fields in zip(
             geometry.output_size, geometry.kernel_size, geometry.stride, geometry.dilation,
             geometry.input_coordinates, geometry.pad_before, geometry.input_size, strict=True,
@@ -63,17 +63,17 @@ def offsets_of(places: Sequence[Sequence[int]], steps: Sequence[int]) -> np.ndar
 
 def workers_of_product(problem: Problem) -> int:
     """How many threads the products of a problem are worth."""
-    return problem.workers if contraction.work(problem.geometry.flops) >= tasks.SERIAL_FLOPS else 1
+    return problem.workers if implicit_gemm.work(problem.geometry.flops) >= tasks.SERIAL_FLOPS else 1
 
 
 @asked_in_turn
 def forward_product(problem: Problem) -> Products:
     """The forward pass. The reduction is (input channel, tap)."""
     geometry, dtype = problem.geometry, problem.dtype
-    axes, x = contraction.fold_strides(axes_of(geometry), problem.steps(problem.input))
-    blocks = contraction.make_blocks(
+    axes, x = implicit_gemm.fold_strides(axes_of(geometry), problem.steps(problem.input))
+    blocks = implicit_gemm.make_blocks(
         dtype, geometry.groups, geometry.out_channels_per_group, geometry.in_channels_per_group, axes,
-        contraction.can_stay_in_place(axes, x),
+        implicit_gemm.can_stay_in_place(axes, x),
     )  # fmt: skip
     return Products(
         dtype, geometry.batch, [blocks], [axes], x, problem.steps(problem.output), geometry.padding_mode == "zeros",
@@ -93,11 +93,11 @@ class ProductMethod(Method):
         return None
 
     @abstractmethod
-    def cut(self, products: Products) -> list[contraction.Blocks]:
+    def cut(self, products: Products) -> list[implicit_gemm.Blocks]:
         """The cuts with panels of rows as the method has them."""
 
     @abstractmethod
-    def plan_product(self, products: Products, blocks: contraction.Blocks, axes: Axes) -> contraction.Plan:
+    def plan_product(self, products: Products, blocks: implicit_gemm.Blocks, axes: Axes) -> implicit_gemm.Plan:
         """The plan of one of them."""
 
     def cannot(self, problem: Problem) -> str | None:
@@ -110,7 +110,7 @@ class ProductMethod(Method):
         geometry, products, w = problem.geometry, forward_product(problem), problem.steps(problem.weight)
         (blocks,), (axes,) = self.cut(products), products.axes
         row, channel, *steps = w
-        packing = contraction.plan_packing(
+        packing = implicit_gemm.plan_packing(
             blocks, (geometry.out_channels, geometry.in_channels_per_group, *geometry.kernel_size), w,
             problem.dtype.itemsize, (blocks.rows * row, row, channel),
             offsets_of([range(n) for n in geometry.kernel_size], steps), check_finite=self.values == FINITE_WEIGHTS,
@@ -126,9 +126,9 @@ class CorrelationPlan(Plan):
 
     method: Method
     dtype: np.dtype
-    blocks: contraction.Blocks
-    packing: contraction.Packing
-    product: contraction.Plan
+    blocks: implicit_gemm.Blocks
+    packing: implicit_gemm.Packing
+    product: implicit_gemm.Plan
     packed_size: int  # elements
     workers: int
     kept: bool
@@ -147,28 +147,28 @@ class CorrelationPlan(Plan):
             kept, right = packed.get(layout, lambda: self._packed_alone(weight))
             if right:
                 tasks.run_stages(
-                    self.dtype, [contraction.correlation(self.product, input, kept, out, bias, relu, False)]
+                    self.dtype, [implicit_gemm.correlation(self.product, input, kept, out, bias, relu, False)]
                 )
             return None if right else True
-        unpacked = contraction.Unpacked(self.packing, weight)
-        weights: np.ndarray | contraction.Unpacked = unpacked
+        unpacked = implicit_gemm.Unpacked(self.packing, weight)
+        weights: np.ndarray | implicit_gemm.Unpacked = unpacked
         stages = []
         if not self.product.packs:
             weights = tasks.workspace(self.packed_size, self.dtype)
-            stages.append(contraction.packing(unpacked, self.blocks.groups, weights))
-        stages.append(contraction.correlation(self.product, input, weights, out, bias, relu, False, len(stages)))
+            stages.append(implicit_gemm.packing(unpacked, self.blocks.groups, weights))
+        stages.append(implicit_gemm.correlation(self.product, input, weights, out, bias, relu, False, len(stages)))
         tasks.run_stages(self.dtype, stages)
         return None if unpacked.finite() else True
 
     def _packed_alone(self, weight: np.ndarray) -> tuple[np.ndarray, bool]:
         """The packed weights, in memory of their own, and are they finite (if the packing is one that looks)?"""
         packed = np.empty(self.packed_size, self.dtype)
-        unpacked = contraction.Unpacked(self.packing, weight)
-        tasks.run_stages(self.dtype, [contraction.packing(unpacked, self.blocks.groups, packed)])
+        unpacked = implicit_gemm.Unpacked(self.packing, weight)
+        tasks.run_stages(self.dtype, [implicit_gemm.packing(unpacked, self.blocks.groups, packed)])
         return packed, unpacked.finite()
 
 
-def scratch_of(plan: contraction.Plan, workers: int) -> int:
+def scratch_of(plan: implicit_gemm.Plan, workers: int) -> int:
     """Bytes of scratch memory of all threads, and of the parameters."""
     return min(plan.tasks, workers) * plan.scratch + plan.parameters.nbytes
 
@@ -194,16 +194,16 @@ class SmallPlanes(ProductMethod):
             return "channels_last takes less time, without transposes"
         return None
 
-    def _cut(self, products: Products) -> list[contraction.Blocks] | None:
+    def _cut(self, products: Products) -> list[implicit_gemm.Blocks] | None:
         return small_planes.cut_all(
             products.dtype, products.batch, products.cuts, products.axes, products.workers,
             products.rows_are_neighbours,
         )  # fmt: skip
 
-    def cut(self, products: Products) -> list[contraction.Blocks]:
+    def cut(self, products: Products) -> list[implicit_gemm.Blocks]:
         return self._cut(products) or []
 
-    def plan_product(self, products: Products, blocks: contraction.Blocks, axes: Axes) -> contraction.Plan:
+    def plan_product(self, products: Products, blocks: implicit_gemm.Blocks, axes: Axes) -> implicit_gemm.Plan:
         return small_planes.plan_correlation(
             products.dtype, products.batch, blocks, axes, products.source, products.result, products.workers,
             products.kept, products.group_steps,
@@ -225,15 +225,15 @@ class ChannelsLast(ProductMethod):
             return "channels would leave lanes of the vectors empty, for longer than transposes take"
         return None
 
-    def _cut(self, products: Products, needed: float) -> list[contraction.Blocks] | None:
+    def _cut(self, products: Products, needed: float) -> list[implicit_gemm.Blocks] | None:
         return channels_last.cut_all(
             products.dtype, products.cuts, products.axes, products.source, products.result, needed
         )
 
-    def cut(self, products: Products) -> list[contraction.Blocks]:
+    def cut(self, products: Products) -> list[implicit_gemm.Blocks]:
         return self._cut(products, math.inf) or []
 
-    def plan_product(self, products: Products, blocks: contraction.Blocks, axes: Axes) -> contraction.Plan:
+    def plan_product(self, products: Products, blocks: implicit_gemm.Blocks, axes: Axes) -> implicit_gemm.Plan:
         return channels_last.plan_correlation(
             products.dtype, products.batch, blocks, axes, products.source, products.result, products.zeros,
             products.workers, products.kept, products.group_steps,
@@ -254,13 +254,13 @@ class ImplicitGemm(ProductMethod):
     def slower(self, problem: Problem) -> str | None:
         return None
 
-    def cut(self, products: Products) -> list[contraction.Blocks]:
+    def cut(self, products: Products) -> list[implicit_gemm.Blocks]:
         return products.cuts
 
-    def plan_product(self, products: Products, blocks: contraction.Blocks, axes: Axes) -> contraction.Plan:
-        batch, folded, x, y = contraction.fold_batch(products.batch, axes, products.source, products.result)
-        return contraction.plan_correlation(
-            products.dtype, batch, blocks, folded, x, y, products.zeros, contraction.can_stay_in_place(folded, x),
+    def plan_product(self, products: Products, blocks: implicit_gemm.Blocks, axes: Axes) -> implicit_gemm.Plan:
+        batch, folded, x, y = implicit_gemm.fold_batch(products.batch, axes, products.source, products.result)
+        return implicit_gemm.plan_correlation(
+            products.dtype, batch, blocks, folded, x, y, products.zeros, implicit_gemm.can_stay_in_place(folded, x),
             products.workers, packed=products.kept, group_steps=products.group_steps,
         )  # fmt: skip
 
@@ -270,21 +270,21 @@ class ImplicitGemm(ProductMethod):
     def _weight_gradient(self, problem: Problem) -> Plan:
         geometry, dtype = problem.geometry, problem.dtype
         x, dy, dw = map(problem.steps, (problem.input, problem.output, problem.weight))
-        axes, x = contraction.fold_strides(axes_of(geometry), x)
-        batch, axes, x, dy = contraction.fold_batch(geometry.batch, axes, x, dy)
+        axes, x = implicit_gemm.fold_strides(axes_of(geometry), x)
+        batch, axes, x, dy = implicit_gemm.fold_batch(geometry.batch, axes, x, dy)
         shape = tuple(axis.out for axis in axes)
-        in_place = contraction.can_stay_in_place(axes, x) and contraction.is_flat(shape, dy[2:])
+        in_place = implicit_gemm.can_stay_in_place(axes, x) and implicit_gemm.is_flat(shape, dy[2:])
         rows, channels = geometry.out_channels_per_group, geometry.in_channels_per_group
         steps = rows * dw[0], dw[0], dw[1]
         exchanged = (
             in_place
-            and contraction.can_stay_in_place(axes, dy)
-            and contraction.is_better_exchanged(dtype, rows, channels)
+            and implicit_gemm.can_stay_in_place(axes, dy)
+            and implicit_gemm.is_better_exchanged(dtype, rows, channels)
         )
         if exchanged:  # dw[o, c] = sum of dy[o] * x[c] over the pixels: the gradient of dy's weights for x, transposed
             rows, channels, x, dy, steps = channels, rows, dy, x, (steps[0], steps[2], steps[1])
         offsets = offsets_of([range(n) for n in geometry.kernel_size], dw[2:])
-        plan = contraction.plan_weight_gradient(
+        plan = implicit_gemm.plan_weight_gradient(
             dtype, batch, geometry.groups, rows, channels, axes, x, dy, steps, offsets,
             geometry.padding_mode == "zeros", in_place,
         )  # fmt: skip
@@ -296,7 +296,7 @@ class WeightGradientPlan(Plan):
     """A weight gradient as one product; with `exchanged`, of the gradient and the input."""
 
     method: Method
-    product: contraction.Plan
+    product: implicit_gemm.Plan
     exchanged: bool
     dtype: np.dtype
     add: bool
@@ -305,7 +305,7 @@ class WeightGradientPlan(Plan):
     @property
     def workspace(self) -> int:
         parameters = self.product.parameters
-        parts = self.product.tasks * int(parameters[contraction.TILE_SIZE]) if parameters[contraction.SPLITS] > 1 else 0
+        parts = self.product.tasks * int(parameters["tile_elements"]) if parameters["splits"] > 1 else 0
         return parts * self.dtype.itemsize + scratch_of(self.product, self.workers)
 
     def run(
@@ -314,7 +314,7 @@ class WeightGradientPlan(Plan):
         input, grad_output = operands
         if self.exchanged:
             input, grad_output = grad_output, input
-        contraction.weight_gradient(self.product, input, grad_output, out, self.add)
+        implicit_gemm.weight_gradient(self.product, input, grad_output, out, self.add)
         return None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ...geometry import ConvGeometry
 from ...packed import PackedWeights
-from .. import contraction, fft, tasks, winograd, winograd_gradient
+from .. import fft, implicit_gemm, tasks, winograd, winograd_gradient
 from ..problem import FINITE_OPERANDS, Method, Operands, Plan, Problem, Redo, epsilon, terms_of_sum
 from .products import scratch_of
 from .table import run, runs_of_samples
@@ -114,7 +114,7 @@ class WinogradPlan(Plan):
 
     method: Method
     problem: Problem
-    tiles: contraction.Plan
+    tiles: implicit_gemm.Plan
     m: int  # outputs of a tile in each dimension
     steps: tuple[int, ...]  # strides of the weight, in elements
 
@@ -178,7 +178,7 @@ class WinogradGradientPlan(Plan):
     """A weight gradient, which is added where it is right."""
 
     method: Method
-    gradient: contraction.Plan
+    gradient: implicit_gemm.Plan
     dtype: np.dtype
     add: bool
     workers: int

@@ -11,7 +11,7 @@ import numpy as np
 from ..records import Integer, Record
 from .call import vector_function
 from .depthwise_rows import meeting
-from .emit import Block, Emitter, Fields, Int, Ints, Ptr, Real, Var, Vec, fma
+from .emit import Block, Bool, Emitter, Fields, Int, Ints, Ptr, Real, Var, Vec, fma
 from .gemm import ADD, RELU
 from .tile import Tile
 
@@ -85,7 +85,7 @@ def correlate_pixel_blocks(
     high: Int, depths: Int, steps: Fields[Steps], add: Int, least: Real, *, variant: PixelBlock,
 ) -> None:  # fmt: skip
     """`correlate_pixels` for as many columns as a block has pixels, of all rows."""
-    (taps, stride, rotations), many = variant
+    (taps, stride, _), many = variant
     s = steps.load()
     x_prefetch = s.x_prefetch.differs(0).choose(s.x_prefetch + (depths - 1) * s.x_depth, e.number(0))
     reached = stride * (many - 1) + taps
@@ -125,17 +125,7 @@ def correlate_pixel_blocks(
                 for _ in e.range(heights, x_height, w_height, sums):
                     x_width, w_width = Var(x_height.value), Var(w_height.value)
                     for _ in e.range(s.widths, x_width, w_width, sums):
-                        weights = [(w_width.value + n * e.lanes).vector() for n in range(taps * rotations)]
-                        for i in range(reached):
-                            found = meeting(i, many, stride, taps)
-                            if not found:
-                                continue
-                            place = x_width.value + s.x_column * i
-                            value = (outside[i].choose(zeros, place) if i in outside else place).vector()
-                            for rotation in range(rotations):
-                                turned = rotated(value, rotation, rotations)
-                                for q, a in found:
-                                    sums[q] = fma(weights[a * rotations + rotation], turned, sums[q])
+                        _add_taps(sums, variant.neighbours, x_width.value, s.x_column, w_width.value, outside, zeros)
                         x_width.value, w_width.value = x_width.value + s.x_width, w_width.value + s.w_width
                     x_height.value, w_height.value = x_height.value + s.x_height, w_height.value + s.w_height
                 x_depth.value, w_depth.value = x_depth.value + s.x_depth, w_depth.value + s.w_depth
@@ -146,6 +136,24 @@ def correlate_pixel_blocks(
             y_block.value, x_block.value = y_block.value + e.lanes, x_block.value + e.lanes
             w_block.value, bias_block.value = w_block.value + s.w_block, bias_block.value + s.w_block
         y_row.value = y_row.value + s.y_row
+
+
+def _add_taps(
+    sums: Block, neighbours: Neighbours, x: Ptr, x_column: Int, w: Ptr, outside: dict[int, Bool], zeros: Ptr
+) -> None:  # fmt: skip
+    """The products of a run of neighbours, for each of the pixels that have sums."""
+    (taps, stride, rotations), many, e = neighbours, len(sums.values), x.e
+    weights = [(w + n * e.lanes).vector() for n in range(taps * rotations)]
+    for i in range(stride * (many - 1) + taps):
+        found = meeting(i, many, stride, taps)
+        if not found:
+            continue
+        place = x + x_column * i
+        value = (outside[i].choose(zeros, place) if i in outside else place).vector()
+        for rotation in range(rotations):
+            turned = rotated(value, rotation, rotations)
+            for q, a in found:
+                sums[q] = fma(weights[a * rotations + rotation], turned, sums[q])
 
 
 @correlate_pixel_blocks.plain
@@ -254,6 +262,7 @@ class GradientSteps(Record):
     height: Integer
 
 
+# One function: its accumulators are registers from the first pixel to the last.
 @vector_function(restrict="sums x dy zeros")
 def accumulate_pixels(
     e: Emitter, sums: Ptr, x: Ptr, dy: Ptr, zeros: Ptr, blocks: Int, rows: Int, columns: Int, low: Int, high: Int,

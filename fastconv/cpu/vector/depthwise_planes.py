@@ -392,6 +392,7 @@ def spread_shifts(taps: int, parity: int) -> dict[int, list[tuple[int, int]]]:
     return dict(sorted(shifts.items()))
 
 
+# One function: its accumulators are registers from the first tap to the last.
 @vector_function(restrict="masks y x w bias")
 def spread_planes_by_two(
     e: Emitter, masks: Ints, y: Ptr, x: Ptr, w: Ptr, bias: Ptr, first_row: Int, height: Int, depths: Int, planes: Int,
