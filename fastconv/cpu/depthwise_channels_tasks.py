@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import tasks
 from .depthwise_tasks import ArraySteps, Operands
 from .jit import helper as _jit
-from .records import Integer, Integers, Record, pointer_to
+from .records import Integer, Integers, PointerTo, Record
 from .vector import gemm, move
 from .vector.depthwise_channels import GradientSteps, Steps, accumulate_pixels, correlate_pixels
 from .vector.memory import at, fill_zero, offset, pointer_address
@@ -73,8 +73,8 @@ class Way(Record):
 
     x: Box
     y: Box
-    steps: pointer_to(Steps)  # type: ignore[valid-type]  # for each phase
-    gradient: pointer_to(GradientSteps)  # type: ignore[valid-type]
+    steps: PointerTo[Steps]  # for each phase
+    gradient: PointerTo[GradientSteps]
 
 
 class Parameters(tasks.Parameters):
@@ -109,11 +109,11 @@ class Parameters(tasks.Parameters):
     depth: Dimension
     height: Dimension
     width: Dimension
-    depths: pointer_to(PhaseEntry)  # type: ignore[valid-type]
-    heights: pointer_to(PhaseEntry)  # type: ignore[valid-type]
-    widths: pointer_to(WidthPhase)  # type: ignore[valid-type]
+    depths: PointerTo[PhaseEntry]
+    heights: PointerTo[PhaseEntry]
+    widths: PointerTo[WidthPhase]
     tap_groups: Integer
-    groups: pointer_to(TapGroup)  # type: ignore[valid-type]
+    groups: PointerTo[TapGroup]
     in_place: Way
     to_y: Way  # from the slab
     to_copy: Way  # from the slab

@@ -24,7 +24,7 @@ from .depthwise import PREFETCH_BYTES, Line, Lines, Plan
 from .depthwise_tasks import NO_OPERANDS, Operands, RowSteps
 from .implicit_gemm import Strides
 from .jit import helper as _jit
-from .records import Integer, Integers, Reals, Record, pointer_to
+from .records import Integer, Integers, PointerTo, Reals, Record
 from .tasks import data_address
 from .vector import gemm, move
 from .vector.depthwise_planes import (
@@ -89,7 +89,7 @@ class Planes(tasks.Parameters):
     tiles: Integer  # of rows
     units: Integer
     parts: Integer
-    table: pointer_to(RowPart)  # type: ignore[valid-type]
+    table: PointerTo[RowPart]
     taps: Integer  # of a filter
     depth: Depth
     height: Dimension

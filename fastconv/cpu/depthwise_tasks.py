@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import tasks
 from .jit import helper as _jit
-from .records import Integer, Integers, Reals, Record, pointer_to
+from .records import Integer, Integers, PointerTo, Reals, Record
 from .vector import gemm, move
 from .vector.depthwise_rows import accumulate_rows, correlate_rows, sum_lanes
 from .vector.memory import at, fill_zero, offset, pointer_address
@@ -57,7 +57,7 @@ class PhaseEntry(Record):
     start: Integer  # number of its first tap
     classes: Integer  # output rows share what they read with every so-many-th
     blocks: Integer  # of rows of the filter
-    rows: pointer_to(FilterRows)  # type: ignore[valid-type]
+    rows: PointerTo[FilterRows]
 
 
 class Dimension(Record):
@@ -73,7 +73,7 @@ class Dimension(Record):
     tiles: Integer
     reach: Integer
     phases: Integer
-    table: pointer_to(PhaseEntry)  # type: ignore[valid-type]
+    table: PointerTo[PhaseEntry]
 
 
 class Parameters(tasks.Parameters):

@@ -118,11 +118,6 @@ class PointerTo(Generic[_Pointee]):
     """A field: the address of a record, or of the first of a table of them."""
 
 
-def pointer_to(record: type[Record]) -> Any:
-    """`PointerTo` this record."""
-    return PointerTo[record]  # type: ignore[valid-type]
-
-
 class RecordPointer(types.Type):
     """In compiled code: a record of this kind in memory, with this floating-point type."""
 

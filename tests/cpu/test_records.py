@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fastconv.cpu import tasks
-from fastconv.cpu.records import Double, Integer, Integers, Reals, Record, beginning, copy_of, pointer_to
+from fastconv.cpu.records import Double, Integer, Integers, PointerTo, Reals, Record, beginning, copy_of
 
 
 class Entry(Record):
@@ -19,7 +19,7 @@ class Axis(Record):
 
 class Scaling(tasks.Parameters):
     x: Reals
-    entries: pointer_to(Entry)
+    entries: PointerTo[Entry]
     height: Axis
     width: Axis
     total: Integer
