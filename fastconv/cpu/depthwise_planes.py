@@ -89,7 +89,7 @@ class Planes(tasks.Parameters):
     tiles: Integer  # of rows
     units: Integer
     parts: Integer
-    table: PointerTo[RowPart]
+    row_parts: PointerTo[RowPart]
     taps: Integer  # of a filter
     depth: Depth
     height: Dimension
@@ -132,7 +132,7 @@ def _correlate_rows(
     if pointer_address(p.operands.bias) != 0:
         flags |= gemm.BIAS
     for k in range(p.parts):
-        part = p.table[k]
+        part = p.row_parts[k]
         done = ahead * planes * rows * part.column
         correlate_planes(
             part.function, part.masks, offset(y, part.column), offset(x, part.first_column), w, bias, first_h, height,
@@ -239,7 +239,7 @@ def _accumulate_rows(p, sums, dy, x, zeros, first_h, planes, runs, rows, ahead, 
                 at_d = d * p.depth.stride + p.depth.first + a * p.depth.tap_step
                 height = p.height.length if 0 <= at_d < p.depth.length else 0
                 for k in range(p.parts):
-                    part = p.table[k]
+                    part = p.row_parts[k]
                     done = ahead * rows * part.column
                     accumulate_planes(
                         part.function, part.masks, offset(sums, (i * p.taps + a * (p.taps // p.depth.taps)) * lanes),
@@ -432,7 +432,7 @@ def plan_correlation(
     y_steps, w_plane = (rows * y[1], y[3]), rows * math.prod(taps)
     parameters = Correlation.of(
         operands=NO_OPERANDS, x=x[:4], y=y[:4], channels=channels, rows=rows, at_once=planes, chunks=chunks,
-        out_d=depth.out, out_h=height.out, tiles=tiles, units=units, parts=len(table), table=data_address(table),
+        out_d=depth.out, out_h=height.out, tiles=tiles, units=units, parts=len(table), row_parts=data_address(table),
         taps=math.prod(taps), **_dimensions(lines), prefetches=_prefetches(dtype, batch, channels, rows, lines, x, y),
         constants=data_address(no_bias), w_first=first, w_depth=w_steps[0], step=1, y_rows=height.out,
         unit_tasks=unit_tasks, check=check, width=width.size,
@@ -462,7 +462,7 @@ def plan_input_gradient_by_two(
     unit_tasks = min(units, 8 * workers)
     parameters = Correlation.of(
         operands=NO_OPERANDS, x=dy[:4], y=dx[:4], channels=channels, rows=1, at_once=planes, chunks=chunks, out_d=1,
-        out_h=height.out, tiles=tiles, units=units, parts=len(table), table=data_address(table), taps=taps * taps,
+        out_h=height.out, tiles=tiles, units=units, parts=len(table), row_parts=data_address(table), taps=taps * taps,
         depth=(1, 1, 0, 1, 1), height=(height.size, 1, _first(height), taps),
         prefetches=_prefetches(dtype, batch, channels, 1, lines, dy, dx), constants=data_address(no_bias), w_first=0,
         w_depth=taps * taps, step=2, y_rows=height.whole, unit_tasks=unit_tasks, check=False, width=width.size,
@@ -493,7 +493,7 @@ def plan_weight_gradient(
     parameters = WeightGradient.of(
         operands=NO_OPERANDS, x=x[:4], y=dy[:4], channels=channels, rows=rows, at_once=planes, chunks=chunks,
         out_d=depth.out, out_h=height.out, tiles=tiles, units=units, parts=len(table),
-        table=data_address(table), taps=taps,
+        row_parts=data_address(table), taps=taps,
         **_dimensions(lines), constants=data_address(zeros), batch=batch, splits=splits,
         prefetches=parts_follow and _prefetches(dtype, batch, channels, rows, lines, x, dy),
         steps=(sums, rows * dy[1], dy[0], dy[3], x[1], x[0], x[3]),

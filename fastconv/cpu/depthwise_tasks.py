@@ -73,7 +73,7 @@ class Dimension(Record):
     tiles: Integer
     reach: Integer
     phases: Integer
-    table: PointerTo[PhaseEntry]
+    entries: PointerTo[PhaseEntry]  # of the phases
 
 
 class Parameters(tasks.Parameters):
@@ -199,7 +199,7 @@ def _filter(p, target, pitch, rows, columns, slab, w, in_depth, in_height, in_wi
 @_jit
 def _store(p, y, pitch, rows, tile, first_w, last_w, flags, bias):
     """Put the phases of `rows` rows together: tile [phase][row][column] into y, of any strides."""
-    table = p.width.table
+    table = p.width.entries
     step, source_pitch = p.y.column, p.tile_pitch
     if p.width.phases == 2 and p.width.step == 2 and step == 1 and flags == 0:
         counts = min(last_w, table[0].count) + min(last_w, table[1].count) - 2 * first_w
@@ -229,9 +229,9 @@ def _store(p, y, pitch, rows, tile, first_w, last_w, flags, bias):
 def _correlate_plane(p, y, slab, tile, w, bias, flags, first_d, last_d, first_h, last_h, first_w, last_w):
     """A tile of an output plane, from the slab and the filter `w`."""
     for i in range(p.depth.phases):
-        in_depth = p.depth.table[i]
+        in_depth = p.depth.entries[i]
         for j in range(p.height.phases):
-            in_height = p.height.table[j]
+            in_height = p.height.entries[j]
             classes = in_height.classes
             pitch = classes * p.height.step * p.y.row
             taps = in_depth.taps * in_height.taps
@@ -255,7 +255,7 @@ def _correlate_plane(p, y, slab, tile, w, bias, flags, first_d, last_d, first_h,
                             + ((h - first_h) * p.height.stride + in_height.shift) * p.row_pitch,
                         )  # fmt: skip
                         for k in range(p.width.phases):
-                            in_width = p.width.table[k]
+                            in_width = p.width.entries[k]
                             columns = min(last_w, in_width.count) - first_w
                             part = offset(tile, k * p.tile)
                             if taps * in_width.taps == 0:
@@ -318,7 +318,7 @@ def correlate(task, worker, p, real):
 @_jit
 def _accumulate_plane(p, sums, slab, copy, dy, first_d, last_d, first_h, last_h, first_w, last_w):
     """Add what a tile of a plane of the output gradient contributes to the gradient of its filter."""
-    in_depth, in_height = p.depth.table[0], p.height.table[0]
+    in_depth, in_height = p.depth.entries[0], p.height.entries[0]
     offsets = p.offsets
     classes, columns = in_height.classes, last_w - first_w
     row_step = classes * p.height.stride * p.row_pitch
