@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
-
-from .emit import I64, ir
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def _constant(name: str):
     @intrinsic
     def constant(typingctx, like):
         def codegen(context, builder, sig, args):
-            return ir.Constant(I64, int(getattr(tile_of(sig.args[0]), name)))
+            return ir.Constant(ir.IntType(64), int(getattr(tile_of(sig.args[0]), name)))
 
         return types.int64(like), codegen
 
