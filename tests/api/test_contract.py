@@ -43,7 +43,10 @@ FUNCTIONS = {
     **_of_dimension(2),
     **_of_dimension(3),
     "conv_bias_grad": Signature("grad_output", f"layout='NCHW', out=None, accumulate=False, {_BACKEND}"),
-    "explain": Signature(f"input_shape, weight_shape, {_TAIL}", "dtype='float32', op='forward', algorithm='auto'"),
+    "explain": Signature(
+        f"input_shape, weight_shape, {_TAIL}",
+        "dtype='float32', op='forward', algorithm='auto', layout=None, padding_mode='zeros'",  # None: channels first
+    ),
     "backends": Signature("", ""),
     "set_backend": Signature("name", ""),
     "use_backend": Signature("name", ""),
