@@ -14,9 +14,10 @@ import numpy as np
 from numba import types
 
 from ._cuda import DeviceArray, cuda, launch, launch_blocks
-from .implicit_gemm import MOST_ELEMENTS, _elements, _extent, _numbers, add_parts_kernel, parts_of_gradient
 from .intrinsics import u32
 from .jit import ELEMENTS, BlockKernel, flat
+from .offsets import MOST_ELEMENTS, as_uint32, extent, strides_in_elements
+from .partial_sums import add_parts_kernel, parts_of_gradient
 from .tiles import ENOUGH_BLOCKS
 
 __all__ = ["bias_grad"]
@@ -35,10 +36,10 @@ def bias_grad(grad_output: DeviceArray, accumulate: bool, out: DeviceArray) -> b
     """
     images = grad_output.merge(3)
     images = None if images is None else images.merge(2)
-    if images is None or not images.size or min(images.strides) < 0 or _extent(images) > MOST_ELEMENTS:
+    if images is None or not images.size or min(images.strides) < 0 or extent(images) > MOST_ELEMENTS:
         return False
     batch, channels, size = images.shape
-    strides = _elements(images)
+    strides = strides_in_elements(images)
     lanes = WARP if strides[1] == 1 and channels > 1 and strides[2] > 1 else 1
     blocks, count = -(-channels // lanes), batch * size
     parts = max(1, min(-(-4 * ENOUGH_BLOCKS // blocks), count // (THREADS // lanes * LEAST_POSITIONS)))
@@ -47,7 +48,7 @@ def bias_grad(grad_output: DeviceArray, accumulate: bool, out: DeviceArray) -> b
     partial = parts_of_gradient(parts, ELEMENTS[out.dtype.name].real, accumulate, grad_output, out)
     launch_blocks(
         bias_grad_kernel(out.dtype.name, lanes), (blocks, parts), images.flat(),
-        _numbers(channels, size, count, part, *strides), partial.flat(),
+        as_uint32(channels, size, count, part, *strides), partial.flat(),
     )  # fmt: skip
     if partial.pointer != out.pointer:
         launch(add_parts_kernel[out.dtype], out.size, partial, accumulate, out[:, None, None, None, None])

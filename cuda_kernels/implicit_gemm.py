@@ -19,14 +19,13 @@ bfloat16 and, where the user allows it, float32 rounded to tf32 on the tensor co
 weights are copied 16 bytes at a time, from an ordered copy where they do not lie like that, and so is a source whose
 channels lie together; any other source goes through registers. What a sum adds, and in which order, depends on the
 shape and the order of the dimensions in memory, not on what is aligned.
+
+Here are the gathers; the tables are in `implicit_gemm_tables`, the weight gradient in `implicit_gemm_weight_grad`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -35,114 +34,27 @@ from numba import from_dtype, types
 from ..backends import get_float32_precision
 from ..geometry import ConvGeometry
 from ._cuda import DeviceArray, cuda, current_device, launch, launch_blocks, scratch, upload
+from .implicit_gemm_tables import (
+    Gather,
+    column_numbers,
+    forward_gather,
+    input_grad_gathers,
+    padded_to_steps,
+    source_table,
+)
+from .implicit_gemm_weight_grad import WeightPass, launch_passes, weight_plan
 from .intrinsics import copy16_async, copy_commit, copy_wait_all, copy_wait_all_but_one, load4, round_tf32, store4, u32
 from .jit import BlockKernel, Element, array_of, flat, inlined, kernel
+from .offsets import MOST_ELEMENTS, Strides, as_uint32, extent, split_batch, strides_in_elements
 from .tiles import ARITHMETIC, ENOUGH_BLOCKS, Tile, choose_tile, product
 
 __all__ = ["forward", "input_grad", "weight_grad"]
 
-MOST_ELEMENTS = 2**31 - 1
 LEAST_ROWS = 4  # channels of a group: fewer leave most of a tile empty, in every one of many groups
-FAR = 1 << 30  # added to a coordinate, puts it outside of any array
 
 # How a thread stores its sums: one by one; several positions at once, for channels first; several rows, for channels
 # last.
 ONE_BY_ONE, POSITIONS, ROWS = 0, 1, 2
-
-Strides = tuple[int, ...]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class Gather(NamedTuple):
-    """One pass over `source`, all numbers in elements. Of the tables, a row per term (channel, tap)."""
-
-    rows: int  # of a group
-    columns: int
-    terms: int
-    counts: tuple[int, int, int]  # columns of one sample, per dimension
-    step: tuple[int, int, int]
-    size: tuple[int, int, int]  # of the source
-    deltas: np.ndarray  # (terms, 3)
-    channels: np.ndarray  # (terms,): channel of the group
-    weights: np.ndarray  # (terms,): offset from the row's first weight
-    origin: tuple[int, int, int]  # of the result's positions, and the distance of two
-    pace: tuple[int, int, int]
-
-    @property
-    def checked(self) -> bool:
-        """May a coordinate be outside the source?"""
-        last = np.multiply(np.subtract(self.counts, 1), self.step)
-        return bool((self.deltas < 0).any() or (self.deltas + last >= self.size).any())
-
-
-def _terms(
-    channels: int, taps: list[tuple[int, int, int]], channels_together: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Channel and tap (terms, 3) of each term: channel by channel, or tap by tap with the channels together."""
-    if channels_together:
-        return np.tile(np.arange(channels), len(taps)), np.repeat(np.reshape(taps, (-1, 3)), channels, axis=0)
-    return np.repeat(np.arange(channels), len(taps)), np.tile(np.reshape(taps, (-1, 3)), (channels, 1))
-
-
-def _forward_gather(geometry: ConvGeometry, weight: Strides, channels_together: bool) -> Gather:
-    taps = list(itertools.product(*map(range, geometry.kernel_size)))
-    channels, tap = _terms(geometry.in_channels_per_group, taps, channels_together)
-    return Gather(
-        geometry.out_channels_per_group, geometry.batch * int(np.prod(geometry.output_size)), len(channels),
-        geometry.output_size, geometry.stride, geometry.input_size,
-        tap * geometry.dilation - np.array(geometry.pad_before), channels, channels * weight[1] + tap @ weight[2:],
-        (0, 0, 0), (1, 1, 1),
-    )  # fmt: skip
-
-
-def _input_grad_gathers(geometry: ConvGeometry, weight: Strides, channels_together: bool) -> Iterator[Gather]:
-    for phase in itertools.product(*map(range, geometry.stride)):
-        # input positions q = origin + stride * j, and the taps k with k * dilation = phase (mod stride)
-        origin = [(p - b) % s for p, b, s in zip(phase, geometry.pad_before, geometry.stride, strict=True)]
-        counts = [len(range(q, n, s)) for q, n, s in zip(origin, geometry.input_size, geometry.stride, strict=True)]
-        if 0 in counts:
-            continue
-        taps = [
-            [k for k in range(size) if (k * d - p) % s == 0]
-            for size, d, p, s in zip(geometry.kernel_size, geometry.dilation, phase, geometry.stride, strict=True)
-        ]
-        channels, tap = _terms(geometry.out_channels_per_group, list(itertools.product(*taps)), channels_together)
-        deltas = (np.array(origin) + geometry.pad_before - tap * geometry.dilation) // np.array(geometry.stride)
-        yield Gather(
-            geometry.in_channels_per_group, geometry.batch * int(np.prod(counts)), len(channels), tuple(counts),
-            (1, 1, 1), geometry.output_size, deltas, channels, channels * weight[0] + tap @ weight[2:], tuple(origin),
-            geometry.stride,
-        )  # fmt: skip
-
-
-def _padded_to_steps(table: np.ndarray, fill: int, step: int) -> np.ndarray:
-    """A whole number of steps of so many rows, at least one, as 32-bit numbers that wrap around."""
-    missing = max(-len(table) % step, step - len(table))
-    filler = np.full((missing, *table.shape[1:]), fill, np.int64)
-    return (np.concatenate([table, filler]).astype(np.int64) & 0xFFFFFFFF).astype(np.uint32).reshape(-1)
-
-
-def _source_table(gather: Gather, source: Strides, chunk: int, step: int) -> np.ndarray:
-    """Offset and the three deltas of every chunk's first term; the rows that fill up a step are outside the source."""
-    offsets = gather.channels * source[1] + gather.deltas @ np.array(source[2:], np.int64)
-    return _padded_to_steps(np.column_stack([offsets, gather.deltas])[::chunk], FAR, step)
-
-
-def _column_numbers(gather: Gather, source: Strides) -> list[int]:
-    """What makes of a column its sample and coordinates in the source, and their offset."""
-    return [*gather.counts, *gather.step, *gather.size, source[0], *np.multiply(source[2:], gather.step).tolist()]
-
-
-def _elements(array: DeviceArray) -> Strides:
-    return tuple(s // array.dtype.itemsize for s in array.strides)
-
-
-def _numbers(*values: int) -> tuple[np.uint32, ...]:
-    return tuple(np.uint32(int(v) & 0xFFFFFFFF) for v in values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,10 +88,10 @@ def _plans(
     chunk, depth = arithmetic.chunk, arithmetic.depth
     channels_together = arithmetic.tensor and source[1] == 1
     if operation == "forward":
-        gathers = [_forward_gather(geometry, weight, channels_together)]
+        gathers = [forward_gather(geometry, weight, channels_together)]
         weight_row, channels = weight[0], geometry.in_channels_per_group
     else:
-        gathers = list(_input_grad_gathers(geometry, weight, channels_together))
+        gathers = list(input_grad_gathers(geometry, weight, channels_together))
         weight_row, channels = weight[1], geometry.out_channels_per_group
     weight_group = geometry.out_channels_per_group * weight[0]
     plans = []
@@ -196,23 +108,23 @@ def _plans(
             row = -(-gather.terms // chunk) * chunk
             group = gather.rows * row
             ordered = geometry.groups, gather.rows, row
-        numbers = _numbers(
+        numbers = as_uint32(
             gather.rows, gather.columns, gather.terms, row, group, channels * source[1],
-            *_column_numbers(gather, source),
+            *column_numbers(gather, source),
             out[0], out[1], gather.rows * out[1], *np.multiply(out[2:], gather.pace).tolist(),
             int(np.dot(out[2:], gather.origin)),
         )  # fmt: skip
         every = chunk if chunked else 1
-        terms = _source_table(gather, source, every, depth // every)
+        terms = source_table(gather, source, every, depth // every)
         plans.append(
-            Plan(gather, numbers, *upload(terms, _padded_to_steps(gather.weights, 0, depth)), chunked, ordered)
+            Plan(gather, numbers, *upload(terms, padded_to_steps(gather.weights, 0, depth)), chunked, ordered)
         )
     return plans
 
 
 def _storing(gather: Gather, out: DeviceArray, run: int, modes: tuple[int, ...]) -> int:
     """How the kernel may store its sums, `run` at once in one of `modes`."""
-    n, row, *space = _elements(out)
+    n, row, *space = strides_in_elements(out)
     if out.pointer % min(16, run * out.dtype.itemsize):
         return ONE_BY_ONE
     positions = int(np.prod(gather.counts))
@@ -231,7 +143,7 @@ def _gather(
 ) -> None:  # fmt: skip
     kind = _kind(out.dtype)
     arithmetic = ARITHMETIC[kind]
-    strides = _elements(weight), _elements(source), _elements(out)
+    strides = strides_in_elements(weight), strides_in_elements(source), strides_in_elements(out)
     aligned = weight.pointer % 16 == 0, source.pointer % 16 == 0
     rows_together = arithmetic.tensor and strides[2][1] == 1
     modes = ((ROWS,) if rows_together else (POSITIONS,)) if arithmetic.tensor else (POSITIONS, ROWS)
@@ -259,7 +171,7 @@ def _ordered(operation: str, plan: Plan, geometry: ConvGeometry, weight: DeviceA
     if plan.ordered is None:
         return weight
     copy = scratch(plan.ordered, weight.stored_dtype, weight)
-    strides = _elements(weight)
+    strides = strides_in_elements(weight)
     group, row = geometry.out_channels_per_group * strides[0], strides[0 if operation == "forward" else 1]
     launch(
         order_kernel[weight.dtype], copy.size, weight.flat(), plan.weights.flat(), plan.gather.terms, group, row, copy
@@ -615,255 +527,6 @@ def gather_kernel(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The weight gradient
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Positions that one block sums, at least: shorter chains cost more to add up than they gain.
-LEAST_POSITIONS = 512
-WEIGHT_NUMBERS = 24
-
-
-def positions_of_part(rows: int, columns: int, groups: int, positions: int, kind: str = "float32") -> int:
-    """How many positions go into one part of the sum: by the shape alone, so that the bits are the same everywhere."""
-    tile, depth = _weight_tile(rows, columns, kind), ARITHMETIC[kind].depth
-    tiles = -(-rows // tile.rows) * -(-columns // tile.columns) * groups
-    parts = max(1, min(2 * ENOUGH_BLOCKS // tiles, positions // LEAST_POSITIONS))
-    return -(-positions // parts // depth) * depth
-
-
-def _weight_tile(rows: int, columns: int, kind: str) -> Tile:
-    """The largest tile that both sides more than half fill: the parts of the sum make the blocks."""
-    tiles = ARITHMETIC[kind].tiles
-    return next((t for t in tiles if 2 * rows > t.rows and 2 * columns > t.columns), tiles[-1])
-
-
-def _columns_of_weights(geometry: ConvGeometry, source: Strides) -> tuple[np.ndarray, np.ndarray]:
-    """Deltas and offsets in the input of each column (channel, tap) of the weight gradient."""
-    taps = list(itertools.product(*map(range, geometry.kernel_size)))
-    channels, tap = _terms(geometry.in_channels_per_group, taps)
-    deltas = tap * geometry.dilation - np.array(geometry.pad_before)
-    return deltas, channels * source[1] + deltas @ np.array(source[2:], np.int64)
-
-
-@functools.lru_cache(maxsize=1024)
-def _weight_plan(
-    kind: str, geometry: ConvGeometry, source: Strides, grad: Strides, device: int
-) -> tuple[tuple[np.uint32, ...], int, DeviceArray]:
-    """Numbers, parts of the sum, and table of the columns."""
-    deltas, offsets = _columns_of_weights(geometry, source)
-    rows, columns = geometry.out_channels_per_group, len(offsets)
-    counts = geometry.output_size
-    positions = geometry.batch * int(np.prod(counts))
-    part = positions_of_part(rows, columns, geometry.groups, positions, kind)
-    numbers = _numbers(
-        rows, columns, positions, part, grad[1], rows * grad[1], geometry.in_channels_per_group * source[1],
-        *counts, *geometry.stride, *geometry.input_size, grad[0], *grad[2:], source[0],
-    )  # fmt: skip
-    steps = _numbers(*np.multiply(source[2:], geometry.stride).tolist())
-    (table,) = upload(_padded_to_steps(np.column_stack([offsets, deltas]), 0, 1))
-    return (*numbers, *steps), -(-positions // part), table
-
-
-class WeightPass(NamedTuple):
-    """What the weight gradient sums over some samples."""
-
-    input: DeviceArray
-    grad_output: DeviceArray
-    numbers: tuple[np.uint32, ...]
-    parts: int
-    table: DeviceArray
-
-
-def _weight_grad(kind: str, passes: list[WeightPass], groups: int, accumulate: bool, out: DeviceArray) -> None:
-    arithmetic = ARITHMETIC[kind]
-    rows, columns = map(int, passes[0].numbers[:2])
-    tile = _weight_tile(rows, columns, kind)
-    tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
-    partial = parts_of_gradient(sum(p.parts for p in passes), arithmetic.real, accumulate, passes[0].input, out)
-    first = 0
-    for x, dy, numbers, parts, table in passes:
-        launch_blocks(
-            weight_kernel(kind, tile), (tiles, parts, groups), dy.flat(arithmetic.operand), x.flat(arithmetic.operand),
-            table.flat(), numbers, partial.samples(first, parts).flat(),
-        )  # fmt: skip
-        first += parts
-    if partial.pointer != out.pointer:
-        launch(add_parts_kernel[out.dtype], out.size, partial, accumulate, out)
-
-
-def parts_of_gradient(
-    parts: int, real: type, accumulate: bool, like: DeviceArray, out: DeviceArray
-) -> DeviceArray:
-    """Where the parts of a weight gradient go: (parts, out.size), or `out` itself where it is the only one."""
-    if parts == 1 and not accumulate and out.is_contiguous and out.dtype == real:
-        return DeviceArray(out.pointer, (1, out.size), None, out.dtype, out.owner, out.stream, out.writeable)
-    return scratch((parts, out.size), real, like)
-
-
-# A factory: what its nested functions share is decided once, for one tile.
-@functools.cache
-def weight_kernel(kind: str, tile: Tile) -> BlockKernel:
-    """One part of the sum of a tile of the weight gradient; the terms are output positions."""
-    arithmetic = ARITHMETIC[kind]
-    (
-        a_stage, b_stage, row_of_stage, (row_run, row_spacing, row_jump), (column_run, column_spacing, column_jump),
-        (words_a, words_b), place_a, place_b, _, origin, step, put, _,
-    ) = product(tile, kind)  # fmt: skip
-    rows_of_tile, columns_of_tile, thread_rows, thread_columns = tile
-    threads, chunk, depth = tile.threads, arithmetic.chunk, arithmetic.depth
-    chunks = depth // chunk
-    a_size, b_size = 2 * a_stage, 2 * b_stage
-    apart = threads // chunks  # each thread fetches one chunk of positions, of rows and columns this far apart
-    fetched_a, fetched_b = rows_of_tile // apart, columns_of_tile // apart
-    size_a, size_b = fetched_a * chunk, fetched_b * chunk
-    operand, word, real = map(from_dtype, map(np.dtype, arithmetic[:3]))
-    nothing, zero = arithmetic.operand(0), arithmetic.real(0)
-
-    @inlined
-    def fetch_position(
-        grad, source, exists, n, d, h, w, row, rows, numbers, base_grad, base_source, columns, next_a, next_b, v
-    ):
-        """The output gradients of position v of the chunk, and what the taps meet there."""
-        (
-            _, _, _, _, grad_row, _, _, _, _, _, step_d, step_h, step_w, size_d, size_h, size_w,
-            grad_n, grad_d, grad_h, grad_w, source_n, source_d, source_h, source_w,
-        ) = numbers  # fmt: skip
-        at = u32(base_grad + n * grad_n + d * grad_d + h * grad_h + w * grad_w)
-        for i in range(fetched_a):
-            r = u32(row + i * apart)
-            next_a[i * chunk + v] = grad[u32(at + r * grad_row)] if exists and r < rows else nothing
-        at = u32(base_source + n * source_n + d * source_d + h * source_h + w * source_w)
-        d, h, w = u32(d * step_d), u32(h * step_h), u32(w * step_w)
-        for i in range(fetched_b):
-            inside = (
-                u32(d + columns[i, 1]) < size_d and u32(h + columns[i, 2]) < size_h and u32(w + columns[i, 3]) < size_w
-            )
-            next_b[i * chunk + v] = source[u32(at + columns[i, 0])] if exists and inside else nothing
-
-    @inlined
-    def following(n, d, h, w, count_d, count_h, count_w):
-        """The position after this one."""
-        w = u32(w + 1)
-        if w == count_w:
-            w, h = u32(0), u32(h + 1)
-        if h == count_h:
-            h, d = u32(0), u32(d + 1)
-        if d == count_d:
-            d, n = u32(0), u32(n + 1)
-        return n, d, h, w
-
-    @inlined
-    def fetch(grad, source, first, last, row, rows, numbers, base_grad, base_source, columns, next_a, next_b):
-        count_d, count_h, count_w = numbers[7:10]
-        line = u32(first // count_w)
-        w = u32(first - line * count_w)
-        plane = u32(line // count_h)
-        h = u32(line - plane * count_h)
-        n = u32(plane // count_d)
-        d = u32(plane - n * count_d)
-        for v in range(chunk):
-            fetch_position(
-                grad, source, u32(first + v) < last, n, d, h, w, row, rows, numbers, base_grad, base_source, columns,
-                next_a, next_b, v,
-            )  # fmt: skip
-            n, d, h, w = following(n, d, h, w, count_d, count_h, count_w)
-
-    @inlined
-    def store_stage(a, b, a_at, b_at, next_a, next_b):
-        for i in range(fetched_a):
-            put(a, u32(a_at + i * apart * row_of_stage), next_a, i)
-        for i in range(fetched_b):
-            put(b, u32(b_at + i * apart * row_of_stage), next_b, i)
-
-    def weight_grad(grad, source, table, numbers, partial):
-        rows, columns, positions, part, _, grad_group, source_group = numbers[:7]
-        a = cuda.shared.array(a_size, word, alignment=16)
-        b = cuda.shared.array(b_size, word, alignment=16)
-        sums = cuda.local.array((thread_rows, thread_columns), real)
-        ra = cuda.local.array(words_a, word)
-        rb = cuda.local.array(words_b, word)
-        next_a = cuda.local.array(size_a, operand)
-        next_b = cuda.local.array(size_b, operand)
-        own_columns = cuda.local.array((fetched_b, 4), types.uint32)
-        t, group = u32(cuda.threadIdx.x), u32(cuda.blockIdx.z)
-        row_tiles = u32((rows + rows_of_tile - 1) // rows_of_tile)
-        column_tile = u32(u32(cuda.blockIdx.x) // row_tiles)
-        first_row = u32((u32(cuda.blockIdx.x) - column_tile * row_tiles) * rows_of_tile)
-        first_column = u32(column_tile * columns_of_tile)
-        k = u32(u32(cuda.blockIdx.y) * part)
-        last = min(u32(k + part), positions)
-
-        own, term = u32(t // chunks), u32(t % chunks * chunk)
-        for i in range(fetched_b):  # columns that do not exist repeat the last, and are not stored
-            e = load4(table, u32(4 * min(u32(first_column + own + i * apart), u32(columns - 1))))
-            for j in range(4):
-                own_columns[i, j] = e[j]
-        a_at, b_at = place_a(own, u32(t % chunks)), place_b(own, u32(t % chunks))
-        row, base_grad, base_source = u32(first_row + own), u32(group * grad_group), u32(group * source_group)
-
-        for i in range(thread_rows):
-            for j in range(thread_columns):
-                sums[i, j] = zero
-        fetch(
-            grad, source, u32(k + term), last, row, rows, numbers, base_grad, base_source, own_columns, next_a, next_b
-        )
-        store_stage(a, b, a_at, b_at, next_a, next_b)
-        cuda.syncthreads()
-        row_of_thread, column_of_thread, from_a, from_b = origin(t)
-        stage = u32(0)
-        while k < last:
-            k = u32(k + depth)
-            if k < last:
-                fetch(
-                    grad, source, u32(k + term), last, row, rows, numbers, base_grad, base_source, own_columns,
-                    next_a, next_b,
-                )  # fmt: skip
-            step(a, b, u32(stage * a_stage + from_a), u32(stage * b_stage + from_b), sums, ra, rb)
-            stage = u32(1 - stage)
-            if k < last:
-                store_stage(a, b, u32(stage * a_stage + a_at), u32(stage * b_stage + b_at), next_a, next_b)
-            cuda.syncthreads()
-
-        at = u32(u32(u32(cuda.blockIdx.y) * u32(cuda.gridDim.z) + group) * rows)
-        for i in range(thread_rows):
-            r = u32(first_row + row_of_thread + i // row_run * row_jump + i % row_run * row_spacing)
-            if r < rows:
-                for j in range(thread_columns):
-                    in_tile = column_of_thread + j // column_run * column_jump + j % column_run * column_spacing
-                    column = u32(first_column + in_tile)
-                    if column < columns:
-                        partial[u32(u32(at + r) * columns + column)] = sums[i, j]
-
-    words = flat(types.uint32)
-    signature = (flat(operand), flat(operand), words, types.UniTuple(types.uint32, WEIGHT_NUMBERS), flat(real))
-    return BlockKernel(weight_grad, threads, signature, 1 if arithmetic.tensor else None)
-
-
-@kernel(
-    lambda element: (array_of(from_dtype(np.dtype(element.real)), 2), types.boolean, array_of(element.stored, 5))
-)
-def add_parts_kernel(element: Element):
-    """The parts of each weight's gradient, added in order and rounded once."""
-    load, store, zero = element.load, element.store, element.real(0)
-
-    def add_parts_kernel(partial, accumulate, grad):
-        _, channels, kernel_d, kernel_h, kernel_w = grad.shape
-        for index in range(cuda.grid(1), grad.size, cuda.gridsize(1)):
-            total = zero
-            for part in range(partial.shape[0]):
-                total += partial[part, index]
-            rest, w = divmod(index, kernel_w)
-            rest, h = divmod(rest, kernel_h)
-            rest, d = divmod(rest, kernel_d)
-            o, c = divmod(rest, channels)
-            if accumulate:
-                total += load(grad[o, c, d, h, w])
-            grad[o, c, d, h, w] = store(total)
-
-    return add_parts_kernel
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Entries: False, with nothing done, for what is left to the simple kernels
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -873,7 +536,7 @@ def forward(
 ) -> bool:
     if not _applies(geometry, weight, input, out):
         return False
-    for part, (x, y) in _samples(geometry, input, out):
+    for part, (x, y) in split_batch(geometry, input, out):
         _gather("forward", part, weight, x, bias, relu, False, y)
     return True
 
@@ -884,7 +547,7 @@ def input_grad(
 ) -> bool:  # fmt: skip
     if not _applies(geometry, weight, grad_output, out):
         return False
-    for part, (dy, dx) in _samples(geometry, grad_output, out):
+    for part, (dy, dx) in split_batch(geometry, grad_output, out):
         _gather("input_grad", part, weight, dy, bias, relu, accumulate, dx)
     return True
 
@@ -896,22 +559,16 @@ def weight_grad(
         return False
     kind, device = _kind(out.dtype), current_device()
     passes = [
-        WeightPass(x, dy, *_weight_plan(kind, samples, _elements(x), _elements(dy), device))
-        for samples, (x, dy) in _samples(geometry, input, grad_output)
+        WeightPass(x, dy, *weight_plan(kind, samples, strides_in_elements(x), strides_in_elements(dy), device))
+        for samples, (x, dy) in split_batch(geometry, input, grad_output)
     ]
-    _weight_grad(kind, passes, geometry.groups, accumulate, out)
+    launch_passes(kind, passes, geometry.groups, accumulate, out)
     return True
 
 
 def _kind(dtype: np.dtype) -> str:
     """The arithmetic for arrays of this type."""
     return "tf32" if dtype == np.float32 and get_float32_precision() == "tf32" else dtype.name
-
-
-def _extent(array: DeviceArray, samples: int | None = None) -> int:
-    """Elements from the first to the last, of the first `samples` if given."""
-    shape = array.shape if samples is None else (samples, *array.shape[1:])
-    return sum((n - 1) * s for n, s in zip(shape, array.strides, strict=True)) // array.dtype.itemsize + 1
 
 
 def _applies(geometry: ConvGeometry, *arrays: DeviceArray) -> bool:
@@ -924,22 +581,5 @@ def _applies(geometry: ConvGeometry, *arrays: DeviceArray) -> bool:
         geometry.padding_mode == "zeros"
         and not (narrow and geometry.groups > 1)
         and all(a.size > 0 and min(a.strides) >= 0 for a in arrays)
-        and all(_extent(a, 1) <= MOST_ELEMENTS for a in arrays)
+        and all(extent(a, 1) <= MOST_ELEMENTS for a in arrays)
     )
-
-
-def _samples(geometry: ConvGeometry, *arrays: DeviceArray) -> Iterator[tuple[ConvGeometry, list[DeviceArray]]]:
-    """The whole batch, or as many samples at a time as 32-bit offsets reach."""
-    if all(_extent(a) <= MOST_ELEMENTS for a in arrays):
-        yield geometry, list(arrays)
-        return
-    most = max(n for n in _halvings(geometry.batch) if all(_extent(a, n) <= MOST_ELEMENTS for a in arrays))
-    for first in range(0, geometry.batch, most):
-        count = min(most, geometry.batch - first)
-        yield dataclasses.replace(geometry, batch=count), [a.samples(first, count) for a in arrays]
-
-
-def _halvings(n: int) -> Iterator[int]:
-    while n:
-        yield n
-        n //= 2

@@ -28,7 +28,8 @@ from numba import types
 
 from ._cuda import DeviceArray, bad_label_record, cuda, has_engine, launch, scratch
 from .jit import ELEMENTS, Element, array_of, device_function, kernel
-from .softmax_rows import add_label_weights, add_values, cross_entropy_rows, softmax_rows
+from .position_sums import add_label_weights, add_values
+from .softmax_rows import cross_entropy_rows, softmax_rows
 
 __all__ = ["cross_entropy", "softmax", "softmax_cross_entropy_row"]
 

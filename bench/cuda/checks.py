@@ -232,13 +232,14 @@ def check_small(case: Case, which: str, dtype: str, arrays: Library, peer: str =
 @contextlib.contextmanager
 def only_tile(number: int) -> Iterator[None]:
     """Let the matrix products take the tile of this number, whatever the shape."""
-    from fastconv.cuda_kernels import implicit_gemm, tiles
+    from fastconv.cuda_kernels import implicit_gemm, implicit_gemm_weight_grad, tiles
 
     with (
         mock.patch.object(implicit_gemm, "choose_tile", lambda rows, columns, groups, choice: choice[number]),
         mock.patch.object(
-            implicit_gemm, "_weight_tile", lambda rows, columns, kind: tiles.ARITHMETIC[kind].tiles[number]
-        ),
+            implicit_gemm_weight_grad, "weight_tile",
+            lambda rows, columns, kind: tiles.ARITHMETIC[kind].tiles[number],
+        ),  # fmt: skip
     ):
         yield
 

@@ -19,7 +19,7 @@ from fastconv.bench import peers as all_peers
 from fastconv.bench.cuda import arrays as device_arrays
 from fastconv.bench.cuda import checks as device_checks
 from fastconv.bench.cuda import clock, command, jobs, peers, run
-from fastconv.cuda_kernels import implicit_gemm, tiles
+from fastconv.cuda_kernels import implicit_gemm, implicit_gemm_weight_grad, tiles
 from helpers import output_of, run_python
 
 ROOT = Path(__file__).parents[2]
@@ -322,7 +322,7 @@ def test_every_tile_is_taken_once(dtype, monkeypatch, a_run):
     def check(problem, result, count):
         arithmetic = tiles.ARITHMETIC[dtype]
         chosen = implicit_gemm.choose_tile(1, 1, 1, arithmetic.tiles)
-        assert chosen == implicit_gemm._weight_tile(1, 1, dtype)
+        assert chosen == implicit_gemm_weight_grad.weight_tile(1, 1, dtype)
         taken.append(chosen)
 
     monkeypatch.setattr(device_checks, "check", check)

@@ -22,7 +22,19 @@ from test_cuda_codegen import (  # noqa: F401
 
 import codegen
 import codegen_table
-from fastconv.cuda_kernels import _cuda, channel_sums, depthwise, implicit_gemm, softmax_rows, tiles
+from fastconv.cuda_kernels import (
+    _cuda,
+    channel_sums,
+    depthwise,
+    depthwise_kernels,
+    implicit_gemm,
+    implicit_gemm_weight_grad,
+    partial_sums,
+    position_sums,
+    row_groups,
+    softmax_rows,
+    tiles,
+)
 from fastconv.cuda_kernels._cuda import cuda
 from fastconv.cuda_kernels.jit import ELEMENTS, BlockKernel
 
@@ -53,8 +65,8 @@ class Budget(NamedTuple):
 
 def row_budgets():
     once, twice = {"LDG.E.128": 1, "STG.E.128": 1, "SHFL": 10}, {"LDG.E.128": 2, "STG.E.128": 1, "SHFL": 10}
-    for dtype, vectors in softmax_rows.VECTORS.items():
-        groups = softmax_rows.GROUPS[vectors.width]
+    for dtype, vectors in row_groups.VECTORS.items():
+        groups = row_groups.GROUPS[vectors.width]
         chosen = [groups[1], groups[3], groups[-1]] if dtype == "float32" else [groups[3]]
         for group in chosen:
             kernel = softmax_rows.cross_entropy_row_kernel(dtype, group)
@@ -63,19 +75,19 @@ def row_budgets():
                 f"rows-{dtype}-{group.threads}x{group.vectors}",
                 Budget(kernel, budget, once | {"LDG.E.128": group.vectors}),
             )
-        for group in (softmax_rows.SHORT, softmax_rows.LONG):
+        for group in (row_groups.SHORT, row_groups.LONG):
             kernel = softmax_rows.cross_entropy_row_kernel(dtype, group)
             yield f"rows-{dtype}-{group.threads}-twice", Budget(kernel, 96, twice)
         for log in (False, True):
             kernel = softmax_rows.softmax_row_kernel(dtype, groups[3], log)
             yield f"{'log_' * log}softmax-{dtype}", Budget(kernel, 80, once | {"LDG.E.128": groups[3].vectors})
-    kernel = softmax_rows.softmax_row_kernel("float32", softmax_rows.LONG, False)
+    kernel = softmax_rows.softmax_row_kernel("float32", row_groups.LONG, False)
     yield "softmax-float32-twice", Budget(kernel, 64, twice)
     for dtype in ELEMENTS:  # one block of 1024 threads: 64 registers each
         wide = dtype == "float64"
         reduction = {"SHFL": 20 if wide else 10, "BAR": 1}
-        yield f"add_values-{dtype}", Budget(softmax_rows.add_values_kernel(dtype), 64, reduction, float64=wide)
-        kernel = softmax_rows.add_label_weights_kernel(dtype)
+        yield f"add_values-{dtype}", Budget(position_sums.add_values_kernel(dtype), 64, reduction, float64=wide)
+        kernel = position_sums.add_label_weights_kernel(dtype)
         yield f"add_label_weights-{dtype}", Budget(kernel, 64, reduction, float64=wide)
 
 
@@ -92,7 +104,7 @@ def product_budgets():
         yield f"gather-{name}", Budget(gather, budget, required, hot)
         yield f"gather-unchecked-{name}", Budget(unchecked, budget, required, hot)
         del required["STG.E.128"]
-        yield f"weight-{name}", Budget(implicit_gemm.weight_kernel("float32", tile), budget, required, hot)
+        yield f"weight-{name}", Budget(implicit_gemm_weight_grad.weight_kernel("float32", tile), budget, required, hot)
 
 
 def double_budgets():
@@ -104,7 +116,7 @@ def double_budgets():
         hot = ("DFMA", {256: 0.65, 128: 0.55}[terms])
         kernels = {
             "gather": implicit_gemm.gather_kernel("float64", tile, True),
-            "weight": implicit_gemm.weight_kernel("float64", tile),
+            "weight": implicit_gemm_weight_grad.weight_kernel("float64", tile),
         }
         for name, kernel in kernels.items():
             name = f"{name}-float64-{tile.rows}x{tile.columns}"
@@ -161,7 +173,7 @@ def tensor_budgets():
             yield (
                 f"weight-{name}",
                 Budget(
-                    implicit_gemm.weight_kernel(kind, tile), max(budget, 192 if sums == 32 else 0),
+                    implicit_gemm_weight_grad.weight_kernel(kind, tile), max(budget, 192 if sums == 32 else 0),
                     required | {"STS.128": 2 * sum(fetched)}, ("HMMA", 0.8 * share),
                     quick=largest and kind != "float16", blackwell=max(blackwell[shape], 192 if sums == 32 else 0),
                 ),
@@ -171,10 +183,10 @@ def tensor_budgets():
 def depthwise_patch(dtype, taps, rows, columns, vector, stride=1, inverse=False, last=False):
     """As `depthwise` makes them for filters of an odd size, padded by half of it."""
     height, width = (
-        depthwise.Axis.gather(inverse, k, results, stride if k > 1 else 1, 1, k // 2, v)
+        depthwise_kernels.Axis.gather(inverse, k, results, stride if k > 1 else 1, 1, k // 2, v)
         for k, results, v in zip(taps, (rows, columns), (1, vector), strict=True)
     )
-    return depthwise.Patch(dtype, vector, last, False, height, width)
+    return depthwise_kernels.Patch(dtype, vector, last, False, height, width)
 
 
 def depthwise_budgets():
@@ -191,7 +203,7 @@ def depthwise_budgets():
         "input-3x3-stride2": (("float32", (3, 3), 4, 8, 4, 2, True), 80, {"LDG.E.128": 3, "STG.E.128": 8, "FFMA": 72}),
     }  # fmt: skip
     for name, (patch, registers, required) in patches.items():
-        kernel = depthwise.gather_kernel(depthwise_patch(*patch))
+        kernel = depthwise_kernels.gather_kernel(depthwise_patch(*patch))
         yield f"depthwise-{name}", Budget(kernel, registers, required, blackwell=192 if name == "7x7" else None)
     patches = {
         "3x3": (("float32", (3, 3), 4, 4, 4), 64, {"LDG.E.128": 10, "FFMA": 144, "SHFL": 45}),
@@ -200,7 +212,8 @@ def depthwise_budgets():
         "3x3-channels_last": (("float32", (3, 3), 4, 4, 1, 1, False, True), 64, {"FFMA": 144}),
     }
     for name, (patch, registers, required) in patches.items():
-        yield f"depthwise-weight-{name}", Budget(depthwise.weight_kernel(depthwise_patch(*patch)), registers, required)
+        kernel = depthwise_kernels.weight_kernel(depthwise_patch(*patch))
+        yield f"depthwise-weight-{name}", Budget(kernel, registers, required)
 
 
 def channel_sum_budgets():
@@ -243,14 +256,15 @@ def test_machine_code(name, architecture):
     check(BUDGETS[name], architecture, name)
 
 
-@pytest.mark.parametrize("dtype", softmax_rows.VECTORS)
+@pytest.mark.parametrize("dtype", row_groups.VECTORS)
 def test_launches_of_rows_pass_what_was_compiled(dtype, monkeypatch):
     import ml_dtypes
     import numpy as np
 
     launches = []
-    monkeypatch.setattr(softmax_rows, "launch_blocks", lambda *launch: launches.append(launch))
-    monkeypatch.setattr(softmax_rows, "scratch", scratch)
+    for module in (softmax_rows, position_sums):
+        monkeypatch.setattr(module, "launch_blocks", lambda *launch: launches.append(launch))
+    monkeypatch.setattr(position_sums, "scratch", scratch)
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     z = device_array(40, 1, 1, 1, 3, dtype=kind).transpose((4, 0, 1, 2, 3))
     row, none5 = device_array(3, 1, 1, 1, dtype=kind), _cuda.DeviceArray(0, (0,) * 5, None, kind, None)
@@ -260,8 +274,8 @@ def test_launches_of_rows_pass_what_was_compiled(dtype, monkeypatch):
     arguments = (labels, none5, none, row, -100, np.float32(1), real, *numbers[:1], np.float32(0), *numbers[:2])
     assert softmax_rows.cross_entropy_rows(z, *arguments, row, real, z, row, device_array(1, dtype=np.int64), 0)
     assert softmax_rows.softmax_rows(z, True, z)
-    softmax_rows.add_values(device_array(70000, dtype=np.float32), real, 1.0, device_array(1, dtype=kind))
-    assert softmax_rows.add_label_weights(labels, none, -100, 3, device_array(1, dtype=np.float32))
+    position_sums.add_values(device_array(70000, dtype=np.float32), real, 1.0, device_array(1, dtype=kind))
+    assert position_sums.add_label_weights(labels, none, -100, 3, device_array(1, dtype=np.float32))
     assert len(launches) == 5
     for kernel, _, *arguments in launches:
         assert tuple(cuda.jit(kernel.function).typeof_pyval(a) for a in arguments) == kernel.signature
@@ -278,14 +292,16 @@ def test_launches_of_products_pass_what_was_compiled(kind, last, monkeypatch):
 
     dtype = np.dtype({"tf32": "float32", "bfloat16": ml_dtypes.bfloat16}.get(kind, kind))
     launches, simple = [], []
-    monkeypatch.setattr(implicit_gemm, "launch_blocks", lambda *launch: launches.append(launch))
-    monkeypatch.setattr(implicit_gemm, "launch", lambda *launch: simple.append(launch))
+    for module in (implicit_gemm, implicit_gemm_weight_grad):
+        monkeypatch.setattr(module, "launch_blocks", lambda *launch: launches.append(launch))
+        monkeypatch.setattr(module, "launch", lambda *launch: simple.append(launch))
+        monkeypatch.setattr(module, "upload", lambda *t: tuple(device_array(len(a), dtype=a.dtype) for a in t))
     monkeypatch.setattr(implicit_gemm, "current_device", lambda: 0)
     monkeypatch.setattr(implicit_gemm, "get_float32_precision", lambda: "tf32" if kind == "tf32" else "ieee")
-    monkeypatch.setattr(implicit_gemm, "upload", lambda *t: tuple(device_array(len(a), dtype=a.dtype) for a in t))
-    monkeypatch.setattr(implicit_gemm, "scratch", scratch)
+    for module in (implicit_gemm, partial_sums):
+        monkeypatch.setattr(module, "scratch", scratch)
     implicit_gemm._plans.cache_clear()
-    implicit_gemm._weight_plan.cache_clear()
+    implicit_gemm_weight_grad.weight_plan.cache_clear()
 
     def image(n, c, *space):
         array = device_array(*((c, *space[::-1], n) if last else (*space[::-1], c, n)), dtype=dtype)
@@ -298,7 +314,7 @@ def test_launches_of_products_pass_what_was_compiled(kind, last, monkeypatch):
     assert implicit_gemm.input_grad(geometry, w, y, b, False, True, x)
     assert implicit_gemm.weight_grad(geometry, x, y, True, w)
     implicit_gemm._plans.cache_clear()
-    implicit_gemm._weight_plan.cache_clear()
+    implicit_gemm_weight_grad.weight_plan.cache_clear()
     assert len(launches) == 4
     for kernel, _, *arguments in launches:
         assert tuple(cuda.jit(kernel.function).typeof_pyval(a) for a in arguments) == kernel.signature
@@ -306,7 +322,7 @@ def test_launches_of_products_pass_what_was_compiled(kind, last, monkeypatch):
         assert made == expected_parameters(arguments)
     assert len(simple) == (4 if tiles.ARITHMETIC[kind].tensor else 1)  # the weights in order, the sum of parts
     for (kernel, _, *arguments), made in zip(
-        simple, [*[implicit_gemm.order_kernel] * (len(simple) - 1), implicit_gemm.add_parts_kernel], strict=True
+        simple, [*[implicit_gemm.order_kernel] * (len(simple) - 1), partial_sums.add_parts_kernel], strict=True
     ):
         signature = made.signature(ELEMENTS[dtype.name])
         assert kernel is made[dtype]
@@ -321,7 +337,7 @@ def test_launches_of_channel_sums_pass_what_was_compiled(dtype, last, monkeypatc
 
     launches = []
     monkeypatch.setattr(channel_sums, "launch_blocks", lambda *launch: launches.append(launch))
-    monkeypatch.setattr(implicit_gemm, "scratch", scratch)
+    monkeypatch.setattr(partial_sums, "scratch", scratch)
     kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     array = device_array(*((8, 5, 4, 1, 2) if last else (5, 4, 1, 8, 2)), dtype=kind)
     array = array.transpose((4, 0, 3, 2, 1) if last else (4, 3, 2, 1, 0))
@@ -345,7 +361,7 @@ def test_launches_of_depthwise_pass_what_was_compiled(dtype, monkeypatch):
     launches, sums = [], []
     monkeypatch.setattr(depthwise, "launch_blocks", lambda *launch: launches.append(launch))
     monkeypatch.setattr(depthwise, "launch", lambda *launch: sums.append(launch))
-    monkeypatch.setattr(implicit_gemm, "scratch", scratch)
+    monkeypatch.setattr(partial_sums, "scratch", scratch)
     x, w, y, b = (device_array(*s, dtype=kind) for s in [(2, 8, 1, 8, 8), (8, 1, 1, 3, 3), (2, 8, 1, 8, 8), (8,)])
     geometry = convolution_plan("conv2d", 2, (2, 8, 8, 8), (8, 1, 3, 3), 1, 1, 1, 8, "zeros", "NCHW").geometry
     assert depthwise.forward(geometry, x, w, b, True, y)
@@ -358,12 +374,12 @@ def test_launches_of_depthwise_pass_what_was_compiled(dtype, monkeypatch):
         assert made == expected_parameters(arguments)
     ((kernel, elements, *arguments),) = sums
     assert elements == w.size
-    signature = implicit_gemm.add_parts_kernel.signature(ELEMENTS[dtype])
+    signature = partial_sums.add_parts_kernel.signature(ELEMENTS[dtype])
     assert tuple(kernel.typeof_pyval(a) for a in arguments) == signature
 
 
 SIMPLE_TYPES = ["float32", "float16", "bfloat16"]
-SIMPLE = {"parts": implicit_gemm.add_parts_kernel, "order": implicit_gemm.order_kernel}
+SIMPLE = {"parts": partial_sums.add_parts_kernel, "order": implicit_gemm.order_kernel}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=name_of)

@@ -9,7 +9,7 @@ import pytest
 import oracle
 from block_simulator import ORDERS
 from fastconv.arguments import convolution_plan
-from fastconv.cuda_kernels import _cuda, convolution, depthwise
+from fastconv.cuda_kernels import _cuda, convolution, depthwise, depthwise_kernels, offsets
 from helpers import channels_first, channels_last, integers, normal
 from shapes import CASES, Case
 from simulation import aligned, device, simulated
@@ -77,9 +77,10 @@ def run(monkeypatch, threads):
     """``run(operation, case, first, second, ...) -> result``, all of them arrays with channels first."""
 
     for name, value in {"THREADS": threads, "WARPS": threads // 32}.items():
-        monkeypatch.setattr(depthwise, name, value)
-    depthwise.gather_kernel.cache_clear()
-    depthwise.weight_kernel.cache_clear()
+        monkeypatch.setattr(depthwise_kernels, name, value)
+    monkeypatch.setattr(depthwise, "THREADS", threads)
+    depthwise_kernels.gather_kernel.cache_clear()
+    depthwise_kernels.weight_kernel.cache_clear()
 
     def run(operation, case, first, second, bias=None, *, last=False, relu=False, start=None, order="forward",
             offset=0):  # fmt: skip
@@ -255,9 +256,7 @@ def test_a_few_samples_at_a_time(operation, run, rng, monkeypatch):
     """As for arrays beyond the reach of 32-bit offsets."""
     case = Case("batch", "samples one after the other", (5, 2, 4, 8), (2, 1, 3, 3), padding=1, groups=2)
     arrays = operands(operation, case, lambda shape: integers(rng, shape, "float32"))
-    from fastconv.cuda_kernels import implicit_gemm
-
-    monkeypatch.setattr(implicit_gemm, "MOST_ELEMENTS", 150)  # two samples of 64 elements
+    monkeypatch.setattr(offsets, "MOST_ELEMENTS", 150)  # two samples of 64 elements
     monkeypatch.setattr(depthwise, "ENOUGH_BLOCKS", 1)
     np.testing.assert_array_equal(run(operation, case, *arrays), reference(operation, case)(*arrays))
 
@@ -312,7 +311,7 @@ def test_what_is_left_to_others(case, run):
 @pytest.mark.parametrize("vector", [1, 4])
 def test_an_axis_holds_every_meeting(taps, stride, dilation, before, inverse, vector):
     results = vector * stride
-    axis = depthwise.Axis.gather(inverse, taps, results, stride, dilation, before, vector)
+    axis = depthwise_kernels.Axis.gather(inverse, taps, results, stride, dilation, before, vector)
     assert axis.first % vector == axis.sources % vector == axis.advance % vector == 0
     for thread in range(3):
         for o in range(results):

@@ -19,6 +19,8 @@ from fastconv.cuda_kernels import (
     convolution,
     depthwise,
     implicit_gemm,
+    implicit_gemm_weight_grad,
+    position_sums,
     softmax_cross_entropy,
     softmax_rows,
 )
@@ -42,7 +44,9 @@ def counted(monkeypatch):
 
         return call
 
-    for module in (channel_sums, depthwise, implicit_gemm, softmax_rows):
+    for module in (
+        channel_sums, depthwise, implicit_gemm, implicit_gemm_weight_grad, position_sums, softmax_rows,
+    ):  # fmt: skip
         monkeypatch.setattr(module, "launch_blocks", counting("launch", simulated()))
     for module in (convolution, softmax_cross_entropy):
         monkeypatch.setattr(module, "has_engine", lambda: True)
@@ -50,13 +54,13 @@ def counted(monkeypatch):
     monkeypatch.setattr(_cuda, "_synchronize", counting("wait", _cuda._synchronize))
     for name, what in {"device_array": "allocation", "to_device": "copy", "synchronize": "wait"}.items():
         monkeypatch.setattr(_cuda.cuda, name, counting(what, getattr(cuda, name)))
-    for module in (convolution, depthwise, implicit_gemm):
-        for cached in ("_plans", "_weight_plan", "_input_coordinates", "_padded_coordinates"):
+    for module in (convolution, implicit_gemm, implicit_gemm_weight_grad):
+        for cached in ("_plans", "weight_plan", "_input_coordinates", "_padded_coordinates"):
             if hasattr(module, cached):
                 getattr(module, cached).cache_clear()
     yield counts
     fc.set_float32_precision("ieee")
-    for cached in (implicit_gemm._plans, implicit_gemm._weight_plan):
+    for cached in (implicit_gemm._plans, implicit_gemm_weight_grad.weight_plan):
         cached.cache_clear()
 
 
@@ -144,7 +148,7 @@ COSTS = {
 @pytest.mark.parametrize(("name", "call"), [(name, call) for name, (_, costs) in COSTS.items() for call in costs])
 def test_a_call_only_launches(name, call, counted, rng, monkeypatch):
     if "several parts" in name:
-        monkeypatch.setattr(implicit_gemm, "LEAST_POSITIONS", 16)
+        monkeypatch.setattr(implicit_gemm_weight_grad, "LEAST_POSITIONS", 16)
     calls, costs = COSTS[name]
     function, filled = calls(rng)[call]
     result = function()
@@ -189,20 +193,20 @@ def test_memory_between_kernels_belongs_to_a_stream(monkeypatch):
 
 @pytest.mark.parametrize("positions", [1, 1023, 1024, 5000])
 def test_sums_of_one_block_and_of_several(positions, monkeypatch, rng):
-    monkeypatch.setattr(softmax_rows, "launch_blocks", simulated(("shuffled", "late")))
-    monkeypatch.setattr(softmax_rows, "MOST_OF_A_BLOCK", 2048)
-    softmax_rows.add_values_kernel.cache_clear()
-    softmax_rows.add_label_weights_kernel.cache_clear()
+    monkeypatch.setattr(position_sums, "launch_blocks", simulated(("shuffled", "late")))
+    monkeypatch.setattr(position_sums, "MOST_OF_A_BLOCK", 2048)
+    position_sums.add_values_kernel.cache_clear()
+    position_sums.add_label_weights_kernel.cache_clear()
     labels, weight = rng.integers(-1, 5, positions), np.array([1, 2, 4, 8], np.float32)
     counts = np.array([weight[label] if 0 <= label < 4 and label != 2 else 0 for label in labels], np.float32)
     out = _cuda.to_device(np.full(1, np.nan, np.float32))
-    softmax_rows.add_values(_cuda.to_device(counts), softmax_rows._none(np.dtype(np.float32)), 2, out)
+    position_sums.add_values(_cuda.to_device(counts), position_sums._none(np.dtype(np.float32)), 2, out)
     assert _cuda.to_host(out) == counts.sum() / 2
     target = _cuda.to_device(labels)[:, None, None, None]
-    assert softmax_rows.add_label_weights(target, _cuda.to_device(weight), 2, 4, out)
+    assert position_sums.add_label_weights(target, _cuda.to_device(weight), 2, 4, out)
     assert _cuda.to_host(out) == counts.sum()
-    softmax_rows.add_values_kernel.cache_clear()
-    softmax_rows.add_label_weights_kernel.cache_clear()
+    position_sums.add_values_kernel.cache_clear()
+    position_sums.add_label_weights_kernel.cache_clear()
 
 
 def test_what_is_counted(counted, rng):

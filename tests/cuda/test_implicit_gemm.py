@@ -12,7 +12,7 @@ import pytest
 import oracle
 from block_simulator import SCHEDULES
 from fastconv.arguments import convolution_plan
-from fastconv.cuda_kernels import _cuda, convolution, implicit_gemm, tiles
+from fastconv.cuda_kernels import _cuda, convolution, implicit_gemm, implicit_gemm_weight_grad, offsets, tiles
 from helpers import channels_first, channels_last, integers, normal
 from shapes import CASES, Case
 from simulation import aligned, device, simulated
@@ -42,12 +42,13 @@ def run(monkeypatch):
 
     def run(operation, case, first, second, bias=None, *, last=False, relu=False, start=None, tile=TINY,
             schedule=("forward", "late"), precision="ieee", shift=0):  # fmt: skip
-        monkeypatch.setattr(implicit_gemm, "launch_blocks", simulated(schedule))
+        for module in (implicit_gemm, implicit_gemm_weight_grad):
+            monkeypatch.setattr(module, "launch_blocks", simulated(schedule))
         monkeypatch.setattr(implicit_gemm, "get_float32_precision", lambda: precision)
         monkeypatch.setattr(implicit_gemm, "choose_tile", lambda *sizes: tile)
-        monkeypatch.setattr(implicit_gemm, "_weight_tile", lambda *sizes: tile)
+        monkeypatch.setattr(implicit_gemm_weight_grad, "weight_tile", lambda *sizes: tile)
         implicit_gemm._plans.cache_clear()
-        implicit_gemm._weight_plan.cache_clear()
+        implicit_gemm_weight_grad.weight_plan.cache_clear()
         names = ("NLC", "NHWC", "NDHWC") if last else ("NCL", "NCHW", "NCDHW")
         shape = (case.input[0], *case.input[2:], case.input[1]) if last else case.input
         plan = convolution_plan(
@@ -149,9 +150,9 @@ def test_accumulate(operation, run, rng):
 
 
 def test_a_sum_of_several_parts(run, rng, monkeypatch):
-    monkeypatch.setattr(implicit_gemm, "LEAST_POSITIONS", 8)
+    monkeypatch.setattr(implicit_gemm_weight_grad, "LEAST_POSITIONS", 8)
     arrays = operands("weight_grad", ORDINARY, lambda shape: integers(rng, shape, "float32"))
-    assert implicit_gemm.positions_of_part(9, 45, 1, 42) < 42
+    assert implicit_gemm_weight_grad.positions_of_part(9, 45, 1, 42) < 42
     np.testing.assert_array_equal(run("weight_grad", ORDINARY, *arrays), reference("weight_grad", ORDINARY)(*arrays))
 
 
@@ -161,8 +162,10 @@ def test_a_few_samples_at_a_time(operation, run, rng, monkeypatch):
     case = Case("batch", "samples one after the other", (5, 3, 4, 5), (6, 3, 3, 3), padding=1)
     arrays = operands(operation, case, lambda shape: integers(rng, shape, "float32"))
     # 3-channel samples of 60 elements, 6-channel ones of 120, the weight 162: two samples at once
-    monkeypatch.setattr(implicit_gemm, "MOST_ELEMENTS", 250)
-    monkeypatch.setattr(implicit_gemm, "ENOUGH_BLOCKS", 0.5)
+    for module in (implicit_gemm, offsets):
+        monkeypatch.setattr(module, "MOST_ELEMENTS", 250)
+    for module in (implicit_gemm, implicit_gemm_weight_grad):
+        monkeypatch.setattr(module, "ENOUGH_BLOCKS", 0.5)
     np.testing.assert_array_equal(run(operation, case, *arrays), reference(operation, case)(*arrays))
 
 
@@ -185,7 +188,8 @@ def test_from_the_public_functions(rng, monkeypatch):
     import fastconv as fc
 
     launched = []
-    monkeypatch.setattr(implicit_gemm, "launch_blocks", lambda *a: launched.append(a[0]) or simulated()(*a))
+    for module in (implicit_gemm, implicit_gemm_weight_grad):
+        monkeypatch.setattr(module, "launch_blocks", lambda *a: launched.append(a[0]) or simulated()(*a))
     monkeypatch.setattr(convolution, "has_engine", lambda: True)
     x, w, dy = (integers(rng, shape, "float32") for shape in [ORDINARY.input, ORDINARY.weight, ORDINARY.output])
     options = {**ORDINARY.options, "backend": "cuda"}

@@ -29,7 +29,17 @@ from test_implicit_gemm import run as run_product  # noqa: F401
 
 from block_simulator import SCHEDULES, SimulationError
 from fastconv import reference
-from fastconv.cuda_kernels import _cuda, channel_sums, depthwise, implicit_gemm, softmax_rows, tiles
+from fastconv.cuda_kernels import (
+    _cuda,
+    channel_sums,
+    depthwise,
+    depthwise_kernels,
+    implicit_gemm,
+    implicit_gemm_weight_grad,
+    row_groups,
+    softmax_rows,
+    tiles,
+)
 from helpers import integers
 from shapes import Case
 from simulation import device, simulated
@@ -59,10 +69,10 @@ PRODUCTS = {
     "tensor tiles, weight gradient": Family("weight_grad", TENSOR | {"dtype": "bfloat16"}),
 }
 ROWS = {
-    "rows, read once": Family("cross_entropy", {"group": softmax_rows.Group(128, 2)}),
-    "rows, read twice": Family("cross_entropy", {"group": softmax_rows.Group(128, 0), "label_smoothing": 0.25}),
-    "rows, softmax": Family("softmax", {"group": softmax_rows.Group(128, 2)}),
-    "rows, softmax read twice": Family("softmax", {"group": softmax_rows.Group(128, 0)}),
+    "rows, read once": Family("cross_entropy", {"group": row_groups.Group(128, 2)}),
+    "rows, read twice": Family("cross_entropy", {"group": row_groups.Group(128, 0), "label_smoothing": 0.25}),
+    "rows, softmax": Family("softmax", {"group": row_groups.Group(128, 2)}),
+    "rows, softmax read twice": Family("softmax", {"group": row_groups.Group(128, 0)}),
 }
 DEPTHWISE = {
     "depthwise, forward": Family("forward", {}),
@@ -185,17 +195,21 @@ MUTATIONS = {
         "barrier", implicit_gemm, [name for name in FETCHED if name in GATHERS], LOOP_END + "    " + BARRIER, LOOP_END
     ),
     "no barrier after a stage of weights is stored": Mutation(
-        "barrier", implicit_gemm, WEIGHTS, LOOP_END + BARRIER, LOOP_END
+        "barrier", implicit_gemm_weight_grad, WEIGHTS, LOOP_END + BARRIER, LOOP_END
     ),
     "no barrier before the first step": Mutation(
         "barrier", implicit_gemm, [name for name in FETCHED if name in GATHERS], BARRIER + FIRST_STEP_OF_GATHER,
         FIRST_STEP_OF_GATHER,
     ),
     "no barrier before the first step of weights": Mutation(
-        "barrier", implicit_gemm, WEIGHTS, BARRIER[4:] + FIRST_STEP, FIRST_STEP
+        "barrier", implicit_gemm_weight_grad, WEIGHTS, BARRIER[4:] + FIRST_STEP, FIRST_STEP
     ),
     "a stage stored over the one in use": Mutation(
-        "barrier", implicit_gemm, FETCHED, "stage = u32(1 - stage)", "stage = u32(stage)"
+        "barrier", implicit_gemm, [name for name in FETCHED if name in GATHERS], "stage = u32(1 - stage)",
+        "stage = u32(stage)",
+    ),
+    "a stage of weights stored over the one in use": Mutation(
+        "barrier", implicit_gemm_weight_grad, WEIGHTS, "stage = u32(1 - stage)", "stage = u32(stage)"
     ),
     "no barrier after the wait for copies": Mutation(
         "barrier", implicit_gemm, COPIED, AFTER_WAIT, AFTER_WAIT.replace("cuda.syncthreads()", "pass")
@@ -204,17 +218,17 @@ MUTATIONS = {
         "barrier", implicit_gemm, COPIED, WAIT + ROUND + AFTER_WAIT, f"{AFTER_WAIT}\n{WAIT}{ROUND}  #"
     ),
     "no barrier before the sums of the warps are read": Mutation(
-        "barrier", softmax_rows, [*ROWS], WRITE_SCRATCH + "        cuda.syncthreads()\n", WRITE_SCRATCH
+        "barrier", row_groups, [*ROWS], WRITE_SCRATCH + "        cuda.syncthreads()\n", WRITE_SCRATCH
     ),
-    "two reductions in one place": Mutation("barrier", softmax_rows, [*ROWS], "scratch[place + t", "scratch[t"),
+    "two reductions in one place": Mutation("barrier", row_groups, [*ROWS], "scratch[place + t", "scratch[t"),
     "a barrier that some warps do not reach": Mutation(
-        "barrier", softmax_rows, [*ROWS], "        cuda.syncthreads()\n        x = scratch",
+        "barrier", row_groups, [*ROWS], "        cuda.syncthreads()\n        x = scratch",
         "        if t < 32:\n            cuda.syncthreads()\n        x = scratch",
     ),
     "no barrier before the sums of the block are read": Mutation(
-        "barrier", depthwise, SUMMED, BARRIER + READ_SUMS, READ_SUMS
+        "barrier", depthwise_kernels, SUMMED, BARRIER + READ_SUMS, READ_SUMS
     ),
-    "no barrier before they are stored over": Mutation("barrier", depthwise, SUMMED, STORED + BARRIER, STORED),
+    "no barrier before they are stored over": Mutation("barrier", depthwise_kernels, SUMMED, STORED + BARRIER, STORED),
     "no barrier before the sums of the warps are added": Mutation(
         "barrier", channel_sums, [*SUMS], "        cuda.syncthreads()\n", ""
     ),
@@ -292,9 +306,9 @@ MUTATIONS = {
     "sums of the wrong rows": Mutation(
         "fragment", implicit_gemm, COPIED, "first_row + g * row_jump", "first_row + g * 4"
     ),
-    "a step of the warp's reduction left out": Mutation("fragment", softmax_rows, [*ROWS], "16 >> i", "(16 >> i) & 30"),
+    "a step of the warp's reduction left out": Mutation("fragment", row_groups, [*ROWS], "16 >> i", "(16 >> i) & 30"),
     "the sum of one warp for all": Mutation(
-        "fragment", softmax_rows, [*ROWS], "scratch[place + t % 32]", "scratch[place]"
+        "fragment", row_groups, [*ROWS], "scratch[place + t % 32]", "scratch[place]"
     ),
     "vectors of the neighbour": Mutation(
         "fragment", softmax_rows, READ_ONCE, "t + v * threads", "t + v * (threads - 1)"
@@ -306,13 +320,14 @@ MUTATIONS = {
         "fragment", softmax_rows, ["rows, read twice"], "before + place * width, sums", "place * width, sums"
     ),
     "a step of the warp's sum left out": Mutation(
-        "fragment", depthwise, SUMMED, "x += cuda.shfl_xor_sync(0xFFFFFFFF, x, 4)", "pass"
+        "fragment", depthwise_kernels, SUMMED, "x += cuda.shfl_xor_sync(0xFFFFFFFF, x, 4)", "pass"
     ),
     "the sums of one warp left out": Mutation(
-        "fragment", depthwise, SUMMED, "for w in range(WARPS)", "for w in range(1, WARPS)"
+        "fragment", depthwise_kernels, SUMMED, "for w in range(WARPS)", "for w in range(1, WARPS)"
     ),
     "the wrong tap": Mutation(
-        "fragment", depthwise, [*DEPTHWISE], "place = tap_step * k + result_step", "place = tap_step * k - result_step"
+        "fragment", depthwise_kernels, [*DEPTHWISE], "place = tap_step * k + result_step",
+        "place = tap_step * k - result_step",
     ),
     "a step of the sum of a warp left out": Mutation(
         "fragment", channel_sums, ["channel sums, channels first"], "16 >> i", "(16 >> i) & 30"
@@ -343,29 +358,30 @@ MUTATIONS = {
     ),
     "rows of a matrix that are not aligned": Mutation("alignment", tiles, TENSORS, "ROW = 4 * CHUNKS", "ROW = 18"),
     "a misaligned row of the table": Mutation(
-        "alignment", implicit_gemm, WEIGHTS, "load4(table, u32(4 * min(", "load4(table, u32(2 + 4 * min("
+        "alignment", implicit_gemm_weight_grad, WEIGHTS, "load4(table, u32(4 * min(", "load4(table, u32(2 + 4 * min("
     ),
     "a misaligned load of logits": Mutation(
-        "alignment", softmax_rows, [*ROWS], "load4(words, np.uint64(vector * 4))",
+        "alignment", row_groups, [*ROWS], "load4(words, np.uint64(vector * 4))",
         "load4(words, np.uint64(vector * 4 + 1))",
     ),
     "a misaligned store of a gradient": Mutation(
-        "alignment", softmax_rows, [*ROWS], "words, np.uint64(vector * 4), registers",
+        "alignment", row_groups, [*ROWS], "words, np.uint64(vector * 4), registers",
         "words, np.uint64(vector * 4 + 2), registers",
     ),
     "a vector at the wrong column": Mutation(
-        "alignment", depthwise, [*DEPTHWISE], "meetings) // vector * vector", "meetings)"
+        "alignment", depthwise_kernels, [*DEPTHWISE], "meetings) // vector * vector", "meetings)"
     ),
     # -- bounds
     "columns beyond the last are stored": Mutation(
         "bounds", implicit_gemm, ["tiles, gather"], "if column < columns:\n" + OF_COLUMN, "if True:\n" + OF_COLUMN,
     ),
     "columns of weights beyond the last are stored": Mutation(
-        "bounds", implicit_gemm, WEIGHTS, "                    if column < columns:\n                        partial",
+        "bounds", implicit_gemm_weight_grad, WEIGHTS,
+        "                    if column < columns:\n                        partial",
         "                    if True:\n                        partial",
     ),
     "positions beyond the last are summed": Mutation(
-        "bounds", implicit_gemm, WEIGHTS, "u32(first + v) < last, n", "True, n"
+        "bounds", implicit_gemm_weight_grad, WEIGHTS, "u32(first + v) < last, n", "True, n"
     ),
     "chunks outside of the source are read": Mutation(
         "bounds", implicit_gemm, COPIED, "u32(columns[i, 0] + e[0]), inside)", "u32(columns[i, 0] + e[0]), True)"
@@ -379,13 +395,13 @@ MUTATIONS = {
         "bounds", softmax_rows, READ_TWICE, "in range(t, whole, threads)", "in range(t, whole + 1, threads)"
     ),
     "the edges of a row left out": Mutation(
-        "bounds", softmax_rows, [*ROWS], "edge < classes)", "edge + 1 < classes)"
+        "bounds", row_groups, [*ROWS], "edge < classes)", "edge + 1 < classes)"
     ),
     "columns of the padding are read": Mutation(
-        "bounds", depthwise, [*DEPTHWISE], "valid and u32(column + i) < width", "valid"
+        "bounds", depthwise_kernels, [*DEPTHWISE], "valid and u32(column + i) < width", "valid"
     ),
     "rows of the padding are read": Mutation(
-        "bounds", depthwise, [*DEPTHWISE], "inside and u32(row + r) < sizes[0]", "inside"
+        "bounds", depthwise_kernels, [*DEPTHWISE], "inside and u32(row + r) < sizes[0]", "inside"
     ),
     "channels beyond the last are summed": Mutation(
         "bounds", channel_sums, ["channel sums, channels last"], "if channel < channels:", "if True:"
@@ -394,7 +410,7 @@ MUTATIONS = {
         "bounds", channel_sums, [*SUMS], "last = min(u32(first + part), count)", "last = u32(first + part + 1)"
     ),
     "rows beyond the last are stored": Mutation(
-        "bounds", depthwise, GATHERED, "if u32(row + t) < height:", "if True:"
+        "bounds", depthwise_kernels, GATHERED, "if u32(row + t) < height:", "if True:"
     ),
 }  # fmt: skip
 
@@ -410,25 +426,35 @@ IMPOSSIBLE = {
 }
 
 
+PRODUCT_KERNELS = [(implicit_gemm, "gather_kernel"), (implicit_gemm_weight_grad, "weight_kernel")]
+ROW_KERNELS = [(softmax_rows, "cross_entropy_row_kernel"), (softmax_rows, "softmax_row_kernel")]
+# The names of a module that others have imported, and where: what is changed in it takes their place.
+NAMES = {
+    **{module: [(module, name)] for module, name in PRODUCT_KERNELS},
+    tiles: [(module, "product") for module, _ in PRODUCT_KERNELS],
+    depthwise_kernels: [(depthwise, name) for name in ("gather_kernel", "weight_kernel", "Axis")],
+    softmax_rows: ROW_KERNELS,
+    row_groups: [
+        (softmax_rows, name) for name in ("VECTORS", "over_group", "row_parts_of", "warp_max", "warp_sum")
+    ],
+    channel_sums: [(channel_sums, "bias_grad_kernel")],
+}  # fmt: skip
+# Kernels made of parts from another module.
+MADE_OF = {tiles: PRODUCT_KERNELS, row_groups: ROW_KERNELS}
+
+
 def plant(monkeypatch, mutation):
     """Put kernels made of the changed source in the place of those that the entry functions launch."""
     source = inspect.getsource(mutation.module)
     assert mutation.old in source, "the mutation is of text that is there"
     scope = {"__name__": mutation.module.__name__, "__package__": mutation.module.__package__}
     exec(compile(source.replace(mutation.old, mutation.new), "mutant", "exec"), scope)
-    if mutation.module is tiles:
-        monkeypatch.setattr(implicit_gemm, "product", scope["product"])
-        for name in ("gather_kernel", "weight_kernel"):  # without the cache of the kernels that are right
-            monkeypatch.setattr(implicit_gemm, name, getattr(implicit_gemm, name).__wrapped__)
-        return
-    if mutation.module is depthwise:
+    if mutation.module is depthwise_kernels:
         scope.update(THREADS=64, WARPS=2)
-    names = {
-        implicit_gemm: ("gather_kernel", "weight_kernel"), depthwise: ("gather_kernel", "weight_kernel", "Axis"),
-        softmax_rows: ("cross_entropy_row_kernel", "softmax_row_kernel"), channel_sums: ("bias_grad_kernel",),
-    }[mutation.module]  # fmt: skip
-    for name in names:
-        monkeypatch.setattr(mutation.module, name, scope[name])
+    for module, name in NAMES[mutation.module]:
+        monkeypatch.setattr(module, name, scope[name])
+    for module, name in MADE_OF.get(mutation.module, []):  # without the cache of the kernels that are right
+        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,7 +10,7 @@ import pytest
 
 from block_simulator import SCHEDULES
 from fastconv import reference
-from fastconv.cuda_kernels import _cuda, softmax_rows
+from fastconv.cuda_kernels import _cuda, position_sums, row_groups, softmax_rows
 from fastconv.cuda_kernels import softmax_cross_entropy as operation
 from fastconv.cuda_kernels._cuda import DeviceArray
 from simulation import device, simulated
@@ -75,8 +75,8 @@ def check(actual, expected, dtype):
 
 
 ONCE = {"float32": [(32, 1), (32, 4), (256, 8)], "float16": [(32, 1), (128, 4)], "bfloat16": [(32, 4), (256, 4)]}
-ROWS = [(dtype, softmax_rows.Group(*group)) for dtype, groups in ONCE.items() for group in groups]
-TWICE = [(dtype, group) for dtype in ONCE for group in (softmax_rows.SHORT, softmax_rows.LONG)]
+ROWS = [(dtype, row_groups.Group(*group)) for dtype, groups in ONCE.items() for group in groups]
+TWICE = [(dtype, group) for dtype in ONCE for group in (row_groups.SHORT, row_groups.LONG)]
 # rows that begin at every place of a vector, are shorter than one, end in one, fill the registers
 SIZES = [1, 2, 7, 16, 33, 131]
 
@@ -85,7 +85,7 @@ SIZES = [1, 2, 7, 16, 33, 131]
 @pytest.mark.parametrize("classes", SIZES)
 def test_rows_of_every_start_and_length(dtype, group, classes, monkeypatch, rng):
     if group.vectors:
-        classes = min(classes, group.threads * group.vectors * softmax_rows.VECTORS[dtype].width)
+        classes = min(classes, group.threads * group.vectors * row_groups.VECTORS[dtype].width)
     kind = DTYPES[dtype]
     logits = aligned((5, classes), kind)
     logits[...] = rng.standard_normal(logits.shape).astype(kind)
@@ -120,7 +120,7 @@ def test_the_largest_vocabulary(dtype, monkeypatch, rng):
     logits[...] = (3 * rng.standard_normal(logits.shape)).astype(DTYPES[dtype])
     label = np.array([classes - 1])
     expected = reference.softmax_cross_entropy(logits, label, reduction="none")
-    loss, grad, _ = cross_entropy(monkeypatch, logits, label, SCHEDULES[0], softmax_rows.LONG, in_place=True)
+    loss, grad, _ = cross_entropy(monkeypatch, logits, label, SCHEDULES[0], row_groups.LONG, in_place=True)
     check(loss, expected[0], dtype)
     check(grad, expected[1], dtype)
 
@@ -217,14 +217,14 @@ def test_softmax(dtype, group, log, monkeypatch, rng):
 
 def test_groups_hold_their_rows():
     """Every row that is read once fits the registers of its group; the next smaller group would not hold it."""
-    for (dtype, vectors), classes in itertools.product(softmax_rows.VECTORS.items(), [1, 128, 129, 1000, 8192, 32000]):
-        group = softmax_rows.group_for(dtype, classes, True)
-        groups = softmax_rows.GROUPS[vectors.width]
+    for (dtype, vectors), classes in itertools.product(row_groups.VECTORS.items(), [1, 128, 129, 1000, 8192, 32000]):
+        group = row_groups.group_for(dtype, classes, True)
+        groups = row_groups.GROUPS[vectors.width]
         capacity = [g.threads * g.vectors * vectors.width for g in groups]
         assert capacity == sorted(capacity)
         assert group == groups[np.searchsorted(capacity, classes)]
-        assert softmax_rows.group_for(dtype, capacity[-1] + 1, True) == softmax_rows.LONG
-        assert softmax_rows.group_for(dtype, classes, False).vectors == 0
+        assert row_groups.group_for(dtype, capacity[-1] + 1, True) == row_groups.LONG
+        assert row_groups.group_for(dtype, classes, False).vectors == 0
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,8 @@ def test_what_is_no_row_is_left_to_the_simple_kernels(array, monkeypatch):
 def test_from_the_entry_function(monkeypatch, rng):
     import fastconv as fc
 
-    monkeypatch.setattr(softmax_rows, "launch_blocks", simulated())
+    for module in (softmax_rows, position_sums):
+        monkeypatch.setattr(module, "launch_blocks", simulated())
     monkeypatch.setattr(operation, "has_engine", lambda: True)
     used = []
     monkeypatch.setattr(

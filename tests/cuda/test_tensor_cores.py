@@ -13,7 +13,7 @@ from test_implicit_gemm import GROUPED, OPERATIONS, ORDINARY, SMALL, operands, r
 
 import fastconv as fc
 from block_simulator import SCHEDULES
-from fastconv.cuda_kernels import _cuda, convolution, implicit_gemm, tiles
+from fastconv.cuda_kernels import _cuda, convolution, implicit_gemm, implicit_gemm_weight_grad, offsets, tiles
 from helpers import DTYPES, integers, normal
 from shapes import Case
 from simulation import simulated
@@ -165,20 +165,20 @@ def test_every_tile_has_the_same_bits(every, last, kind, run, rng):  # noqa: F81
 
 
 def test_a_sum_of_several_parts(run, rng, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(implicit_gemm, "LEAST_POSITIONS", 8)
+    monkeypatch.setattr(implicit_gemm_weight_grad, "LEAST_POSITIONS", 8)
     arrays = operands("weight_grad", ORDINARY, lambda shape: integers(rng, shape, "bfloat16"))
-    assert implicit_gemm.positions_of_part(9, 45, 1, 42, "bfloat16") == 32
+    assert implicit_gemm_weight_grad.positions_of_part(9, 45, 1, 42, "bfloat16") == 32
     actual = run("weight_grad", ORDINARY, *arrays, **options("bfloat16"))
     np.testing.assert_array_equal(actual, exactly("weight_grad", ORDINARY, arrays))
 
 
 def test_parts_of_a_gradient_are_added_before_they_are_rounded(run, monkeypatch):  # noqa: F811
     """In bfloat16 256 + 1 is 256: ten parts of one position each must not be lost one by one."""
-    monkeypatch.setattr(implicit_gemm, "LEAST_POSITIONS", 1)
+    monkeypatch.setattr(implicit_gemm_weight_grad, "LEAST_POSITIONS", 1)
     case = Case("long", "", (1, 1, 352), (1, 1, 1))
     x, dy = np.zeros(case.input, DTYPES["bfloat16"]), np.ones(case.output, DTYPES["bfloat16"])
     x[0, 0, 0], x[0, 0, 32::32] = 256, 1
-    assert implicit_gemm.positions_of_part(1, 1, 1, 352, "bfloat16") == 32
+    assert implicit_gemm_weight_grad.positions_of_part(1, 1, 1, 352, "bfloat16") == 32
     np.testing.assert_array_equal(run("weight_grad", case, x, dy, **options("bfloat16")).astype(float), 266)
 
 
@@ -186,8 +186,10 @@ def test_samples_of_a_gradient_are_added_before_they_are_rounded(run, monkeypatc
     """As above, for arrays beyond the reach of 32-bit offsets, which are taken one sample at a time."""
     case = Case("batch", "", (3, 1, 2), (1, 1, 1))
     x = np.array([256, 0, 1, 0, 0, 1]).reshape(case.input).astype(DTYPES["bfloat16"])
-    monkeypatch.setattr(implicit_gemm, "MOST_ELEMENTS", 3)
-    monkeypatch.setattr(implicit_gemm, "ENOUGH_BLOCKS", 0.5)
+    for module in (implicit_gemm, offsets):
+        monkeypatch.setattr(module, "MOST_ELEMENTS", 3)
+    for module in (implicit_gemm, implicit_gemm_weight_grad):
+        monkeypatch.setattr(module, "ENOUGH_BLOCKS", 0.5)
     actual = run("weight_grad", case, x, np.ones_like(x), **options("bfloat16"))
     np.testing.assert_array_equal(actual.astype(float), 258)
 
