@@ -77,9 +77,14 @@ class Record:
         cls.dtype = np.dtype(described)
 
     @classmethod
+    def cleared(cls) -> np.ndarray:
+        """One record, all of whose fields are 0. (`numpy.zeros` goes field by field and takes ten times as long.)"""
+        return np.ndarray((), cls.dtype, bytearray(cls.dtype.itemsize))
+
+    @classmethod
     def zeros(cls) -> Any:
-        """One record, all of whose fields are 0."""
-        return np.zeros((), cls.dtype).view(np.recarray)
+        """The same as a `numpy.recarray`, whose fields are attributes."""
+        return cls.cleared().view(np.recarray)
 
     @classmethod
     def of(cls, **values: Any) -> np.ndarray:

@@ -240,7 +240,7 @@ def _launch(
     body = _BODIES[is_by_class][plain]
     scratch = _SCRATCH + classes // PIECE * 8
     prepare, (none_1, none_2, none_3) = _compiled(dtype)
-    parameters = np.zeros((), Parameters.dtype)
+    parameters = Parameters.cleared()
     partial = np.empty(logits.shape[0] * logits.shape[2] + 1)
     count = prepare(
         logits,
