@@ -13,8 +13,6 @@ from fastconv.cpu.vector import depthwise_planes as planes_of
 from fastconv.cpu.vector import depthwise_rows as rows_of
 from fastconv.cpu.vector.gemm import ADD, BIAS, RELU
 from fastconv.cpu.vector.tile import tile
-from helpers import output_of
-from processors import PROCESSORS, needs_x86, run_on
 from vectors import DTYPES, agree, memory, tile_for, whole_numbers
 
 of_each_type = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -271,22 +269,3 @@ def test_spread_planes_by_two(dtype: np.dtype, rng: np.random.Generator, taps: i
                 x if pairs == 6 else None, y if pairs == 6 else None, steps, flags,
             )  # fmt: skip
             agree(planes_of.spread_planes_by_two, dtype, arguments, planes_of.Spreading(taps, parity, lanes))
-
-
-# with half vectors, without multiply-adds, and with vectors of two
-OTHERS = [("avx2", "float32"), ("avx", "float64"), ("sse", "float64")]
-
-
-@needs_x86
-@pytest.mark.parametrize(("processor", "element"), OTHERS)
-def test_on_other_processors(processor: str, element: str) -> None:
-    """The cases above, with the vectors and the tile of another processor."""
-    code = """
-        import sys
-        import pytest
-        from fastconv.cpu.vector.tile import tile
-        assert pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[1], "-k", f"{sys.argv[2]} and not other"]) == 0
-        print("\\n" + str(tile(int(sys.argv[2][-2:])).lanes))
-    """
-    process = run_on(processor, code, __file__, element)
-    assert output_of(process).split()[-1] == str(PROCESSORS[processor].lanes(np.dtype(element).itemsize))

@@ -17,8 +17,14 @@ CODE = """
 """
 
 
+# Each compiles every kernel, a minute or two where the cache is empty: the others are run by `make test-slow`.
+ALWAYS = "avx2"
+
+
 @needs_x86
-@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == ALWAYS else pytest.mark.slow) for name in PROCESSORS]
+)
 def test_vector_kernels(name: str) -> None:
     files = sorted(str(path) for path in HERE.parent.glob("test_vector_*.py") if path != HERE)
     printed = output_of(run_on(name, CODE, *files))
